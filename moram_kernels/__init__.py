@@ -1,0 +1,6 @@
+"""Retrieval from a bank of rank-1 associative memory atoms: one operator, several backends."""
+
+from .activation import SelfActivation
+from .api import available_backends, retrieve
+
+__all__ = ["SelfActivation", "available_backends", "retrieve"]

@@ -1,0 +1,242 @@
+"""How the torch backend meets autograd and torch.compile. No mathematics lives here.
+
+Eager calls go straight to `torch_backend`. Under torch.compile the same two functions are opaque
+ops (`torch.ops.moram.*`), because they choose by data (ties, live atoms): the graph then holds one
+node whose shapes depend on the capacity of the bank, never on how many of its atoms are live.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from . import torch_backend
+
+_LIBRARY = torch.library.Library("moram", "DEF")
+_BANK = "Tensor keys, Tensor values, Tensor current_keys, Tensor current_values"
+_SETTINGS = "int top_k, float temperature, float threshold, float eps, bool training"
+_SAVED = "Tensor index, Tensor scores, Tensor weights, Tensor norm, Tensor frozen_scores"
+_LIBRARY.define(
+    f"retrieve(Tensor x, {_BANK}, Tensor? residual, Tensor num_frozen, {_SETTINGS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    f"retrieve_backward(Tensor grad, Tensor x, {_BANK}, {_SAVED}, Tensor num_frozen, "
+    f"{_SETTINGS}) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def retrieve_torch(
+    x, keys, values, current_keys, current_values, residual, settings, training, num_frozen
+):
+    """Run the torch backend on rows x [M, D], with its closed-form backward.
+
+    Args:
+        num_frozen: live rows of keys and values, a 0-d int64 CPU tensor, or None for all.
+        The rest as in `torch_backend.forward`.
+    """
+    if torch.compiler.is_compiling():
+        if num_frozen is None:
+            num_frozen = torch.full((), keys.shape[0], dtype=torch.int64)
+        return _Retrieve.apply(
+            x, keys, values, current_keys, current_values, residual, num_frozen, settings, training
+        )
+    if num_frozen is not None:
+        count = int(num_frozen)
+        keys, values = keys[:count], values[:count]
+    num_atoms = keys.shape[0] + current_keys.shape[0]
+    few = current_keys.shape[0] and x.shape[0] * num_atoms <= torch_backend.FEW_SCORES
+    differentiable = (x, current_keys, current_values, residual)
+    # For few scores calls are dearer than arithmetic, and autograd's calls are the cheaper ones.
+    if (
+        few
+        or not torch.is_grad_enabled()
+        or not any(t is not None and t.requires_grad for t in differentiable)
+    ):
+        output, _ = torch_backend.forward(
+            x, keys, values, current_keys, current_values, residual, settings, training, False
+        )
+        return output
+    return _Retrieve.apply(
+        x, keys, values, current_keys, current_values, residual, None, settings, training
+    )
+
+
+class _Retrieve(torch.autograd.Function):
+    """Gradients go to x, the current segment and the residual; frozen atoms have none."""
+
+    @staticmethod
+    def forward(
+        ctx, x, keys, values, current_keys, current_values, residual, num_frozen, settings, training
+    ):
+        bank = (keys, values, current_keys, current_values)
+        if num_frozen is None:
+            output, saved = torch_backend.forward(x, *bank, residual, settings, training, True)
+        else:
+            output, *saved = torch.ops.moram.retrieve(
+                x, *bank, residual, num_frozen, *settings, training
+            )
+        ctx.save_for_backward(x, *bank, *saved, num_frozen)
+        ctx.settings, ctx.training = settings, training
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, keys, values, current_keys, current_values, *saved, num_frozen = ctx.saved_tensors
+        bank = (keys, values, current_keys, current_values)
+        # An expanded gradient (of a sum) has stride 0; the kernels want rows.
+        grad = grad.contiguous()
+        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:5])
+        if num_frozen is None:
+            saved = torch_backend.Saved(*saved)
+            dx, dkeys, dvalues = torch_backend.backward(
+                grad, x, *bank, saved, ctx.settings, ctx.training, needs
+            )
+        else:
+            dx, dkeys, dvalues = torch.ops.moram.retrieve_backward(
+                grad, x, *bank, *saved, num_frozen, *ctx.settings, ctx.training
+            )
+        dresidual = grad.to(ctx.residual_dtype) if ctx.needs_input_grad[5] else None
+        return dx, None, None, dkeys, dvalues, dresidual, None, None, None
+
+
+def _is_dense(num_frozen, top_k):
+    # Independent of the number of tokens, so that shapes do not depend on it.
+    return torch_backend.is_dense(num_frozen, top_k, torch_backend.FEW_SCORES + 1)
+
+
+def _sizes(capacity, num_current, top_k):
+    """Columns of (index, scores, frozen_scores) that hold any live count up to the capacity."""
+    dense = _is_dense(capacity, top_k)
+    limit = torch_backend.GATHER_RATIO * top_k
+    kept = 0 if dense else min(capacity, torch_backend.KEEP_SCORES)
+    return (0 if dense else top_k, num_current + min(capacity, limit), kept)
+
+
+def _retrieve(
+    x,
+    keys,
+    values,
+    current_keys,
+    current_values,
+    residual,
+    num_frozen,
+    top_k,
+    temperature,
+    threshold,
+    eps,
+    training,
+):
+    count = int(num_frozen)
+    output, saved = torch_backend.forward(
+        x,
+        keys[:count],
+        values[:count],
+        current_keys,
+        current_values,
+        residual,
+        (top_k, temperature, threshold, eps),
+        training,
+        True,
+        _is_dense(count, top_k),
+    )
+    index, scores, frozen = _sizes(len(keys), len(current_keys), top_k)
+    return (
+        output,
+        _pad(saved.index, index),
+        _pad(saved.scores, scores),
+        _pad(saved.weights, scores),
+        saved.norm,
+        _pad(saved.frozen_scores, frozen),
+    )
+
+
+def _pad(tensor, columns):
+    return torch.nn.functional.pad(tensor, (0, columns - tensor.shape[1])).contiguous()
+
+
+def _retrieve_fake(
+    x,
+    keys,
+    values,
+    current_keys,
+    current_values,
+    residual,
+    num_frozen,
+    top_k,
+    temperature,
+    threshold,
+    eps,
+    training,
+):
+    dtype = torch_backend.compute_dtype(x, current_keys)
+    index, scores, frozen = _sizes(keys.shape[0], current_keys.shape[0], top_k)
+    rows = x.shape[0]
+    return (
+        x.new_empty(rows, values.shape[1], dtype=x.dtype if residual is None else residual.dtype),
+        x.new_empty(rows, index, dtype=torch.int32),
+        x.new_empty(rows, scores, dtype=dtype),
+        x.new_empty(rows, scores, dtype=dtype),
+        x.new_empty(rows, 1, dtype=dtype),
+        x.new_empty(rows, frozen, dtype=dtype),
+    )
+
+
+def _retrieve_backward(
+    grad,
+    x,
+    keys,
+    values,
+    current_keys,
+    current_values,
+    index,
+    scores,
+    weights,
+    norm,
+    frozen_scores,
+    num_frozen,
+    top_k,
+    temperature,
+    threshold,
+    eps,
+    training,
+):
+    count, num_current = int(num_frozen), len(current_keys)
+    if _is_dense(count, top_k):
+        index, columns = index[:, :0], num_current + count
+    else:
+        columns = num_current + top_k
+    kept = count if index.shape[1] and count <= torch_backend.KEEP_SCORES else 0
+    saved = torch_backend.Saved(
+        index, scores[:, :columns], weights[:, :columns], norm, frozen_scores[:, :kept]
+    )
+    return torch_backend.backward(
+        grad,
+        x,
+        keys[:count],
+        values[:count],
+        current_keys,
+        current_values,
+        saved,
+        (top_k, temperature, threshold, eps),
+        training,
+        (True, True, True),
+    )
+
+
+def _retrieve_backward_fake(grad, x, keys, values, current_keys, current_values, *_):
+    return (
+        x.new_empty(x.shape),
+        current_keys.new_empty(current_keys.shape),
+        (current_values.new_empty(current_values.shape)),
+    )
+
+
+for _name, _impl, _fake in (
+    ("retrieve", _retrieve, _retrieve_fake),
+    ("retrieve_backward", _retrieve_backward, _retrieve_backward_fake),
+):
+    _LIBRARY.impl(_name, _impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"moram::{_name}", _fake, lib=_LIBRARY)

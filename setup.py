@@ -1,0 +1,42 @@
+"""Packaging. Lower bounds are what the test suite has run on; see README, "Versions"."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="moram",
+    version="0.1.0",
+    description="Continual learning with incremental mixtures of rank-1 associative memory experts",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["moram", "moram.*", "moram_kernels", "moram_kernels.*"]),
+    package_data={
+        "moram": ["py.typed"],
+        "moram.demo": ["data/*/*.json"],
+        "moram_kernels": ["py.typed"],
+    },
+    # Triton comes with torch on Linux and is pinned there; asking for it again can only conflict.
+    install_requires=["torch>=2.6", "safetensors>=0.4", "tqdm"],
+    extras_require={
+        "llm": ["transformers>=4.57"],
+        "clip": ["open_clip_torch>=2.30", "torchvision"],
+        "demo": ["transformers>=4.57", "gguf>=0.10", "matplotlib", "numpy"],
+        "bench": ["matplotlib", "pytest-benchmark"],
+        "dev": [
+            "transformers>=4.57",
+            "open_clip_torch>=2.30",
+            "torchvision",
+            "torchao",
+            "gguf>=0.10",
+            "matplotlib",
+            "numpy",
+            "pytest",
+            "pytest-benchmark",
+            "ruff",
+        ],
+    },
+    entry_points={"console_scripts": ["moram=moram.cli:main"]},
+)
