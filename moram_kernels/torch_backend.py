@@ -147,7 +147,7 @@ def _forward_block(x, bank, residual, settings, training, save, dense):
     if dense:
         scores = _dense_scores(x, keys, current_keys)
         norm = torch.linalg.vector_norm(scores, dim=-1, keepdim=True)
-        logits = _mask_dense(scores, num_current, top_k)
+        hidden = _hidden_dense(scores.detach(), num_current, top_k)
     else:
         frozen_scores = matmul_nt(x, keys)
         norm = torch.linalg.vector_norm(frozen_scores, dim=-1, keepdim=True)
@@ -157,9 +157,12 @@ def _forward_block(x, bank, residual, settings, training, save, dense):
             norm = torch.hypot(norm, wide)
         else:
             current_scores = x.new_empty(x.shape[0], 0)
-        scores, logits, index = _select_sparse(current_scores, frozen_scores, top_k)
+        scores, hidden, index = _select_sparse(current_scores, frozen_scores, top_k)
     clamped = norm.clamp_min(eps)
-    weights = (logits / (clamped * temperature)).softmax(dim=-1)
+    logits = scores / (clamped * temperature)
+    if hidden is not None:
+        logits = logits.masked_fill(hidden, float("-inf"))
+    weights = logits.softmax(dim=-1)
     written = weights * scores
     if not training and threshold > 0:
         written *= scores >= clamped * threshold
@@ -202,21 +205,19 @@ _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
 )
 
 
-def _mask_dense(scores, num_current, top_k):
-    """The scores with -inf for atoms that are not selected; columns: current, then frozen."""
+def _hidden_dense(scores, num_current, top_k):
+    """Where atoms are not selected, or None where all are; columns: current, then frozen."""
     if scores.shape[1] <= top_k:
-        return scores
+        return None
     # One more than needed: equal neighbours at the border show that a tie must be broken.
-    top = scores.detach().topk(top_k + 1, dim=-1).values
+    top = scores.topk(top_k + 1, dim=-1).values
     last, next_ = top[:, top_k - 1 : top_k], top[:, top_k:]
-    logits = scores.masked_fill(scores < last, float("-inf"))
+    hidden = scores < last
     tied = last == next_
     if tied.any():
         rows = tied.squeeze(-1).nonzero().squeeze(-1)
-        part = scores[rows]
-        keep = _first_selected(part, num_current, top_k)
-        logits[rows] = part.masked_fill(~keep, float("-inf"))
-    return logits
+        hidden[rows] = ~_first_selected(scores[rows], num_current, top_k)
+    return hidden
 
 
 def _first_selected(scores, num_current, top_k):
@@ -228,7 +229,7 @@ def _first_selected(scores, num_current, top_k):
 
 
 def _select_sparse(current_scores, frozen_scores, top_k):
-    """Candidate scores, the same with -inf where not selected, and rows of the frozen ones."""
+    """Candidate scores, where they are not selected, and the rows of the frozen ones."""
     num_current = current_scores.shape[1]
     order, index = frozen_scores.topk(top_k + 1, dim=-1)
     index = index[:, :top_k]
@@ -239,17 +240,16 @@ def _select_sparse(current_scores, frozen_scores, top_k):
     else:
         scores = order[:, :top_k]
     last, next_ = order[:, top_k - 1 : top_k], order[:, top_k:]
-    logits = scores.masked_fill(scores < last, float("-inf"))
+    hidden = scores < last
     tied = last == next_
     if tied.any():
         rows = tied.squeeze(-1).nonzero().squeeze(-1)
         ordered, first = frozen_scores[rows].sort(dim=-1, descending=True, stable=True)
         part = torch.cat([current_scores[rows], ordered[:, :top_k]], dim=-1)
-        keep = _first_selected(part, num_current, top_k)
         scores, index = scores.clone(), index.clone()
         scores[rows], index[rows] = part, first[:, :top_k]
-        logits[rows] = part.masked_fill(~keep, float("-inf"))
-    return scores, logits, index
+        hidden[rows] = ~_first_selected(part, num_current, top_k)
+    return scores, hidden, index
 
 
 def _aggregate(written, index, values, current_values, residual):

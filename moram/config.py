@@ -1,0 +1,131 @@
+"""All settings of MoRAM in one checked dataclass. No tensors and no models live here."""
+
+from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
+
+from moram_kernels import SelfActivation
+from moram_kernels.api import BACKENDS
+
+ATOM_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True)
+class MoRAMConfig:
+    """What is adapted, how many atoms a task gets, and how they fire.
+
+    Args:
+        atoms_per_task: atoms appended per task and projection (r), >= 1.
+        top_k: atoms selected per token, >= 1, clipped to the atoms that exist.
+        temperature: softmax temperature over the selected atoms, > 0.
+        threshold: at inference, atoms whose normalised score is below it write nothing;
+            in [0, 1), 0 = off.
+        value_scale: factor on the current values (alpha / r of LoRA), > 0. It is folded into the
+            values when they freeze, so freezing changes no output.
+        dropout: probability of dropping an input feature before the keys see it, in [0, 1).
+        eps: lower bound of the norm that scores are divided by, > 0.
+        targets: "auto" (by the model's family), the name of a preset (`moram.models.PRESETS`), or
+            names of projections: a suffix of the module's path ("q_proj", "layers.0.mlp.up_proj")
+            or a pattern with * ("visual.*.c_fc").
+        exclude: patterns with * of module paths that are never adapted.
+        backend: "auto", "reference", "torch" or "triton".
+        atom_dtype: dtype of keys and values; float32 keeps small updates that bfloat16 loses.
+        capacity: frozen atoms that the bank has room for from the start; None = 8 tasks. It doubles
+            when full. torch.compile compiles again when the capacity changes, not when a task does.
+    Raises:
+        TypeError, ValueError: a setting is of the wrong kind or out of range; the message names it.
+    """
+
+    atoms_per_task: int = 8
+    top_k: int = 8
+    temperature: float = 0.03
+    threshold: float = 0.2
+    value_scale: float = 8.0
+    dropout: float = 0.0
+    eps: float = 1e-12
+    targets: str | tuple[str, ...] = "auto"
+    exclude: tuple[str, ...] = ()
+    backend: str = "auto"
+    atom_dtype: str = "float32"
+    capacity: int | None = None
+
+    def __post_init__(self):
+        _ = self.activation
+        check_count("atoms_per_task", self.atoms_per_task, 1)
+        if self.capacity is not None:
+            check_count("capacity", self.capacity, 0)
+        for name in ("value_scale", "dropout"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+        if not 0 < self.value_scale < float("inf"):
+            raise ValueError(f"value_scale must be finite and > 0, got {self.value_scale}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
+        if self.atom_dtype not in ATOM_DTYPES:
+            raise ValueError(
+                f"atom_dtype must be one of {', '.join(ATOM_DTYPES)}, got {self.atom_dtype!r}"
+            )
+        if not isinstance(self.targets, str):
+            object.__setattr__(self, "targets", _names("targets", self.targets))
+            if not self.targets:
+                raise ValueError('targets must name at least one projection or be "auto", got ()')
+        object.__setattr__(self, "exclude", _names("exclude", self.exclude))
+
+    @property
+    def activation(self):
+        """The part of the settings that the operator takes."""
+        return SelfActivation(self.top_k, self.temperature, self.threshold, self.eps)
+
+    @classmethod
+    def preset(cls, name, **changes):
+        """The paper's settings for a benchmark: "trace" (language) or "xtail" (CLIP)."""
+        presets = {
+            "trace": {
+                "atoms_per_task": 8,
+                "top_k": 8,
+                "temperature": 0.03,
+                "threshold": 0.2,
+                "value_scale": 2.0,
+                "dropout": 0.1,
+            },
+            "xtail": {
+                "atoms_per_task": 16,
+                "top_k": 16,
+                "temperature": 0.01,
+                "threshold": 0.2,
+                "value_scale": 1.0,
+            },
+        }
+        if name not in presets:
+            raise ValueError(f"preset must be one of {', '.join(presets)}, got {name!r}")
+        return cls(**(presets[name] | changes))
+
+    def to_dict(self):
+        """Plain types, for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings):
+        """Inverse of `to_dict`; an unknown name raises ValueError."""
+        unknown = sorted(set(settings) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(
+                f"settings hold names this version does not know: {', '.join(unknown)}"
+            )
+        return cls(**settings)
+
+
+def check_count(name, value, least):
+    """Raise unless value is an integer >= least."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer >= {least}, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value}")
+
+
+def _names(argument, value):
+    if isinstance(value, str) or not all(isinstance(v, str) and v for v in value):
+        raise TypeError(f"{argument} must be a tuple of non-empty strings, got {value!r}")
+    return tuple(value)

@@ -1,0 +1,58 @@
+"""What every adapter of a Linear shares: it looks like the Linear it wraps."""
+
+import torch
+from torch import nn
+
+
+class AdapterLinear(nn.Module):
+    """Wraps a Linear, which it freezes and never copies; subclasses add an update in `forward`.
+
+    Args:
+        base_layer: an `nn.Linear` or a module that acts like one (also quantised): it has
+            in_features, out_features and weight.
+    Raises:
+        TypeError: base_layer is no Linear, or one whose call does not go through its module.
+    """
+
+    def __init__(self, base_layer):
+        super().__init__()
+        problem = why_not_linear(base_layer)
+        if problem:
+            raise TypeError(f"base_layer must be a Linear: {problem}")
+        self.base_layer = base_layer.requires_grad_(False)
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+
+    @property
+    def weight(self):
+        """The base weight, as the base stores it."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self):
+        """The base bias or None."""
+        return self.base_layer.bias
+
+    def extra_repr(self):
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def why_not_linear(module):
+    """Why a module cannot be wrapped, one sentence, or None if it can."""
+    kind = type(module).__name__
+    if isinstance(module, AdapterLinear):
+        return f"it is already adapted ({kind}); eject the adapters first"
+    if kind == "Conv1D":
+        return "Conv1D (GPT-2) stores its weight transposed and is not supported"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return (
+            "it belongs to an nn.MultiheadAttention, which reads its weight and never calls it; "
+            "split the attention first (moram.models.split_attention)"
+        )
+    if not isinstance(module, nn.Module):
+        return f"got {kind}"
+    sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    if not all(isinstance(size, int) for size in sizes) or not isinstance(
+        getattr(module, "weight", None), torch.Tensor
+    ):
+        return f"got {kind}, which lacks in_features, out_features or weight"
+    return None

@@ -1,0 +1,109 @@
+"""The MoRAM layer: a frozen Linear plus a bank of atoms that decide for themselves when to fire."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moram_kernels import reference, retrieve
+
+from ..bank import AtomBank
+from ..config import MoRAMConfig
+from .base import AdapterLinear
+
+
+class MoRAMLinear(AdapterLinear):
+    """A drop-in `nn.Linear`: base(x) + sum_i w_i s_i values_i over all atoms of the bank.
+
+    Starts with one task's atoms, whose values are zero: the output is the base's.
+
+    Args:
+        in_features, out_features, bias, device, dtype: of the base, as for `nn.Linear`.
+        config: `MoRAMConfig`; its targets are not used here.
+        backend: overrides config.backend.
+        generator: for the initial keys.
+    """
+
+    def __init__(
+        self,
+        in_features,
+        out_features,
+        bias=True,
+        config=None,
+        backend=None,
+        *,
+        device=None,
+        dtype=None,
+        generator=None,
+    ):
+        base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        self._setup(base, config, backend, generator)
+
+    @classmethod
+    def from_linear(cls, linear, config=None, backend=None, *, generator=None):
+        """Wrap an existing Linear, also a quantised one, without copying it."""
+        layer = cls.__new__(cls)
+        layer._setup(linear, config, backend, generator)
+        return layer
+
+    def _setup(self, base_layer, config, backend, generator):
+        super().__init__(base_layer)
+        config = MoRAMConfig() if config is None else config
+        if not isinstance(config, MoRAMConfig):
+            raise TypeError(f"config must be a MoRAMConfig, got {type(config).__name__}")
+        self.configure(config, backend)
+        capacity = 8 * config.atoms_per_task if config.capacity is None else config.capacity
+        self.bank = AtomBank(
+            self.in_features,
+            self.out_features,
+            capacity=capacity,
+            value_scale=config.value_scale,
+            device=base_layer.weight.device,
+            dtype=getattr(torch, config.atom_dtype),
+        )
+        self.bank.append(config.atoms_per_task, generator)
+
+    def configure(self, config, backend=None):
+        """Take over settings; the bank keeps its atoms."""
+        self.config = config
+        self.activation = config.activation
+        self.backend = config.backend if backend is None else backend
+        if hasattr(self, "bank"):
+            self.bank.value_scale = config.value_scale
+
+    def forward(self, x):
+        base = self.base_layer(x)
+        bank, live = self.bank, None
+        if torch.compiler.is_compiling():
+            # Whole buffers and a count that is data: nothing to recompile when a task is added.
+            keys, values, live = bank.frozen_keys, bank.frozen_values, bank.live
+            current_keys, current_values = bank.current_keys, bank.scaled_values()
+        else:
+            keys, values, current_keys, current_values = bank.segments()
+            if keys.shape[0] + current_keys.shape[0] == 0:
+                return base
+        if self.config.dropout:
+            x = F.dropout(x, self.config.dropout, self.training)
+        return retrieve(
+            x,
+            keys,
+            values,
+            self.activation,
+            current_keys=current_keys,
+            current_values=current_values,
+            residual=base,
+            training=self.training,
+            backend=self.backend,
+            num_frozen=live,
+        )
+
+    @torch.no_grad()
+    def mixture_weights(self, x):
+        """The weight of every atom for inputs x [..., D], frozen first: [..., N], as in eval mode.
+
+        For looking into a model; `forward` does not call it.
+        """
+        keys, _, current_keys, _ = self.bank.segments()
+        scores = reference.score_atoms(x, torch.cat([keys, current_keys]))
+        norm_scores = reference.normalize_scores(scores, self.activation.eps)
+        selected = reference.select_atoms(norm_scores, self.activation.top_k)
+        return reference.mixture_weights(norm_scores, selected, self.activation)

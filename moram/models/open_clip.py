@@ -1,0 +1,184 @@
+"""open_clip's attention with q, k, v and out as Linears of their own, and back.
+
+`nn.MultiheadAttention` keeps q, k and v in one packed parameter and reads out_proj's weight without
+calling the module, so nothing inside it can be adapted. `split_attention` swaps it for modules that
+compute the same; `pack_attention` restores the packed ones bit for bit. open_clip is not imported.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class SplitAttention(nn.Module):
+    """Self-attention with the call of `nn.MultiheadAttention` and separate projections.
+
+    Args:
+        packed: an `nn.MultiheadAttention` with one width for q, k and v, whose weights are copied.
+    Raises:
+        ValueError: the attention has a form that cannot be split; the message says which.
+    """
+
+    def __init__(self, packed):
+        super().__init__()
+        problem = why_not_splittable(packed)
+        if problem:
+            raise ValueError(f"this nn.MultiheadAttention cannot be split: {problem}")
+        self.embed_dim, self.num_heads = packed.embed_dim, packed.num_heads
+        self.dropout, self.batch_first = packed.dropout, packed.batch_first
+        self.training = packed.training
+        weights = packed.in_proj_weight.chunk(3)
+        biases = (None,) * 3 if packed.in_proj_bias is None else packed.in_proj_bias.chunk(3)
+        for name, weight, bias in zip(("q_proj", "k_proj", "v_proj"), weights, biases, strict=True):
+            setattr(self, name, _linear(weight, bias, packed.in_proj_weight.requires_grad))
+        out = packed.out_proj
+        self.out_proj = _linear(out.weight, out.bias, out.weight.requires_grad)
+
+    def forward(
+        self,
+        query,
+        key=None,
+        value=None,
+        key_padding_mask=None,
+        need_weights=False,
+        attn_mask=None,
+        average_attn_weights=True,
+        is_causal=False,
+    ):
+        """Attention output and None, as `nn.MultiheadAttention` with need_weights=False."""
+        if need_weights:
+            raise ValueError("need_weights must be False: split attention returns no weights")
+        key = query if key is None else key
+        value = key if value is None else value
+        unbatched = query.dim() == 2
+        if unbatched:
+            query, key, value = (t.unsqueeze(0) for t in (query, key, value))
+        elif not self.batch_first:
+            query, key, value = (t.transpose(0, 1) for t in (query, key, value))
+        q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
+        mask = self._mask(attn_mask, key_padding_mask, q)
+        out = F.scaled_dot_product_attention(
+            *(self._heads(t) for t in (q, k, v)),
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        if unbatched:
+            out = out.squeeze(0)
+        elif not self.batch_first:
+            out = out.transpose(0, 1)
+        return out, None
+
+    def _heads(self, tensor):
+        batch, tokens, width = tensor.shape
+        heads = self.num_heads
+        return tensor.view(batch, tokens, heads, width // heads).transpose(1, 2)
+
+    def _mask(self, attn_mask, key_padding_mask, like):
+        """Both masks as one additive mask that broadcasts to [B, heads, T, T], or None."""
+        mask = None
+        if attn_mask is not None:
+            mask = _additive(attn_mask, like)
+            if mask.dim() == 3:
+                mask = mask.view(-1, self.num_heads, *mask.shape[1:])
+        if key_padding_mask is not None:
+            padding = _additive(key_padding_mask, like)[:, None, None, :]
+            mask = padding if mask is None else mask + padding
+        return mask
+
+
+def _additive(mask, like):
+    if mask.dtype != torch.bool:
+        return mask.to(like.dtype)
+    # nn.MultiheadAttention's boolean masks mark what is hidden.
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, float("-inf"))
+
+
+def _linear(weight, bias, trainable):
+    like = {"device": weight.device, "dtype": weight.dtype}
+    linear = nn.utils.skip_init(
+        nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None, **like
+    )
+    with torch.no_grad():
+        linear.weight.copy_(weight)
+        if bias is not None:
+            linear.bias.copy_(bias)
+    return linear.requires_grad_(trainable)
+
+
+def why_not_splittable(packed):
+    """Why an nn.MultiheadAttention cannot be split, a few words, or None."""
+    if not packed._qkv_same_embed_dim:
+        return "its keys or values have a width of their own (kdim, vdim)"
+    if packed.bias_k is not None or packed.add_zero_attn:
+        return "it appends to keys and values (add_bias_kv, add_zero_attn)"
+    return None
+
+
+def split_attention(model, prefixes=("",)):
+    """Swap every splittable `nn.MultiheadAttention` below the prefixes for a `SplitAttention`.
+
+    Returns:
+        The paths that were swapped. An attention of another form is left alone.
+    """
+    return _swap(
+        model,
+        prefixes,
+        lambda m: isinstance(m, nn.MultiheadAttention) and why_not_splittable(m) is None,
+        SplitAttention,
+    )
+
+
+def pack_attention(model):
+    """Inverse of `split_attention`: the state dict is open_clip's again, bit for bit.
+
+    Returns:
+        The paths that were swapped.
+    Raises:
+        ValueError: a projection is still adapted; eject the adapters first.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, SplitAttention):
+            for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+                if type(getattr(module, name)) is not nn.Linear:
+                    raise ValueError(
+                        f"{path}.{name} is a {type(getattr(module, name)).__name__}, which cannot "
+                        "be packed; call moram.eject(model) first"
+                    )
+    return _swap(model, ("",), lambda m: isinstance(m, SplitAttention), _packed)
+
+
+def _packed(split):
+    biased = split.q_proj.bias is not None
+    weight = split.q_proj.weight
+    packed = nn.MultiheadAttention(
+        split.embed_dim,
+        split.num_heads,
+        dropout=split.dropout,
+        bias=biased,
+        batch_first=split.batch_first,
+        device=weight.device,
+        dtype=weight.dtype,
+    )
+    parts = (split.q_proj, split.k_proj, split.v_proj)
+    with torch.no_grad():
+        packed.in_proj_weight.copy_(torch.cat([p.weight for p in parts]))
+        packed.out_proj.weight.copy_(split.out_proj.weight)
+        if biased:
+            packed.in_proj_bias.copy_(torch.cat([p.bias for p in parts]))
+            packed.out_proj.bias.copy_(split.out_proj.bias)
+    packed.requires_grad_(weight.requires_grad)
+    return packed.train(split.training)
+
+
+def _swap(model, prefixes, matches, build):
+    paths = [
+        path
+        for path, module in model.named_modules()
+        if matches(module) and path.startswith(tuple(prefixes))
+    ]
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        parent = model.get_submodule(parent)
+        setattr(parent, name, build(getattr(parent, name)))
+    return paths

@@ -1,0 +1,78 @@
+"""Which projections to adapt, per model family. A leaf: imports no model library."""
+
+from dataclasses import dataclass
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+_HF_CLIP = (
+    *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
+    "mlp.fc1",
+    "mlp.fc2",
+)
+_OPEN_CLIP = (
+    *(f"attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
+    "mlp.c_fc",
+    "mlp.c_proj",
+)
+
+
+@dataclass(frozen=True)
+class TargetPreset:
+    """The projections of a model family.
+
+    Args:
+        targets, exclude: as in `MoRAMConfig`.
+        split: path prefixes below which packed attention must be split first (open_clip).
+    """
+
+    targets: tuple[str, ...]
+    exclude: tuple[str, ...] = ()
+    split: tuple[str, ...] = ()
+
+
+def _language_presets():
+    # Multimodal Gemma 3 repeats the language model's names in its vision tower.
+    exclude = {"gemma3": ("*vision_tower*", "*multi_modal_projector*")}
+    for family in ("llama", "mistral", "gemma", "gemma2", "gemma3", "qwen2", "qwen3"):
+        yield family, TargetPreset(_ATTENTION, exclude.get(family, ()))
+        yield f"{family}+mlp", TargetPreset(_ATTENTION + _MLP, exclude.get(family, ()))
+
+
+# The paper's placements: attention in language models (TRACE), attention and MLP in CLIP (X-TAIL).
+PRESETS = {
+    **dict(_language_presets()),
+    "clip": TargetPreset(_HF_CLIP),
+    "clip-vision": TargetPreset(_HF_CLIP, exclude=("*text_model.*",)),
+    "clip-text": TargetPreset(_HF_CLIP, exclude=("*vision_model.*",)),
+    "open_clip": TargetPreset(_OPEN_CLIP, split=("visual.", "transformer.", "text.")),
+    "open_clip-vision": TargetPreset(
+        _OPEN_CLIP, exclude=("transformer.*", "text.*"), split=("visual.",)
+    ),
+    "open_clip-text": TargetPreset(
+        _OPEN_CLIP, exclude=("visual.*",), split=("transformer.", "text.")
+    ),
+}
+
+_MODEL_TYPES = {
+    "gemma3_text": "gemma3",
+    "clip_vision_model": "clip",
+    "clip_text_model": "clip",
+}
+
+
+def find_preset(model):
+    """The name of the preset for a model.
+
+    Raises:
+        ValueError: the family is not known; the message lists the presets.
+    """
+    if type(model).__module__.split(".")[0] == "open_clip":
+        return "open_clip"
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    name = _MODEL_TYPES.get(model_type, model_type)
+    if name not in PRESETS:
+        raise ValueError(
+            f'targets="auto" does not know {type(model).__name__} (model_type {model_type!r}); '
+            f"name the projections, or a preset: {', '.join(PRESETS)}"
+        )
+    return name
