@@ -19,14 +19,15 @@ class Encoded(NamedTuple):
     tail: int
 
 
-def encode(tokenizer, examples, max_length=192, multiple=64):
+def encode(tokenizer, examples, max_length=192, multiple=16):
     """Tokenise prompt + answer + end of text; long prompts lose their beginning.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         examples: sequence of `Example`.
         max_length: tokens at most.
-        multiple: lengths are padded up to a multiple of this, so that few shapes occur.
+        multiple: lengths are padded up to a multiple of this, so that few shapes occur: bfloat16
+            products compile a kernel for each new shape on CPU.
     Raises:
         ValueError: an answer leaves no room for its prompt.
     """
@@ -56,13 +57,17 @@ def encode(tokenizer, examples, max_length=192, multiple=64):
 
 def answer_logits(model, input_ids, attention_mask, tail):
     """Logits that predict the last `tail` positions [B, tail, V]; the others are not computed."""
+    length = input_ids.shape[1]
+    # Positions as a tensor: their hidden states are then gathered into whole rows. A slice would
+    # reach the head with gaps, and torch would copy the head's weight once per example.
+    positions = torch.arange(length - tail - 1, length - 1)
     output = model(
         input_ids=input_ids,
         attention_mask=attention_mask,
-        logits_to_keep=tail + 1,
+        logits_to_keep=positions,
         use_cache=False,
     )
-    return output.logits[:, :-1]
+    return output.logits
 
 
 @torch.no_grad()

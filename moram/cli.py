@@ -1,0 +1,61 @@
+"""The command `moram`: reads arguments, calls the library. Nothing else does."""
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+
+def main(argv=None):
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="moram", description="Continual learning with MoRAM.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser(
+        "demo", help="teach a small language model several tasks in a row, on the CPU"
+    )
+    _add_demo_arguments(demo)
+    arguments = parser.parse_args(argv)
+    return _run_demo(arguments, demo)
+
+
+def _add_demo_arguments(parser):
+    from .demo.run import DemoSettings
+
+    kinds = {"data": Path, "out": Path, "cache": Path, "model": Path, "threads": int}
+    notes = {
+        "data": "folder in TRACE's format: NAME/{train,test}.json, lists of prompt and answer",
+        "tasks": "names of the tasks, in order, separated by commas",
+        "out": "folder for results.json, demo.png and the adapters",
+        "cache": "folder where the weights are kept",
+        "model": "folder of another causal language model",
+        "atoms": "atoms per task, also LoRA's rank",
+        "lr": "MoRAM's peak learning rate",
+        "lora_lr": "LoRA's peak learning rate",
+        "threads": "CPU threads",
+        "dtype": "auto, bfloat16 or float32",
+    }
+    for item in fields(DemoSettings):
+        default = item.default
+        if item.name == "tasks":
+            default = ",".join(default)
+        parser.add_argument(
+            f"--{item.name.replace('_', '-')}",
+            type=str if item.name == "tasks" else kinds.get(item.name, type(default)),
+            default=default,
+            help=f"{notes.get(item.name, item.name.replace('_', ' '))} (default: {default})",
+        )
+
+
+def _run_demo(arguments, parser):
+    from .demo.run import DATA, DemoSettings, run_demo
+
+    values = {item.name: getattr(arguments, item.name) for item in fields(DemoSettings)}
+    values["tasks"] = tuple(name for name in arguments.tasks.split(",") if name)
+    if values["data"] != DATA and arguments.tasks == parser.get_default("tasks"):
+        parser.error("--data needs --tasks: which of its tasks, in which order")
+    try:
+        run_demo(DemoSettings(**values))
+    except (FileNotFoundError, ValueError, RuntimeError) as error:
+        print(f"moram demo: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,67 @@
+"""The demo's results as one picture."""
+
+
+def plot_results(results, path):
+    """Write a PNG: both matrices, the first task over time, and which atoms fire for which task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    for axis, (name, run) in zip(axes[0], results["methods"].items(), strict=True):
+        _draw_matrix(axis, name, run["matrix"], results["tasks"])
+    _draw_first_task(axes[1][0], results)
+    _draw_firing(axes[1][1], results, figure)
+    figure.suptitle(f"{results['model']} learns {len(results['tasks'])} tasks in a row")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _draw_matrix(axis, name, matrix, tasks):
+    axis.imshow(matrix, vmin=0, vmax=100, cmap="viridis", aspect="auto")
+    for t, row in enumerate(matrix):
+        for i, value in enumerate(row):
+            dark = value < 60
+            weight = "bold" if t == i else "normal"
+            axis.text(
+                i,
+                t,
+                f"{value:.0f}",
+                ha="center",
+                va="center",
+                color="white" if dark else "black",
+                fontweight=weight,
+            )
+    axis.set_title(f"{name}: accuracy, percent")
+    axis.set_xticks(range(len(tasks)), tasks)
+    axis.set_yticks(range(len(tasks)), [f"after {task}" for task in tasks])
+    axis.set_xlabel("tested on")
+
+
+def _draw_first_task(axis, results):
+    tasks = results["tasks"]
+    for name, run in results["methods"].items():
+        axis.plot([row[0] for row in run["matrix"]], marker="o", label=name)
+    axis.axhline(results["majority"][0], color="grey", linestyle=":", label="majority class")
+    axis.set_title(f"the first task, {tasks[0]}, over time")
+    axis.set_xticks(range(len(tasks)), [f"after {task}" for task in tasks])
+    axis.set_ylabel("accuracy, percent")
+    axis.set_ylim(0, 100)
+    axis.legend()
+
+
+def _draw_firing(axis, results, figure):
+    tasks, rows = results["tasks"], results["firing"]
+    image = axis.imshow(rows, cmap="magma", aspect="auto", interpolation="nearest")
+    per_task = len(rows[0]) / len(tasks)
+    for t in range(1, len(tasks)):
+        axis.axvline(t * per_task - 0.5, color="white", linewidth=1)
+    axis.set_xticks(
+        [(t + 0.5) * per_task - 0.5 for t in range(len(tasks))], [f"of {task}" for task in tasks]
+    )
+    axis.set_yticks(range(len(tasks)), tasks)
+    axis.set_xlabel("MoRAM's atoms, by the task that trained them")
+    axis.set_ylabel("input from")
+    axis.set_title("which atoms fire: mean weight over all layers")
+    figure.colorbar(image, ax=axis)

@@ -1,0 +1,178 @@
+"""Runs both methods over a stream, proves that the saved adapters reload, reports and plots."""
+
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .. import checkpoint
+from ..config import MoRAMConfig
+from ..continual import load_stream
+from ..continual.scoring import encode
+from ..inject import adapters
+from ..methods import MoRAM, SequentialLoRA, TrainSettings, run_stream
+from ..methods.base import num_examples, score
+from .model import DEFAULT_CACHE, NAME, fetch_weights, load_model
+from .report import format_report
+
+DATA = Path(__file__).with_name("data")
+TASKS = ("topic", "feeling", "purpose")
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What `run_demo` takes; the defaults are what `make demo` runs.
+
+    Args:
+        data, tasks: a folder in TRACE's format and the tasks to learn, in order.
+        out: folder for results.json, demo.png and the adapters.
+        cache: where the weights are kept.
+        model: folder of another causal language model in transformers' format, or None.
+        atoms: atoms per task, also the rank of LoRA; top_k is the same number.
+        value_scale: of MoRAM.
+        lr, lora_lr: peak learning rates.
+        epochs, batch_size, max_length, seed: see `TrainSettings`.
+        threads: CPU threads; None leaves torch's choice.
+        dtype: "auto" is bfloat16 where the CPU multiplies it natively, else float32.
+    """
+
+    data: Path = DATA
+    tasks: tuple[str, ...] = TASKS
+    out: Path = Path("out/demo")
+    cache: Path = DEFAULT_CACHE
+    model: Path | None = None
+    atoms: int = 8
+    value_scale: float = 8.0
+    lr: float = 2e-3
+    lora_lr: float = 2e-3
+    epochs: int = 2
+    batch_size: int = 8
+    max_length: int = 192
+    seed: int = 0
+    threads: int | None = None
+    dtype: str = "auto"
+
+
+def run_demo(settings, log=print):
+    """Run the demo and return its results, as written to out/results.json.
+
+    Raises:
+        ValueError, FileNotFoundError: bad data. RuntimeError: the reloaded adapters predict
+            something else than the ones that were saved.
+    """
+    started = time.perf_counter()
+    stream = load_stream(settings.data, settings.tasks)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    dtype = pick_dtype(settings.dtype)
+    folder = settings.model or fetch_weights(settings.cache, log)
+    name = NAME if settings.model is None else str(settings.model)
+    log(f"model: {name}, {dtype}, {torch.get_num_threads()} CPU threads")
+    for task in stream:
+        log(f"task {task.name}: {len(task.train)} train, {len(task.test)} test examples")
+    results = {"model": name, "tasks": [task.name for task in stream], "methods": {}}
+    results["settings"] = {k: str(v) for k, v in vars(settings).items()}
+    untrained = model = None
+    for method, train in _methods(settings):
+        # The first method's model is let go before the second one is read.
+        del model
+        model, tokenizer = load_model(folder, dtype)
+        total = num_examples(stream, train, untrained is None)
+        with tqdm(total=total, desc=method.name, unit="ex", mininterval=1) as bar:
+            found = run_stream(model, tokenizer, stream, method, train, bar.update, untrained)
+        untrained = found.untrained
+        results["methods"][method.name] = {
+            "matrix": found.matrix,
+            "trained": found.trained,
+            "seconds": found.seconds,
+            "lr": train.lr,
+            "losses": found.losses,
+        }
+        results.setdefault("untrained", found.untrained)
+        results.setdefault("majority", found.majority)
+        predictions = found.predictions
+    # MoRAM ran last: its model is the one to save, look into and reload.
+    data = _encode(tokenizer, stream, train)
+    results["firing"] = firing(model, data, settings.batch_size)
+    directory = Path(settings.out) / "adapters"
+    checkpoint.save(model, directory, tasks=results["tasks"], base_model=name)
+    del model
+    model, _ = load_model(folder, dtype)
+    checkpoint.load(model, directory)
+    _, again = score(model, data, train)
+    if not all(torch.equal(a, b) for a, b in zip(predictions, again, strict=True)):
+        raise RuntimeError(f"the adapters reloaded from {directory} predict something else")
+    results["reloaded"] = sum(len(p) for p in again)
+    results["total_seconds"] = time.perf_counter() - started
+    _write(results, Path(settings.out), log)
+    return results
+
+
+def pick_dtype(name):
+    """The torch dtype for "auto", "bfloat16" or "float32"."""
+    if name == "auto":
+        native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        return torch.bfloat16 if native else torch.float32
+    if name not in ("bfloat16", "float32"):
+        raise ValueError(f"dtype must be auto, bfloat16 or float32, got {name!r}")
+    return getattr(torch, name)
+
+
+def _methods(settings):
+    train = TrainSettings(
+        lr=settings.lr,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        max_length=settings.max_length,
+        seed=settings.seed,
+    )
+    config = MoRAMConfig(
+        atoms_per_task=settings.atoms, top_k=settings.atoms, value_scale=settings.value_scale
+    )
+    return (
+        (SequentialLoRA(settings.atoms, seed=settings.seed), replace(train, lr=settings.lora_lr)),
+        (MoRAM(config, seed=settings.seed), train),
+    )
+
+
+def _encode(tokenizer, stream, train):
+    return [
+        tuple(encode(tokenizer, part, train.max_length) for part in (task.train, task.test))
+        for task in stream
+    ]
+
+
+@torch.no_grad()
+def firing(model, data, batch_size):
+    """How much each atom writes for each task: mean mixture weight [tasks, N] over all adapters.
+
+    Taken over the tokens of one batch of each task's test part; padding is left out.
+    """
+    rows = []
+    for _, test in data:
+        sums, count = [], 0
+        mask = test.attention_mask[:batch_size].bool()
+
+        def collect(adapter, inputs, mask=mask, sums=sums):
+            sums.append(adapter.mixture_weights(inputs[0])[mask].mean(0))
+
+        hooks = [a.register_forward_pre_hook(collect) for a in adapters(model).values()]
+        model(input_ids=test.input_ids[:batch_size], attention_mask=mask.long(), use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        count = len(sums)
+        rows.append((sum(sums) / count).tolist())
+    return rows
+
+
+def _write(results, out, log):
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    log(format_report(results))
+    from .plot import plot_results
+
+    plot_results(results, out / "demo.png")
+    log(f"adapters, results.json and demo.png are in {out}")
