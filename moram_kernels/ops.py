@@ -8,7 +8,7 @@ node whose shapes depend on the capacity of the bank, never on how many of its a
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import torch_backend
+from . import torch_backend, torch_backward
 
 _LIBRARY = torch.library.Library("moram", "DEF")
 _BANK = "Tensor keys, Tensor values, Tensor current_keys, Tensor current_values"
@@ -54,7 +54,16 @@ def retrieve_torch(
         or not any(t is not None and t.requires_grad for t in differentiable)
     ):
         output, _ = torch_backend.forward(
-            x, keys, values, current_keys, current_values, residual, settings, training, False
+            x,
+            keys,
+            values,
+            current_keys,
+            current_values,
+            residual,
+            settings,
+            training,
+            save=False,
+            dense=True if few else None,
         )
         return output
     return _Retrieve.apply(
@@ -91,7 +100,7 @@ class _Retrieve(torch.autograd.Function):
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:5])
         if num_frozen is None:
             saved = torch_backend.Saved(*saved)
-            dx, dkeys, dvalues = torch_backend.backward(
+            dx, dkeys, dvalues = torch_backward.backward(
                 grad, x, *bank, saved, ctx.settings, ctx.training, needs
             )
         else:
@@ -104,7 +113,7 @@ class _Retrieve(torch.autograd.Function):
 
 def _is_dense(num_frozen, top_k):
     # Independent of the number of tokens, so that shapes do not depend on it.
-    return torch_backend.is_dense(num_frozen, top_k, torch_backend.FEW_SCORES + 1)
+    return torch_backend.is_dense(num_frozen, top_k, float("inf"))
 
 
 def _sizes(capacity, num_current, top_k):
@@ -212,7 +221,7 @@ def _retrieve_backward(
     saved = torch_backend.Saved(
         index, scores[:, :columns], weights[:, :columns], norm, frozen_scores[:, :kept]
     )
-    return torch_backend.backward(
+    return torch_backward.backward(
         grad,
         x,
         keys[:count],

@@ -1,4 +1,4 @@
-"""The fast path in torch calls alone, for any device: forward and closed-form backward.
+"""The fast path in torch calls alone, for any device: the forward pass.
 
 Per token the work is one dense product (scores) and, for the values, only the selected atoms.
 Frozen and current atoms are never concatenated, frozen atoms cost no gradient work, and only the
@@ -6,11 +6,7 @@ few scores and weights of the candidate atoms are kept for the backward.
 
 Columns. Each token has candidates: all current atoms, then either all frozen atoms (`index` empty)
 or the top_k frozen ones, whose rows `index` names. Whatever is outside the candidates has weight 0
-and meets the backward only through the norm: with dz the gradient of the normalised scores,
-
-    ds = w g + dz / n   on the candidates,   ds -= s <z, dz> / n^2   on every atom,
-
-where n = max(||s||, eps) and the second term is absent where the clamp is active.
+and meets the backward (`torch_backward.py`) only through the norm.
 """
 
 import math
@@ -18,12 +14,19 @@ from typing import NamedTuple
 
 import torch
 
-# Above this many frozen atoms per selected one, a gather of the selected values beats the dense
-# product. Measured on 2 CPU cores, float32, O = 768 and 2048, top_k = 8: the gather costs as much
-# as a product with about 20 to 40 atoms.
+# All measured in float32 on one and two AMD Zen cores. Above this many frozen atoms per selected
+# one, a gather of the selected values beats the dense product (at O = 768, top_k = 8 and 1024
+# tokens a gather costs as much as a product with 20 to 40 atoms) ...
 GATHER_RATIO = 4
-# With so few scores in all, calls cost more than arithmetic and the dense form has fewer of them.
-FEW_SCORES = 512
+# ... unless the dense product has fewer multiply-adds than this: then the gather's extra calls
+# cost more than it saves.
+DENSE_MACS = 2**22
+# Up to this many scores, calls cost more than arithmetic, and autograd makes them faster than a
+# closed form written in Python.
+FEW_SCORES = 4096
+# oneDNN's float32 product is 1.1 to 1.4 times as fast as MKL's from this many multiply-adds on,
+# and slower below.
+ONEDNN_MACS = 2**24
 # Frozen scores are kept for the backward up to this many atoms (at most 1 KiB a token in float32,
 # a third of an input row of 768) and recomputed above.
 KEEP_SCORES = 256
@@ -47,9 +50,12 @@ class Saved(NamedTuple):
     frozen_scores: torch.Tensor
 
 
-def is_dense(num_frozen, top_k, tokens):
-    """Whether all frozen atoms are candidates, so that values are read by a dense product."""
-    return num_frozen <= GATHER_RATIO * top_k or tokens * num_frozen <= FEW_SCORES
+def is_dense(num_frozen, top_k, macs):
+    """Whether all frozen atoms are candidates, so that values are read by a dense product.
+
+    macs: multiply-adds of that product, tokens x frozen atoms x O.
+    """
+    return num_frozen <= GATHER_RATIO * top_k or macs <= DENSE_MACS
 
 
 def block_rows(num_frozen, itemsize):
@@ -74,16 +80,16 @@ def forward(
     """
     dtype = compute_dtype(x, current_keys)
     out_dtype = x.dtype if residual is None else residual.dtype
-    bank = _to(dtype, keys, values, current_keys, current_values)
+    bank = cast(dtype, keys, values, current_keys, current_values)
     if x.shape[0] == 1 and x.device.type == "cpu" and not torch.is_grad_enabled() and not save:
-        output = _forward_one(*_to(dtype, x), bank, residual, settings, training)
+        output = _forward_one(*cast(dtype, x), bank, residual, settings, training)
         if output is not None:
             return output.to(out_dtype), None
     if dense is None:
-        dense = is_dense(keys.shape[0], settings[0], x.shape[0])
+        dense = is_dense(keys.shape[0], settings[0], x.shape[0] * values.numel())
     rows = block_rows(keys.shape[0], dtype.itemsize)
     if x.shape[0] <= rows:
-        (x,) = _to(dtype, x)
+        (x,) = cast(dtype, x)
         output, saved = _forward_block(x, bank, residual, settings, training, save, dense)
         return output.to(out_dtype), saved
     output = x.new_empty(x.shape[0], values.shape[1], dtype=out_dtype)
@@ -135,7 +141,8 @@ def compute_dtype(x, keys):
     return torch.promote_types(torch.promote_types(x.dtype, keys.dtype), torch.float32)
 
 
-def _to(dtype, *tensors):
+def cast(dtype, *tensors):
+    """The tensors in a dtype."""
     return [t if t.dtype == dtype else t.to(dtype) for t in tensors]
 
 
@@ -165,7 +172,7 @@ def _forward_block(x, bank, residual, settings, training, save, dense):
     weights = logits.softmax(dim=-1)
     written = weights * scores
     if not training and threshold > 0:
-        written *= scores >= clamped * threshold
+        written = written.masked_fill(scores < clamped * threshold, 0)
     output = _aggregate(written, index, values, current_values, residual)
     if not save:
         return output, None
@@ -188,12 +195,10 @@ def _dense_scores(x, keys, current_keys):
 
 
 def matmul_nt(a, b):
-    """a @ b.T for a [M, D], b [N, D] or b = c.T; in float32 on CPU through oneDNN where it pays.
-
-    oneDNN's float32 product is 1.1 to 1.4 times as fast as MKL's on the AMD cores measured, and the
-    same on others, but falls to a slow path for rows that are not contiguous.
-    """
-    if a.dtype == torch.float32 and a.device.type == "cpu" and _HAS_ONEDNN and a.shape[0] >= 64:
+    """a @ b.T for a [M, D], b [N, D]; large float32 products on CPU go through oneDNN."""
+    macs = a.numel() * b.shape[0]
+    if macs >= ONEDNN_MACS and a.dtype == torch.float32 and a.device.type == "cpu" and _HAS_ONEDNN:
+        # Rows with gaps would fall to a path hundreds of times slower; a transposed b is fine.
         if not (b.is_contiguous() or b.t().is_contiguous()):
             b = b.contiguous()
         return torch.ops.mkldnn._linear_pointwise(a.contiguous(), b, None, "none", [], "")
@@ -260,14 +265,14 @@ def _aggregate(written, index, values, current_values, residual):
     if num_current == 0:
         if index is None:
             return _addmm(residual, written, values)
-        output = _bag(values, index, written)
+        output = bag(values, index, written)
         return output if residual is None else output.add_(residual)
     if values.shape[0] == 0:
         return _addmm(residual, written, current_values)
     output = _addmm(residual, written[:, :num_current], current_values)
     frozen = written[:, num_current:]
     return (
-        output.addmm_(frozen, values) if index is None else output.add_(_bag(values, index, frozen))
+        output.addmm_(frozen, values) if index is None else output.add_(bag(values, index, frozen))
     )
 
 
@@ -275,119 +280,10 @@ def _addmm(residual, a, b):
     return a @ b if residual is None else torch.addmm(residual, a, b)
 
 
-def _bag(table, index, weights):
+def bag(table, index, weights):
     """Weighted sum of the named rows of a table, without gathering them first."""
     rows, per_row = index.shape
     offsets = torch.arange(0, rows * per_row, per_row, dtype=index.dtype, device=index.device)
     return torch.embedding_bag(
         table, index.reshape(-1), offsets, False, 0, False, weights.reshape(-1)
     )[0]
-
-
-def backward(grad, x, keys, values, current_keys, current_values, saved, settings, training, needs):
-    """Gradients of the update for x and the current atoms.
-
-    Args:
-        grad: gradient of the output [M, O].
-        saved: what `forward` returned for the same arguments.
-        needs: which of (x, current_keys, current_values) want a gradient.
-    Returns:
-        dx [M, D], dkeys [C, D], dvalues [C, O], each in the dtype of its tensor or None.
-    """
-    dtype = compute_dtype(x, current_keys)
-    bank = _to(dtype, keys, values, current_keys, current_values)
-    rows = block_rows(keys.shape[0], dtype.itemsize)
-    sparse = saved.index.shape[1] > 0
-    gram = _gram(bank[0], x.shape[0]) if needs[0] and sparse else None
-    if x.shape[0] <= rows:
-        xs, dy = _to(dtype, x, grad)
-        grads = _backward_block(dy, xs, bank, saved, settings, training, needs, gram)
-    else:
-        parts, grads = [], [None, None, None]
-        for start in range(0, x.shape[0], rows):
-            part = slice(start, start + rows)
-            block = Saved(*(t[part] for t in saved))
-            xs, dy = x[part].to(dtype), grad[part].to(dtype)
-            dx, *dbank = _backward_block(dy, xs, bank, block, settings, training, needs, gram)
-            parts.append(None if dx is None else dx.to(x.dtype))
-            for i, part_grad in enumerate(dbank, start=1):
-                if part_grad is not None:
-                    grads[i] = part_grad if grads[i] is None else grads[i].add_(part_grad)
-        grads[0] = torch.cat(parts) if needs[0] else None
-    targets = (x, current_keys, current_values)
-    return tuple(None if g is None else g.to(t.dtype) for g, t in zip(grads, targets, strict=True))
-
-
-def _gram(keys, tokens):
-    """keys^T keys if it makes (x keys^T) keys cheaper than recomputing the scores, else None."""
-    num_frozen, width = keys.shape
-    if num_frozen <= KEEP_SCORES:
-        return None
-    with_gram = num_frozen * width * width + tokens * width * width
-    return matmul_nt(keys.t(), keys.t()) if with_gram < 2 * tokens * num_frozen * width else None
-
-
-def _backward_block(dy, x, bank, saved, settings, training, needs, gram):
-    """dx, dkeys, dvalues of one block of tokens, None where not needed."""
-    keys, values, current_keys, current_values = bank
-    _, temperature, threshold, eps = settings
-    scores, weights, num_current = saved.scores, saved.weights, current_keys.shape[0]
-    sparse = saved.index.shape[1] > 0
-    clamped = saved.norm.clamp_min(eps)
-    pull = _pull(dy, values, current_values, saved.index)
-    written = weights * scores
-    if not training and threshold > 0:
-        fires = scores >= clamped * threshold
-        pull, written = pull * fires, written * fires
-    # Through the softmax: the weight's gradient is s g, and dnorm_scores = w (dw - <w, dw>) / t.
-    share = written * pull
-    dnorm_scores = torch.addcmul(share, weights, share.sum(-1, keepdim=True), value=-1)
-    dnorm_scores /= clamped * temperature
-    dense = (dnorm_scores * scores).sum(-1, keepdim=True) / clamped / clamped
-    dense.masked_fill_(saved.norm < eps, 0)
-    dscores = torch.addcmul(dnorm_scores, weights, pull)
-    if sparse:
-        dscores[:, :num_current].addcmul_(scores[:, :num_current], dense, value=-1)
-    else:
-        dscores.addcmul_(scores, dense, value=-1)
-    current = dscores[:, :num_current]
-    return (
-        _dx(x, keys, current_keys, saved, dscores, dense, gram) if needs[0] else None,
-        current.t() @ x if needs[1] else None,
-        written[:, :num_current].t() @ dy if needs[2] else None,
-    )
-
-
-def _pull(dy, values, current_values, index):
-    """<values_i, dy> for the candidates."""
-    current = dy @ current_values.t()
-    if values.shape[0] == 0:
-        return current
-    frozen = _bag_pull(dy, values, index) if index.shape[1] else dy @ values.t()
-    return torch.cat([current, frozen], dim=-1)
-
-
-def _bag_pull(dy, values, index):
-    """<values_i, dy> for the named rows [M, top_k]: the bag's own gradient for its weights."""
-    rows, per_row = index.shape
-    bag = torch.arange(rows, dtype=index.dtype, device=index.device)
-    flat = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        dy, values, index.reshape(-1), bag * per_row, bag.repeat_interleave(per_row), 0
-    )
-    return flat.view(rows, per_row)
-
-
-def _dx(x, keys, current_keys, saved, dscores, dense, gram):
-    num_current = current_keys.shape[0]
-    if keys.shape[0] == 0:
-        return dscores @ current_keys
-    frozen = dscores[:, num_current:]
-    if saved.index.shape[1] == 0:
-        dx = frozen @ keys
-    elif gram is not None:
-        dx = matmul_nt(x * -dense, gram).add_(_bag(keys, saved.index, frozen))
-    else:
-        kept = saved.frozen_scores if saved.frozen_scores.shape[1] else matmul_nt(x, keys)
-        full = (kept * -dense).scatter_add_(1, saved.index.long(), frozen)
-        dx = matmul_nt(full, keys.t())
-    return dx.addmm_(dscores[:, :num_current], current_keys) if num_current else dx
