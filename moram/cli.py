@@ -21,7 +21,7 @@ def main(argv=None):
 def _add_demo_arguments(parser):
     from .demo.run import DemoSettings
 
-    kinds = {"data": Path, "out": Path, "cache": Path, "model": Path, "threads": int}
+    kinds = {"tasks": str, "data": Path, "out": Path, "cache": Path, "model": Path, "threads": int}
     notes = {
         "data": "folder in TRACE's format: NAME/{train,test}.json, lists of prompt and answer",
         "tasks": "names of the tasks, in order, separated by commas",
@@ -35,24 +35,24 @@ def _add_demo_arguments(parser):
         "dtype": "auto, bfloat16 or float32",
     }
     for item in fields(DemoSettings):
-        default = item.default
-        if item.name == "tasks":
-            default = ",".join(default)
+        # Tasks have no default of their own: those of the shipped data, or else they must be named.
+        default = None if item.name == "tasks" else item.default
         parser.add_argument(
             f"--{item.name.replace('_', '-')}",
-            type=str if item.name == "tasks" else kinds.get(item.name, type(default)),
+            type=kinds.get(item.name, type(default)),
             default=default,
             help=f"{notes.get(item.name, item.name.replace('_', ' '))} (default: {default})",
         )
 
 
 def _run_demo(arguments, parser):
-    from .demo.run import DATA, DemoSettings, run_demo
+    from .demo.run import DATA, TASKS, DemoSettings, run_demo
 
     values = {item.name: getattr(arguments, item.name) for item in fields(DemoSettings)}
-    values["tasks"] = tuple(name for name in arguments.tasks.split(",") if name)
-    if values["data"] != DATA and arguments.tasks == parser.get_default("tasks"):
+    if values["tasks"] is None and values["data"] != DATA:
         parser.error("--data needs --tasks: which of its tasks, in which order")
+    names = (values["tasks"] or "").split(",")
+    values["tasks"] = tuple(name for name in names if name) or TASKS
     try:
         run_demo(DemoSettings(**values))
     except (FileNotFoundError, ValueError, RuntimeError) as error:

@@ -75,7 +75,9 @@ def _convert(gguf, target):
 def load_model(folder, dtype):
     """Model (in eval mode) and tokenizer from a folder that `fetch_weights` or a user made."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     # On CPU and for short texts the plain attention is the faster one.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")

@@ -52,16 +52,32 @@ def _draw_first_task(axis, results):
 
 
 def _draw_firing(axis, results, figure):
-    tasks, rows = results["tasks"], results["firing"]
+    tasks, firing = results["tasks"], results["firing"]
+    rows, share = firing["weights"], firing["share"]
     image = axis.imshow(rows, cmap="magma", aspect="auto", interpolation="nearest")
     per_task = len(rows[0]) / len(tasks)
-    for t in range(1, len(tasks)):
-        axis.axvline(t * per_task - 0.5, color="white", linewidth=1)
+    for t in range(len(tasks)):
+        if t:
+            axis.axvline(t * per_task - 0.5, color="white", linewidth=1)
+        for i in range(len(tasks)):
+            # A dark ground keeps the numbers readable on any colour.
+            axis.text(
+                (t + 0.5) * per_task - 0.5,
+                i,
+                f"{share[i][t]:.0f}%",
+                ha="center",
+                va="center",
+                color="white",
+                bbox={"facecolor": "black", "alpha": 0.6, "linewidth": 0},
+            )
     axis.set_xticks(
         [(t + 0.5) * per_task - 0.5 for t in range(len(tasks))], [f"of {task}" for task in tasks]
     )
     axis.set_yticks(range(len(tasks)), tasks)
     axis.set_xlabel("MoRAM's atoms, by the task that trained them")
     axis.set_ylabel("input from")
-    axis.set_title("which atoms fire: mean weight over all layers")
+    axis.set_title(
+        f"which atoms fire: mean weight in {firing['path']}\n(percent: share over all projections)",
+        fontsize=9,
+    )
     figure.colorbar(image, ax=axis)

@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -147,25 +148,33 @@ def _encode(tokenizer, stream, train):
 
 @torch.no_grad()
 def firing(model, data, batch_size):
-    """How much each atom writes for each task: mean mixture weight [tasks, N] over all adapters.
+    """Which atoms write for which task: mean mixture weights over one test batch of each task.
 
-    Taken over the tokens of one batch of each task's test part; padding is left out.
+    Returns:
+        share: [input task][task of the atoms], percent of the weight, mean over all adapters;
+        path, weights: the adapter whose weights differ most from task to task, and its mean
+        weights [input task][atom]. Padding is left out.
     """
-    rows = []
+    found = adapters(model)
+    means = {path: [] for path in found}
     for _, test in data:
-        sums, count = [], 0
         mask = test.attention_mask[:batch_size].bool()
 
-        def collect(adapter, inputs, mask=mask, sums=sums):
-            sums.append(adapter.mixture_weights(inputs[0])[mask].mean(0))
+        def collect(adapter, inputs, path, mask=mask):
+            means[path].append(adapter.mixture_weights(inputs[0])[mask].mean(0))
 
-        hooks = [a.register_forward_pre_hook(collect) for a in adapters(model).values()]
+        hooks = [
+            adapter.register_forward_pre_hook(partial(collect, path=path))
+            for path, adapter in found.items()
+        ]
         model(input_ids=test.input_ids[:batch_size], attention_mask=mask.long(), use_cache=False)
         for hook in hooks:
             hook.remove()
-        count = len(sums)
-        rows.append((sum(sums) / count).tolist())
-    return rows
+    weights = {path: torch.stack(rows) for path, rows in means.items()}
+    per_task = [w.unflatten(1, (len(data), -1)).sum(-1) for w in weights.values()]
+    share = sum(100 * w / w.sum(1, keepdim=True).clamp_min(1e-9) for w in per_task) / len(per_task)
+    path = max(weights, key=lambda path: weights[path].std(0).sum())
+    return {"share": share.tolist(), "path": path, "weights": weights[path].tolist()}
 
 
 def _write(results, out, log):
