@@ -41,3 +41,7 @@ class SelfActivation:
             raise ValueError(f"threshold must be in [0, 1) (0 turns it off), got {self.threshold}")
         if not (self.eps > 0 and math.isfinite(self.eps)):
             raise ValueError(f"eps must be finite and > 0, got {self.eps}")
+        # Plain Python numbers from here on, whatever kind of number came.
+        object.__setattr__(self, "top_k", int(self.top_k))
+        for name in ("temperature", "threshold", "eps"):
+            object.__setattr__(self, name, float(getattr(self, name)))

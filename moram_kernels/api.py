@@ -1,5 +1,7 @@
 """The public operator: checks its arguments, picks a backend, flattens the leading dimensions."""
 
+import math
+
 import torch
 
 from .activation import SelfActivation
@@ -67,25 +69,31 @@ def retrieve(
     Source: Lu et al., ICML 2026, arXiv 2506.21035 (self-activation, sparse selection).
     Cost: 2 M N D FLOPs for the scores plus 2 M top_k O for the values of large banks.
     """
-    if current_keys is None and current_values is None and isinstance(keys, torch.Tensor):
-        current_keys = keys.new_empty(0, keys.shape[-1] if keys.dim() else 0)
-        if isinstance(values, torch.Tensor) and values.dim():
-            current_values = values.new_empty(0, values.shape[-1])
+    if current_keys is None and current_values is None:
+        current_keys, current_values = _no_atoms(keys), _no_atoms(values)
     _check(x, keys, values, activation, current_keys, current_values, residual, num_frozen)
     backend = pick_backend(backend)
     lead = x.shape[:-1]
     if len(lead) != 1:
-        x = x.reshape(-1, x.shape[-1])
-        residual = None if residual is None else residual.reshape(-1, residual.shape[-1])
+        rows = math.prod(lead)
+        x = x.reshape(rows, x.shape[-1])
+        residual = None if residual is None else residual.reshape(rows, residual.shape[-1])
     if keys.requires_grad or values.requires_grad:
         keys, values = keys.detach(), values.detach()
     bank = (keys, values, current_keys, current_values)
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            output = _run(backend, x, bank, activation, residual, training, num_frozen)
+            output = _run(backend, x, bank, activation, residual, training, num_frozen, True)
     else:
-        output = _run(backend, x, bank, activation, residual, training, num_frozen)
+        output = _run(backend, x, bank, activation, residual, training, num_frozen, False)
     return output if len(lead) == 1 else output.view(*lead, output.shape[-1])
+
+
+def _no_atoms(like):
+    """An empty segment next to a segment; not a matrix where the segment is not one."""
+    if not isinstance(like, torch.Tensor) or like.dim() != 2:
+        return like
+    return like.new_empty(0, like.shape[1])
 
 
 def pick_backend(backend):
@@ -100,7 +108,7 @@ def pick_backend(backend):
     return backend
 
 
-def _run(backend, x, bank, activation, residual, training, num_frozen):
+def _run(backend, x, bank, activation, residual, training, num_frozen, autocast):
     if backend == "torch":
         settings = (
             activation.top_k,
@@ -108,7 +116,7 @@ def _run(backend, x, bank, activation, residual, training, num_frozen):
             activation.threshold,
             activation.eps,
         )
-        return retrieve_torch(x, *bank, residual, settings, training, num_frozen)
+        return retrieve_torch(x, *bank, residual, settings, training, num_frozen, autocast)
     keys, values, current_keys, current_values = bank
     if num_frozen is not None:
         keys, values = keys[: int(num_frozen)], values[: int(num_frozen)]
@@ -129,7 +137,9 @@ def _check(x, keys, values, activation, current_keys, current_values, residual, 
         tensors["residual"] = residual
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
-            hint = "; give both current_keys and current_values or neither" * (tensor is None)
+            hint = ""
+            if tensor is None and name.startswith("current_"):
+                hint = "; give both current_keys and current_values or neither"
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}{hint}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")

@@ -6,7 +6,6 @@ node whose shapes depend on the capacity of the bank, never on how many of its a
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from . import torch_backend, torch_backward
 
@@ -27,12 +26,22 @@ _LIBRARY.define(
 
 
 def retrieve_torch(
-    x, keys, values, current_keys, current_values, residual, settings, training, num_frozen
+    x,
+    keys,
+    values,
+    current_keys,
+    current_values,
+    residual,
+    settings,
+    training,
+    num_frozen,
+    autocast,
 ):
     """Run the torch backend on rows x [M, D], with its closed-form backward.
 
     Args:
         num_frozen: live rows of keys and values, a 0-d int64 CPU tensor, or None for all.
+        autocast: whether the caller runs under autocast, and so perhaps the backward too.
         The rest as in `torch_backend.forward`.
     """
     if torch.compiler.is_compiling():
@@ -45,7 +54,11 @@ def retrieve_torch(
         count = int(num_frozen)
         keys, values = keys[:count], values[:count]
     num_atoms = keys.shape[0] + current_keys.shape[0]
-    few = current_keys.shape[0] and x.shape[0] * num_atoms <= torch_backend.FEW_SCORES
+    few = (
+        not autocast
+        and current_keys.shape[0]
+        and x.shape[0] * num_atoms <= torch_backend.FEW_SCORES
+    )
     differentiable = (x, current_keys, current_values, residual)
     # For few scores calls are dearer than arithmetic, and autograd's calls are the cheaper ones.
     if (
@@ -91,8 +104,20 @@ class _Retrieve(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        compiling = torch.compiler.is_compiling()
+        if torch.is_grad_enabled() and not compiling:
+            raise RuntimeError(
+                "the torch backend has no second derivative, which create_graph=True asks for; "
+                'use backend="reference"'
+            )
+        if not compiling and torch.is_autocast_enabled(grad.device.type):
+            with torch.autocast(grad.device.type, enabled=False):
+                return _Retrieve._backward(ctx, grad)
+        return _Retrieve._backward(ctx, grad)
+
+    @staticmethod
+    def _backward(ctx, grad):
         x, keys, values, current_keys, current_values, *saved, num_frozen = ctx.saved_tensors
         bank = (keys, values, current_keys, current_values)
         # An expanded gradient (of a sum) has stride 0; the kernels want rows.

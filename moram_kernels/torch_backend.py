@@ -24,9 +24,6 @@ DENSE_MACS = 2**22
 # Up to this many scores, calls cost more than arithmetic, and autograd makes them faster than a
 # closed form written in Python.
 FEW_SCORES = 4096
-# oneDNN's float32 product is 1.1 to 1.4 times as fast as MKL's from this many multiply-adds on,
-# and slower below.
-ONEDNN_MACS = 2**24
 # Frozen scores are kept for the backward up to this many atoms (at most 1 KiB a token in float32,
 # a third of an input row of 768) and recomputed above.
 KEEP_SCORES = 256
@@ -156,7 +153,7 @@ def _forward_block(x, bank, residual, settings, training, save, dense):
         norm = torch.linalg.vector_norm(scores, dim=-1, keepdim=True)
         hidden = _hidden_dense(scores.detach(), num_current, top_k)
     else:
-        frozen_scores = matmul_nt(x, keys)
+        frozen_scores = x @ keys.t()
         norm = torch.linalg.vector_norm(frozen_scores, dim=-1, keepdim=True)
         if num_current:
             current_scores = x @ current_keys.t()
@@ -192,22 +189,6 @@ def _dense_scores(x, keys, current_keys):
     if current_keys.shape[0] == 0:
         return x @ keys.t()
     return torch.cat([x @ current_keys.t(), x @ keys.t()], dim=-1)
-
-
-def matmul_nt(a, b):
-    """a @ b.T for a [M, D], b [N, D]; large float32 products on CPU go through oneDNN."""
-    macs = a.numel() * b.shape[0]
-    if macs >= ONEDNN_MACS and a.dtype == torch.float32 and a.device.type == "cpu" and _HAS_ONEDNN:
-        # Rows with gaps would fall to a path hundreds of times slower; a transposed b is fine.
-        if not (b.is_contiguous() or b.t().is_contiguous()):
-            b = b.contiguous()
-        return torch.ops.mkldnn._linear_pointwise(a.contiguous(), b, None, "none", [], "")
-    return a @ b.t()
-
-
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(
-    torch.ops.mkldnn, "_linear_pointwise"
-)
 
 
 def _hidden_dense(scores, num_current, top_k):

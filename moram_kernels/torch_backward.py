@@ -11,7 +11,7 @@ no gradient; they only carry ds back to x.
 import torch
 
 from . import torch_backend
-from .torch_backend import Saved, bag, cast, compute_dtype, matmul_nt
+from .torch_backend import Saved, bag, cast, compute_dtype
 
 
 def backward(grad, x, keys, values, current_keys, current_values, saved, settings, training, needs):
@@ -54,7 +54,7 @@ def _gram(keys, tokens):
     if num_frozen <= torch_backend.KEEP_SCORES:
         return None
     with_gram = num_frozen * width * width + tokens * width * width
-    return matmul_nt(keys.t(), keys.t()) if with_gram < 2 * tokens * num_frozen * width else None
+    return keys.t() @ keys if with_gram < 2 * tokens * num_frozen * width else None
 
 
 def _backward_block(dy, x, bank, saved, settings, training, needs, gram):
@@ -115,9 +115,9 @@ def _dx(x, keys, current_keys, saved, dscores, dense, gram):
     if saved.index.shape[1] == 0:
         dx = frozen @ keys
     elif gram is not None:
-        dx = matmul_nt(x * -dense, gram).add_(bag(keys, saved.index, frozen))
+        dx = ((x * -dense) @ gram).add_(bag(keys, saved.index, frozen))
     else:
-        kept = saved.frozen_scores if saved.frozen_scores.shape[1] else matmul_nt(x, keys)
+        kept = saved.frozen_scores if saved.frozen_scores.shape[1] else x @ keys.t()
         full = (kept * -dense).scatter_add_(1, saved.index.long(), frozen)
-        dx = matmul_nt(full, keys.t())
+        dx = full @ keys
     return dx.addmm_(dscores[:, :num_current], current_keys) if num_current else dx

@@ -1,0 +1,140 @@
+"""Sizes on each side of every constant by which the torch backend chooses its route.
+
+Each test also proves which route ran, so that a moved constant cannot empty it. All in float64
+against the reference; the constants are set small where that makes the test cheap.
+"""
+
+import pytest
+import torch
+from support import assert_parity, make_case, take_large_routes
+
+from moram_kernels import torch_backend, torch_backward
+
+
+@pytest.fixture(autouse=True)
+def large_routes(monkeypatch):
+    take_large_routes(monkeypatch)
+
+
+def spy(monkeypatch, name, module=torch_backend):
+    """What a function of the torch backend returns from now on, call by call."""
+    original, answers = getattr(module, name), []
+
+    def watched(*args, **settings):
+        answers.append(original(*args, **settings))
+        return answers[-1]
+
+    monkeypatch.setattr(module, name, watched)
+    return answers
+
+
+def check(tokens, frozen, current, width=6, top_k=3):
+    for training in (True, False):
+        settings = {"top_k": top_k, "training": training}
+        case = make_case(tokens, (tokens,), frozen, current, width, 5, **settings)
+        assert_parity(case)
+        assert_parity(case, wanted=("current_keys", "residual") if current else ("residual",))
+
+
+@pytest.mark.parametrize("current", [0, 4])
+@pytest.mark.parametrize("offset", [-1, 0, 1])
+def test_gather_ratio(offset, current, monkeypatch):
+    gathers = spy(monkeypatch, "bag")
+    check(100, torch_backend.GATHER_RATIO * 3 + offset, current)
+    assert bool(gathers) == (offset > 0)
+
+
+@pytest.mark.parametrize("current", [0, 4])
+@pytest.mark.parametrize("limit, gathered", [(9999, True), (10000, False), (10001, False)])
+def test_dense_macs(limit, gathered, current, monkeypatch):
+    # 100 tokens, 20 frozen atoms, 5 outputs: 10000 multiply-adds.
+    monkeypatch.setattr(torch_backend, "DENSE_MACS", limit)
+    gathers = spy(monkeypatch, "bag")
+    check(100, 20, current)
+    assert bool(gathers) == gathered
+
+
+@pytest.mark.parametrize("frozen, current", [(0, 8), (20, 4), (1, 3)])
+@pytest.mark.parametrize("offset", [-1, 0, 1])
+def test_few_scores(offset, frozen, current, monkeypatch):
+    monkeypatch.setattr(torch_backend, "FEW_SCORES", 70 * (frozen + current) + offset)
+    closed_forms = spy(monkeypatch, "backward", torch_backward)
+    check(70, frozen, current)
+    assert bool(closed_forms) == (offset < 0)
+
+
+def test_few_scores_of_frozen_atoms_alone_take_the_closed_form(monkeypatch):
+    monkeypatch.setattr(torch_backend, "FEW_SCORES", 10**9)
+    closed_forms = spy(monkeypatch, "backward", torch_backward)
+    check(70, 20, 0)
+    assert closed_forms
+
+
+@pytest.mark.parametrize("current", [0, 4])
+@pytest.mark.parametrize("offset", [-1, 0, 1])
+def test_keep_scores(offset, current, monkeypatch):
+    monkeypatch.setattr(torch_backend, "KEEP_SCORES", 40)
+    saved = spy(monkeypatch, "_forward_block")
+    check(30, 40 + offset, current, width=50)
+    kept = {block.frozen_scores.shape[1] for _, block in saved if block is not None}
+    assert kept == {40 + offset if offset <= 0 else 0}
+
+
+@pytest.mark.parametrize("current", [0, 4])
+@pytest.mark.parametrize("tokens, used", [(100, True), (33, True), (31, False)])
+def test_gram(tokens, used, current, monkeypatch):
+    # N D^2 + M D^2 < 2 M N D for N = 40 and D = 36 from M = 33 on (it is 32.7).
+    monkeypatch.setattr(torch_backend, "KEEP_SCORES", 20)
+    grams = spy(monkeypatch, "_gram", torch_backward)
+    check(tokens, 40, current, width=36)
+    assert grams and all((gram is not None) == used for gram in grams)
+
+
+@pytest.mark.parametrize("keep", [10, 1000], ids=["recomputed", "kept"])
+@pytest.mark.parametrize("current", [0, 4])
+@pytest.mark.parametrize("frozen", [0, 5, 40])
+@pytest.mark.parametrize("tokens", [63, 64, 65, 128, 193])
+def test_blocks(tokens, frozen, current, keep, monkeypatch):
+    if not frozen + current:
+        current = 1
+    monkeypatch.setattr(torch_backend, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(torch_backend, "KEEP_SCORES", keep)
+    blocks = spy(monkeypatch, "_forward_block")
+    check(tokens, frozen, current)
+    # Four runs in `check`, 64 tokens a block.
+    assert len(blocks) == 4 * -(-tokens // 64)
+    check(tokens, frozen, current, width=90)
+
+
+@pytest.mark.parametrize("few", [0, 10**9], ids=["closed-form", "autograd"])
+def test_blocks_either_way(few, monkeypatch):
+    monkeypatch.setattr(torch_backend, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(torch_backend, "FEW_SCORES", few)
+    check(130, 40, 4)
+
+
+def test_block_of_the_default_size():
+    rows = torch_backend.block_rows(5000, 8)
+    assert rows == torch_backend.BLOCK_BYTES // 40000 > 64
+    for tokens in (rows, rows + 1):
+        assert_parity(make_case(7, (tokens,), 5000, 4, 5, 3))
+
+
+@pytest.mark.parametrize("tokens, single", [(1, True), (2, False)])
+def test_single_token(tokens, single, monkeypatch):
+    answers = spy(monkeypatch, "_forward_one")
+    case = make_case(1, (tokens,), 40, 4, 6, 5, training=False)
+    with torch.no_grad():
+        assert_parity(case, wanted=())
+    assert len(answers) == single and all(answer is not None for answer in answers)
+    # With a graph to build, the general path runs.
+    assert_parity(case)
+    assert len(answers) == single
+
+
+def test_single_token_with_a_tie_at_the_border_takes_the_general_path(monkeypatch):
+    answers = spy(monkeypatch, "_forward_one")
+    case = make_case(1, (1,), 40, 4, 1, 5, training=False, integers=True)
+    with torch.no_grad():
+        assert_parity(case, wanted=())
+    assert answers == [None]
