@@ -165,6 +165,11 @@ class AtomBank(nn.Module):
             return
         with torch.no_grad():
             live = found["frozen_keys"].shape[0]
+            if local_metadata.get("assign_to_params_buffers"):
+                self.frozen_keys, self.frozen_values = found["frozen_keys"], found["frozen_values"]
+                self.live.fill_(live)
+                self._set_current(found["current_keys"], found["current_values"])
+                return
             self.reserve(live)
             self.live.fill_(live)
             for name in ("frozen_keys", "frozen_values"):

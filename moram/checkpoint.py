@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .config import MoRAMConfig
-from .inject import adapters, wrap_paths
+from .inject import adapters, restore, wrap_paths
 from .layers import MoRAMLinear
-from .models import pack_attention, split_attention
+from .layers.base import why_not_linear
+from .models import split_attention
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FORMAT = 1
@@ -35,10 +36,13 @@ def save(model, directory, *, tasks=(), base_model=None):
         base_model: name or path of the base; by default what the model's config says.
     Raises:
         ValueError: the model has no adapters, or they differ in their settings.
+        TypeError: tasks is one text.
     """
     found = adapters(model)
     if not found:
         raise ValueError("model has no MoRAM adapters to save; call moram.inject first")
+    if isinstance(tasks, str):
+        raise TypeError(f"tasks must be a sequence of names, got the text {tasks!r}")
     configs = {adapter.config for adapter in found.values()}
     if len(configs) > 1:
         raise ValueError("adapters must share one config to be saved together")
@@ -94,12 +98,12 @@ def load(model, directory, *, generator=None):
     """
     about, tensors = _read(Path(directory) / WEIGHTS)
     config = MoRAMConfig.from_dict(about["settings"])
-    was_split = _split_like(model, about["layers"])
+    packed = dict(model.named_modules(remove_duplicate=False))
+    _split_like(model, about["layers"])
     try:
         _check_fit(model, about)
     except ValueError:
-        if was_split:
-            pack_attention(model)
+        restore(model, packed)
         raise
     if not adapters(model):
         wrap_paths(
@@ -151,10 +155,11 @@ def _read(path):
 
 
 def _split_like(model, layers):
-    """Split packed attention whose projections the checkpoint adapts; returns the paths."""
+    """Split the packed attention whose projections the checkpoint adapts."""
     packed = {path for path, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
     wanted = {layer.rpartition(".")[0] for layer in layers}
-    return split_attention(model, tuple(packed & wanted)) if packed & wanted else []
+    if packed & wanted:
+        split_attention(model, tuple(packed & wanted))
 
 
 def _check_fit(model, about):
@@ -172,6 +177,9 @@ def _check_fit(model, about):
             raise ValueError(
                 f"model has no layer {path}, which the checkpoint adapts{_made(about)}"
             )
+        problem = None if isinstance(module, MoRAMLinear) else why_not_linear(module)
+        if problem:
+            raise ValueError(f"layer {path} cannot be adapted: {problem}")
         for name in ("in_features", "out_features"):
             if getattr(module, name, None) != sizes[name]:
                 raise ValueError(

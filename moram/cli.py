@@ -51,8 +51,8 @@ def _run_demo(arguments, parser):
     values = {item.name: getattr(arguments, item.name) for item in fields(DemoSettings)}
     if values["tasks"] is None and values["data"] != DATA:
         parser.error("--data needs --tasks: which of its tasks, in which order")
-    names = (values["tasks"] or "").split(",")
-    values["tasks"] = tuple(name for name in names if name) or TASKS
+    named = values["tasks"]
+    values["tasks"] = TASKS if named is None else tuple(n for n in named.split(",") if n)
     try:
         run_demo(DemoSettings(**values))
     except (FileNotFoundError, ValueError, RuntimeError) as error:

@@ -49,8 +49,9 @@ class MoRAMConfig:
     capacity: int | None = None
 
     def __post_init__(self):
-        _ = self.activation
         check_count("atoms_per_task", self.atoms_per_task, 1)
+        # Building it checks its settings.
+        _ = self.activation
         if self.capacity is not None:
             check_count("capacity", self.capacity, 0)
         for name in ("value_scale", "dropout"):
@@ -126,6 +127,6 @@ def check_count(name, value, least):
 
 
 def _names(argument, value):
-    if isinstance(value, str) or not all(isinstance(v, str) and v for v in value):
+    if not isinstance(value, (tuple, list)) or not all(isinstance(v, str) and v for v in value):
         raise TypeError(f"{argument} must be a tuple of non-empty strings, got {value!r}")
     return tuple(value)

@@ -9,7 +9,7 @@ from torch import nn
 from .config import MoRAMConfig
 from .layers import AdapterLinear, MoRAMLinear
 from .layers.base import why_not_linear
-from .models import PRESETS, TargetPreset, find_preset, pack_attention, split_attention
+from .models import PRESETS, TargetPreset, find_preset, split_attention
 
 
 @dataclass(frozen=True)
@@ -55,20 +55,33 @@ def inject_with(model, targets, exclude, wrap):
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     preset = resolve_targets(model, targets)
-    was_split = split_attention(model, preset.split) if preset.split else []
+    packed = dict(model.named_modules(remove_duplicate=False))
+    if preset.split:
+        split_attention(model, preset.split)
     try:
         found = find_targets(model, preset.targets, preset.exclude + tuple(exclude))
     except ValueError:
-        if was_split:
-            pack_attention(model)
+        restore(model, packed)
         raise
-    paths = tuple(dict.fromkeys(path for paths in found.values() for path in paths))
+    firsts = {}
+    for paths in found.values():
+        for path in paths:
+            firsts.setdefault(id(model.get_submodule(path)), path)
+    paths = tuple(firsts.values())
     wrap_paths(model, paths, wrap)
     return InjectReport(
         {name: len(paths) for name, paths in found.items()},
         paths,
         sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
+
+
+def restore(model, modules):
+    """Put back the packed attention of `modules`, a dict of the model's earlier modules by path."""
+    for path, module in modules.items():
+        if path and isinstance(module, nn.MultiheadAttention):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, module)
 
 
 def resolve_targets(model, targets):
@@ -94,7 +107,7 @@ def find_targets(model, targets, exclude=()):
     """
     modules = {
         path: module
-        for path, module in model.named_modules()
+        for path, module in model.named_modules(remove_duplicate=False)
         if path and not any(fnmatchcase(path, pattern) for pattern in exclude)
     }
     inside = [path for path, module in modules.items() if isinstance(module, AdapterLinear)]
@@ -159,7 +172,10 @@ def _why_refused(model, path, module):
 
 def wrap_paths(model, paths, wrap):
     """Replace the modules at the paths by wrap(module), wherever used, and freeze the rest."""
-    model.requires_grad_(False)
+    present = [m for m in model.modules() if isinstance(m, AdapterLinear)]
+    kept = {id(p) for adapter in present for p in adapter.parameters() if p.requires_grad}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in kept)
     names = {}
     for path, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(path)

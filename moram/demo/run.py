@@ -47,9 +47,9 @@ class DemoSettings:
     model: Path | None = None
     atoms: int = 8
     value_scale: float = 8.0
-    lr: float = 2e-3
+    lr: float = 3e-3
     lora_lr: float = 2e-3
-    epochs: int = 2
+    epochs: int = 3
     batch_size: int = 8
     max_length: int = 192
     seed: int = 0
@@ -69,6 +69,9 @@ def run_demo(settings, log=print):
     if settings.threads:
         torch.set_num_threads(settings.threads)
     dtype = pick_dtype(settings.dtype)
+    methods = _methods(settings)
+    if settings.model is not None and not Path(settings.model).is_dir():
+        raise FileNotFoundError(f"model must be a folder, {settings.model} is none")
     folder = settings.model or fetch_weights(settings.cache, log)
     name = NAME if settings.model is None else str(settings.model)
     log(f"model: {name}, {dtype}, {torch.get_num_threads()} CPU threads")
@@ -77,7 +80,7 @@ def run_demo(settings, log=print):
     results = {"model": name, "tasks": [task.name for task in stream], "methods": {}}
     results["settings"] = {k: str(v) for k, v in vars(settings).items()}
     untrained = model = None
-    for method, train in _methods(settings):
+    for method, train in methods:
         # The first method's model is let go before the second one is read.
         del model
         model, tokenizer = load_model(folder, dtype)

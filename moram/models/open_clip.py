@@ -26,13 +26,13 @@ class SplitAttention(nn.Module):
             raise ValueError(f"this nn.MultiheadAttention cannot be split: {problem}")
         self.embed_dim, self.num_heads = packed.embed_dim, packed.num_heads
         self.dropout, self.batch_first = packed.dropout, packed.batch_first
-        self.training = packed.training
         weights = packed.in_proj_weight.chunk(3)
         biases = (None,) * 3 if packed.in_proj_bias is None else packed.in_proj_bias.chunk(3)
         for name, weight, bias in zip(("q_proj", "k_proj", "v_proj"), weights, biases, strict=True):
             setattr(self, name, _linear(weight, bias, packed.in_proj_weight.requires_grad))
         out = packed.out_proj
         self.out_proj = _linear(out.weight, out.bias, out.weight.requires_grad)
+        self.train(packed.training)
 
     def forward(
         self,
@@ -48,6 +48,10 @@ class SplitAttention(nn.Module):
         """Attention output and None, as `nn.MultiheadAttention` with need_weights=False."""
         if need_weights:
             raise ValueError("need_weights must be False: split attention returns no weights")
+        if is_causal and attn_mask is None:
+            raise ValueError(
+                "attn_mask must be given with is_causal=True, as in nn.MultiheadAttention"
+            )
         key = query if key is None else key
         value = key if value is None else value
         unbatched = query.dim() == 2
@@ -82,7 +86,7 @@ class SplitAttention(nn.Module):
             if mask.dim() == 3:
                 mask = mask.view(-1, self.num_heads, *mask.shape[1:])
         if key_padding_mask is not None:
-            padding = _additive(key_padding_mask, like)[:, None, None, :]
+            padding = _additive(key_padding_mask, like)[..., None, None, :]
             mask = padding if mask is None else mask + padding
         return mask
 
@@ -172,13 +176,18 @@ def _packed(split):
 
 
 def _swap(model, prefixes, matches, build):
-    paths = [
-        path
-        for path, module in model.named_modules()
-        if matches(module) and path.startswith(tuple(prefixes))
-    ]
-    for path in paths:
-        parent, _, name = path.rpartition(".")
-        parent = model.get_submodule(parent)
-        setattr(parent, name, build(getattr(parent, name)))
-    return paths
+    if matches(model):
+        raise ValueError(f"model must hold attention modules, got a {type(model).__name__} itself")
+    uses = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if matches(module):
+            uses.setdefault(module, []).append(path)
+    swapped = []
+    for module, paths in uses.items():
+        if any(path.startswith(tuple(prefixes)) for path in paths):
+            built = build(module)
+            for path in paths:
+                parent, _, name = path.rpartition(".")
+                setattr(model.get_submodule(parent), name, built)
+            swapped.append(paths[0])
+    return swapped

@@ -44,9 +44,11 @@ PRESETS = {
     "clip": TargetPreset(_HF_CLIP),
     "clip-vision": TargetPreset(_HF_CLIP, exclude=("*text_model.*",)),
     "clip-text": TargetPreset(_HF_CLIP, exclude=("*vision_model.*",)),
-    "open_clip": TargetPreset(_OPEN_CLIP, split=("visual.", "transformer.", "text.")),
+    "open_clip": TargetPreset(
+        _OPEN_CLIP, exclude=("visual.attn_pool.*",), split=("visual.", "transformer.", "text.")
+    ),
     "open_clip-vision": TargetPreset(
-        _OPEN_CLIP, exclude=("transformer.*", "text.*"), split=("visual.",)
+        _OPEN_CLIP, exclude=("transformer.*", "text.*", "visual.attn_pool.*"), split=("visual.",)
     ),
     "open_clip-text": TargetPreset(
         _OPEN_CLIP, exclude=("visual.*",), split=("transformer.", "text.")

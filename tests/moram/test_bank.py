@@ -137,10 +137,11 @@ def test_freezing_moves_the_effective_atoms(value_scale):
     assert bank.num_frozen == 5
 
 
-def test_growing_freezes_and_appends():
+@pytest.mark.parametrize("n", [3, 4], ids=["as_many", "more"])
+def test_growing_freezes_and_appends_atoms_with_zero_values(n):
     bank, keys, values = filled_bank(2, 3, value_scale=3.0)
-    bank.grow(4, seeded(1))
-    assert (bank.num_frozen, bank.num_current) == (5, 4)
+    bank.grow(n, seeded(1))
+    assert (bank.num_frozen, bank.num_current) == (5, n)
     assert torch.equal(bank.segments()[0], keys) and torch.equal(bank.segments()[1], values)
     assert (bank.current_values == 0).all()
 

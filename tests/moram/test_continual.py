@@ -292,7 +292,11 @@ def test_malformed_command_line_exits_with_usage(arguments, message, capsys):
     ],
     ids=["missing", "none", "repeated", "data", "dtype", "atoms", "model"],
 )
-def test_bad_demo_setting_is_one_line_and_status_1(arguments, message, capsys):
+def test_bad_demo_setting_is_one_line_and_status_1(arguments, message, capsys, monkeypatch):
+    def start(*_):
+        raise AssertionError("the demo started in spite of a bad setting")
+
+    monkeypatch.setattr("moram.demo.run.fetch_weights", start)
     assert main(["demo", *arguments]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("moram demo: ") and message in error
