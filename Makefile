@@ -1,5 +1,5 @@
 # Two commands: `make demo` and `make test`. Each sets up everything it needs, once.
-PYTHON ?= python3
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 OUT ?= out
 # Versions known to fit together; `make test CONSTRAINTS=` tries the newest of everything.
@@ -23,11 +23,11 @@ bench: $(VENV)/.dev
 
 $(VENV)/.demo: setup.py tests/constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e ".[demo]"
+	$(BIN)/python -m pip install $(CONSTRAINTS) -e ".[demo]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) -e ".[dev]"
+	$(BIN)/python -m pip install $(CONSTRAINTS) -e ".[dev]"
 	touch $@
 
 clean:

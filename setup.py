@@ -1,4 +1,4 @@
-"""Packaging. Lower bounds are what the test suite has run on; see README, "Versions"."""
+"""Packaging. tests/constraints.txt has the versions that the test suite runs on."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["moram", "moram.*", "moram_kernels", "moram_kernels.*"]),
     package_data={
         "moram": ["py.typed"],

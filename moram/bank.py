@@ -83,10 +83,7 @@ class AtomBank(nn.Module):
 
     def append(self, n, generator=None):
         """Add n current atoms: keys Kaiming-uniform with a = sqrt(5), values zero."""
-        check_count("n", n, 1)
-        keys = self.current_keys.new_empty(n, self.in_features)
-        bound = 1 / math.sqrt(self.in_features)
-        keys.uniform_(-bound, bound, generator=generator)
+        keys = self._new_keys(n, generator)
         values = self.current_values.new_zeros(n, self.out_features)
         if self.num_current:
             keys = torch.cat([self.current_keys.detach(), keys])
@@ -106,16 +103,15 @@ class AtomBank(nn.Module):
         Where n atoms were current before, the same parameters hold the new ones. Their optimiser
         state does not belong to the new task: build a fresh optimiser.
         """
-        check_count("n", n, 1)
+        keys = self._new_keys(n, generator)
+        values = self.current_values.new_zeros(n, self.out_features)
         self._store_current()
         if self.num_current == n:
-            bound = 1 / math.sqrt(self.in_features)
-            self.current_keys.uniform_(-bound, bound, generator=generator)
-            self.current_values.zero_()
+            self.current_keys.copy_(keys)
+            self.current_values.copy_(values)
             self.current_keys.grad = self.current_values.grad = None
         else:
-            self._set_current(self.current_keys[:0], self.current_values[:0])
-            self.append(n, generator)
+            self._set_current(keys, values)
 
     def reserve(self, capacity):
         """Make room for that many frozen atoms."""
@@ -132,6 +128,15 @@ class AtomBank(nn.Module):
             f"{self.in_features} -> {self.out_features}, frozen={self.num_frozen}, "
             f"current={self.num_current}, capacity={self.capacity}"
         )
+
+    def _new_keys(self, n, generator):
+        check_count("n", n, 1)
+        like = self.current_keys
+        # Drawn where the generator lives: a CPU generator gives the same keys on every device.
+        device = like.device if generator is None else generator.device
+        keys = torch.empty(n, self.in_features, dtype=like.dtype, device=device)
+        bound = 1 / math.sqrt(self.in_features)
+        return keys.uniform_(-bound, bound, generator=generator).to(like.device)
 
     def _store_current(self):
         live, total = self.num_frozen, self.num_atoms
@@ -173,7 +178,10 @@ class AtomBank(nn.Module):
             self.reserve(live)
             self.live.fill_(live)
             for name in ("frozen_keys", "frozen_values"):
-                getattr(self, name).zero_()[:live] = found[name]
+                # What is loaded may be a view of this very buffer: copy first, clear the rest.
+                buffer = getattr(self, name)
+                buffer[:live] = found[name]
+                buffer[live:] = 0
             if found["current_keys"].shape != self.current_keys.shape:
                 like = {"device": self.current_keys.device, "dtype": self.current_keys.dtype}
                 self._set_current(

@@ -55,7 +55,10 @@ def _run_demo(arguments, parser):
     values["tasks"] = TASKS if named is None else tuple(n for n in named.split(",") if n)
     try:
         run_demo(DemoSettings(**values))
-    except (FileNotFoundError, ValueError, RuntimeError) as error:
+    except ImportError as error:
+        print(f"moram demo: {error}; install it with: pip install 'moram[demo]'", file=sys.stderr)
+        return 1
+    except (OSError, TypeError, ValueError, RuntimeError) as error:
         print(f"moram demo: {error}", file=sys.stderr)
         return 1
     return 0

@@ -73,6 +73,13 @@ class MoRAMConfig:
             if not self.targets:
                 raise ValueError('targets must name at least one projection or be "auto", got ()')
         object.__setattr__(self, "exclude", _names("exclude", self.exclude))
+        # Plain Python numbers from here on, whatever kind of number came.
+        for name in ("atoms_per_task", "top_k"):
+            object.__setattr__(self, name, int(getattr(self, name)))
+        for name in ("temperature", "threshold", "value_scale", "dropout", "eps"):
+            object.__setattr__(self, name, float(getattr(self, name)))
+        if self.capacity is not None:
+            object.__setattr__(self, "capacity", int(self.capacity))
 
     @property
     def activation(self):

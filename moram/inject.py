@@ -56,19 +56,19 @@ def inject_with(model, targets, exclude, wrap):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     preset = resolve_targets(model, targets)
     packed = dict(model.named_modules(remove_duplicate=False))
-    if preset.split:
-        split_attention(model, preset.split)
     try:
+        if preset.split:
+            split_attention(model, preset.split)
         found = find_targets(model, preset.targets, preset.exclude + tuple(exclude))
-    except ValueError:
+        firsts = {}
+        for paths in found.values():
+            for path in paths:
+                firsts.setdefault(id(model.get_submodule(path)), path)
+        paths = tuple(firsts.values())
+        wrap_paths(model, paths, wrap)
+    except BaseException:
         restore(model, packed)
         raise
-    firsts = {}
-    for paths in found.values():
-        for path in paths:
-            firsts.setdefault(id(model.get_submodule(path)), path)
-    paths = tuple(firsts.values())
-    wrap_paths(model, paths, wrap)
     return InjectReport(
         {name: len(paths) for name, paths in found.items()},
         paths,
@@ -174,16 +174,23 @@ def wrap_paths(model, paths, wrap):
     """Replace the modules at the paths by wrap(module), wherever used, and freeze the rest."""
     present = [m for m in model.modules() if isinstance(m, AdapterLinear)]
     kept = {id(p) for adapter in present for p in adapter.parameters() if p.requires_grad}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in kept)
+    trainable = [p for p in model.parameters() if p.requires_grad]
     names = {}
     for path, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(path)
-    wrapped = {}
-    for path in paths:
-        module = model.get_submodule(path)
-        wrapped[path] = (names[id(module)], wrap(module).train(module.training))
-    for uses, adapter in wrapped.values():
+    wrapped = []
+    try:
+        for path in paths:
+            module = model.get_submodule(path)
+            wrapped.append((names[id(module)], wrap(module).train(module.training)))
+    except BaseException:
+        # Wrapping freezes what it wraps.
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        raise
+    for parameter in trainable:
+        parameter.requires_grad_(id(parameter) in kept)
+    for uses, adapter in wrapped:
         for use in uses:
             parent, _, name = use.rpartition(".")
             setattr(model.get_submodule(parent), name, adapter)

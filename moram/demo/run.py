@@ -10,13 +10,13 @@ import torch
 from tqdm import tqdm
 
 from .. import checkpoint
-from ..config import MoRAMConfig
+from ..config import MoRAMConfig, check_count
 from ..continual import load_stream
 from ..continual.scoring import encode
 from ..inject import adapters
 from ..methods import MoRAM, SequentialLoRA, TrainSettings, run_stream
 from ..methods.base import num_examples, score
-from .model import DEFAULT_CACHE, NAME, fetch_weights, load_model
+from .model import NAME, fetch_weights, load_model
 from .report import format_report
 
 DATA = Path(__file__).with_name("data")
@@ -30,7 +30,7 @@ class DemoSettings:
     Args:
         data, tasks: a folder in TRACE's format and the tasks to learn, in order.
         out: folder for results.json, demo.png and the adapters.
-        cache: where the weights are kept.
+        cache: where the weights are kept; None = ~/.cache/moram.
         model: folder of another causal language model in transformers' format, or None.
         atoms: atoms per task, also the rank of LoRA; top_k is the same number.
         value_scale: of MoRAM.
@@ -43,7 +43,7 @@ class DemoSettings:
     data: Path = DATA
     tasks: tuple[str, ...] = TASKS
     out: Path = Path("out/demo")
-    cache: Path = DEFAULT_CACHE
+    cache: Path | None = None
     model: Path | None = None
     atoms: int = 8
     value_scale: float = 8.0
@@ -65,8 +65,14 @@ def run_demo(settings, log=print):
             something else than the ones that were saved.
     """
     started = time.perf_counter()
+    # Whatever can be missing is asked for before the minutes of work, not after them.
+    from .plot import plot_results
+
     stream = load_stream(settings.data, settings.tasks)
-    if settings.threads:
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if settings.threads is not None:
+        check_count("threads", settings.threads, 1)
         torch.set_num_threads(settings.threads)
     dtype = pick_dtype(settings.dtype)
     methods = _methods(settings)
@@ -78,7 +84,8 @@ def run_demo(settings, log=print):
     for task in stream:
         log(f"task {task.name}: {len(task.train)} train, {len(task.test)} test examples")
     results = {"model": name, "tasks": [task.name for task in stream], "methods": {}}
-    results["settings"] = {k: str(v) for k, v in vars(settings).items()}
+    plain = {k: v for k, v in vars(settings).items() if not isinstance(v, Path)}
+    results["settings"] = plain | {"dtype": str(dtype), "threads": torch.get_num_threads()}
     untrained = model = None
     for method, train in methods:
         # The first method's model is let go before the second one is read.
@@ -101,8 +108,9 @@ def run_demo(settings, log=print):
     # MoRAM ran last: its model is the one to save, look into and reload.
     data = _encode(tokenizer, stream, train)
     results["firing"] = firing(model, data, settings.batch_size)
-    directory = Path(settings.out) / "adapters"
+    directory = out / "adapters"
     checkpoint.save(model, directory, tasks=results["tasks"], base_model=name)
+    _write(results, out)
     del model
     model, _ = load_model(folder, dtype)
     checkpoint.load(model, directory)
@@ -111,8 +119,16 @@ def run_demo(settings, log=print):
         raise RuntimeError(f"the adapters reloaded from {directory} predict something else")
     results["reloaded"] = sum(len(p) for p in again)
     results["total_seconds"] = time.perf_counter() - started
-    _write(results, Path(settings.out), log)
+    _write(results, out)
+    log(format_report(results))
+    plot_results(results, out / "demo.png")
+    log(f"adapters, results.json and demo.png are in {out}")
     return results
+
+
+def _write(results, out):
+    text = json.dumps(results, indent=1) + "\n"
+    (out / "results.json").write_text(text, encoding="utf-8")
 
 
 def pick_dtype(name):
@@ -178,13 +194,3 @@ def firing(model, data, batch_size):
     share = sum(100 * w / w.sum(1, keepdim=True).clamp_min(1e-9) for w in per_task) / len(per_task)
     path = max(weights, key=lambda path: weights[path].std(0).sum())
     return {"share": share.tolist(), "path": path, "weights": weights[path].tolist()}
-
-
-def _write(results, out, log):
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    log(format_report(results))
-    from .plot import plot_results
-
-    plot_results(results, out / "demo.png")
-    log(f"adapters, results.json and demo.png are in {out}")

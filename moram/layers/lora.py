@@ -27,9 +27,11 @@ class LoRALinear(AdapterLinear):
             raise ValueError(f"rank must be >= 1, got {rank}")
         self.scale = (2 * rank if alpha is None else alpha) / rank
         like = {"device": base_layer.weight.device, "dtype": dtype}
+        device = like["device"] if generator is None else generator.device
         bound = 1 / math.sqrt(self.in_features)
-        down = torch.empty(rank, self.in_features, **like)
-        self.lora_A = nn.Parameter(down.uniform_(-bound, bound, generator=generator))
+        down = torch.empty(rank, self.in_features, dtype=dtype, device=device)
+        down.uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(down.to(like["device"]))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, **like))
 
     def forward(self, x):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
+from ..config import check_count
 from ..continual.metrics import majority_accuracy
 from ..continual.scoring import IGNORED, answer_logits, encode, exact_match, predict
 
@@ -30,6 +31,13 @@ class TrainSettings:
     max_length: int = 192
     clip: float = 1.0
     seed: int = 0
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "max_length"):
+            check_count(name, getattr(self, name), 1)
+        for name in ("lr", "clip"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be finite and > 0, got {getattr(self, name)}")
 
     def steps(self, examples):
         """Optimiser steps for a task of that many examples."""
@@ -123,6 +131,7 @@ def train_task(model, parameters, data, settings, index, step=lambda count: None
     total = settings.steps(count)
     if total == 0:
         raise ValueError(f"a task needs at least batch_size={size} training examples, got {count}")
+    device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
     warmup = max(1, total // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -133,10 +142,9 @@ def train_task(model, parameters, data, settings, index, step=lambda count: None
     for _ in range(settings.epochs):
         order = torch.randperm(count, generator=generator)
         for rows in order[: count - count % size].split(size):
-            logits = answer_logits(
-                model, data.input_ids[rows], data.attention_mask[rows], data.tail
-            )
-            labels = data.labels[rows, -data.tail :]
+            ids, mask = data.input_ids[rows].to(device), data.attention_mask[rows].to(device)
+            labels = data.labels[rows, -data.tail :].to(device)
+            logits = answer_logits(model, ids, mask, data.tail)
             loss = F.cross_entropy(
                 logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED
             )

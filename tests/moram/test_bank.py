@@ -300,3 +300,17 @@ def test_bank_changes_dtype_with_to():
 def test_bank_prints_its_sizes():
     bank, _, _ = filled_bank(2, 3, capacity=6)
     assert repr(bank) == "AtomBank(5 -> 3, frozen=2, current=3, capacity=6)"
+
+
+def test_loading_its_own_state_dict_changes_nothing():
+    # The state dict holds views of the buffers that it is loaded into.
+    bank = AtomBank(3, 2, capacity=8)
+    for seed in range(3):
+        bank.grow(2, torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            bank.current_values.normal_()
+    before = {name: tensor.clone() for name, tensor in bank.state_dict().items()}
+    bank.load_state_dict(bank.state_dict())
+    assert before["frozen_values"].abs().sum() > 0
+    for name, tensor in bank.state_dict().items():
+        assert torch.equal(tensor, before[name])
