@@ -30,6 +30,7 @@ setup(
             "open_clip_torch>=2.30",
             "torchvision",
             "torchao",
+            "bitsandbytes",
             "accelerate",
             "gguf>=0.10",
             "matplotlib",

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("matplotlib")
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = ["--atoms", "3,24", "--tokens", "1,70", "--widths", "48", "--top-k", "4"]
 TINY = [*SIZES, "--threads", "1", "--repeats", "5"]
