@@ -14,21 +14,24 @@ from typing import NamedTuple
 
 import torch
 
-# All measured in float32 on one and two AMD Zen cores. Above this many frozen atoms per selected
-# one, a gather of the selected values beats the dense product (at O = 768, top_k = 8 and 1024
-# tokens a gather costs as much as a product with 20 to 40 atoms) ...
-GATHER_RATIO = 4
+# All measured in float32 on one and two AMD Zen cores, top_k = 8. Above this many frozen atoms per
+# selected one, a gather of the selected values beats the dense product: at 1024 tokens the dense
+# one is faster with 56 frozen atoms, the gather with 152 ...
+GATHER_RATIO = 12
 # ... unless the dense product has fewer multiply-adds than this: then the gather's extra calls
 # cost more than it saves.
 DENSE_MACS = 2**22
+# From this many tokens on, joining the few atoms of a dense bank costs less than two products do.
+JOIN_TOKENS = 64
 # Up to this many scores, calls cost more than arithmetic, and autograd makes them faster than a
 # closed form written in Python.
 FEW_SCORES = 4096
 # Frozen scores are kept for the backward up to this many atoms (at most 1 KiB a token in float32,
 # a third of an input row of 768) and recomputed above.
 KEEP_SCORES = 256
-# A block of scores should stay in the caches between the passes over it.
-BLOCK_BYTES = 4 * 2**20
+# Scores are made in blocks of tokens, so that large banks do not need M x N memory at once. Smaller
+# blocks stay in nearer caches but pack the keys again for each; 16 MiB was the fastest of 2 to 32.
+BLOCK_BYTES = 16 * 2**20
 
 
 class Saved(NamedTuple):
@@ -183,11 +186,18 @@ def _forward_block(x, bank, residual, settings, training, save, dense):
     )
 
 
+def joins(tokens):
+    """Whether to copy a dense bank's two segments into one, which autograd must not see."""
+    return tokens >= JOIN_TOKENS and not torch.is_grad_enabled()
+
+
 def _dense_scores(x, keys, current_keys):
     if keys.shape[0] == 0:
         return x @ current_keys.t()
     if current_keys.shape[0] == 0:
         return x @ keys.t()
+    if joins(x.shape[0]):
+        return x @ torch.cat([current_keys, keys]).t()
     return torch.cat([x @ current_keys.t(), x @ keys.t()], dim=-1)
 
 
@@ -250,6 +260,8 @@ def _aggregate(written, index, values, current_values, residual):
         return output if residual is None else output.add_(residual)
     if values.shape[0] == 0:
         return _addmm(residual, written, current_values)
+    if index is None and joins(written.shape[0]):
+        return _addmm(residual, written, torch.cat([current_values, values]))
     output = _addmm(residual, written[:, :num_current], current_values)
     frozen = written[:, num_current:]
     return (

@@ -90,9 +90,11 @@ def _backward_block(dy, x, bank, saved, settings, training, needs, gram):
 
 def _pull(dy, values, current_values, index):
     """<values_i, dy> for the candidates."""
-    current = dy @ current_values.t()
     if values.shape[0] == 0:
-        return current
+        return dy @ current_values.t()
+    if index.shape[1] == 0 and torch_backend.joins(dy.shape[0]):
+        return dy @ torch.cat([current_values, values]).t()
+    current = dy @ current_values.t()
     frozen = _bag_pull(dy, values, index) if index.shape[1] else dy @ values.t()
     return torch.cat([current, frozen], dim=-1)
 
@@ -111,6 +113,8 @@ def _dx(x, keys, current_keys, saved, dscores, dense, gram):
     num_current = current_keys.shape[0]
     if keys.shape[0] == 0:
         return dscores @ current_keys
+    if saved.index.shape[1] == 0 and torch_backend.joins(x.shape[0]):
+        return dscores @ torch.cat([current_keys, keys])
     frozen = dscores[:, num_current:]
     if saved.index.shape[1] == 0:
         dx = frozen @ keys

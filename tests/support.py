@@ -141,8 +141,8 @@ def keep_separated(case, tokens, margin=1e-3):
 
 def take_large_routes(monkeypatch):
     """Make the torch backend treat small problems as it treats large ones."""
-    for name in ("FEW_SCORES", "DENSE_MACS"):
-        monkeypatch.setattr(torch_backend, name, 0)
+    for name, value in (("FEW_SCORES", 0), ("DENSE_MACS", 0), ("GATHER_RATIO", 4)):
+        monkeypatch.setattr(torch_backend, name, value)
 
 
 def laid_out(tensor, layout):

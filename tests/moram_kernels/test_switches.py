@@ -28,6 +28,12 @@ def spy(monkeypatch, name, module=torch_backend):
     return answers
 
 
+@pytest.fixture(autouse=True)
+def small_gather_ratio(monkeypatch):
+    """The sizes below are chosen for this one."""
+    monkeypatch.setattr(torch_backend, "GATHER_RATIO", 4)
+
+
 def check(tokens, frozen, current, width=6, top_k=3):
     for training in (True, False):
         settings = {"top_k": top_k, "training": training}
