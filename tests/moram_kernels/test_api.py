@@ -29,7 +29,7 @@ def arguments(**changes):
     }
 
 
-def refuse(error, message, **changes):
+def assert_refused(error, message, **changes):
     with pytest.raises(error) as caught:
         retrieve(**arguments(**changes))
     assert str(caught.value) == message
@@ -46,14 +46,14 @@ TENSORS = ["x", "keys", "values", "current_keys", "current_values", "residual"]
 
 @pytest.mark.parametrize("name", TENSORS)
 def test_tensors_must_be_tensors(name):
-    refuse(TypeError, f"{name} must be a tensor, got list", **{name: [1.0]})
+    assert_refused(TypeError, f"{name} must be a tensor, got list", **{name: [1.0]})
 
 
 @pytest.mark.parametrize("name", ["x", "keys", "values"])
 @pytest.mark.parametrize("others", [None, "given"], ids=["alone", "with-current"])
 def test_what_is_always_needed_must_not_be_none(name, others):
     changes = {} if others else {"current_keys": None, "current_values": None}
-    refuse(TypeError, f"{name} must be a tensor, got NoneType", **changes, **{name: None})
+    assert_refused(TypeError, f"{name} must be a tensor, got NoneType", **changes, **{name: None})
 
 
 @pytest.mark.parametrize("name", ["current_keys", "current_values"])
@@ -62,30 +62,30 @@ def test_current_keys_and_values_come_together(name):
         f"{name} must be a tensor, got NoneType; "
         "give both current_keys and current_values or neither"
     )
-    refuse(TypeError, message, **{name: None})
+    assert_refused(TypeError, message, **{name: None})
 
 
 @pytest.mark.parametrize("name", TENSORS)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
 def test_tensors_must_be_floating(name, dtype):
     message = f"{name} must be a floating-point tensor, got {dtype}"
-    refuse(TypeError, message, **{name: arguments()[name].to(dtype)})
+    assert_refused(TypeError, message, **{name: arguments()[name].to(dtype)})
 
 
 @pytest.mark.parametrize("name", TENSORS[1:])
 def test_tensors_must_share_the_device_of_x(name):
     message = f"{name} must be on the device of x, cpu, got meta"
-    refuse(ValueError, message, **{name: arguments()[name].to("meta")})
+    assert_refused(ValueError, message, **{name: arguments()[name].to("meta")})
 
 
 @pytest.mark.parametrize("value", [None, 8, {"top_k": 8}, SelfActivation], ids=str)
 def test_activation_must_be_a_self_activation(value):
     message = f"activation must be a SelfActivation, got {type(value).__name__}"
-    refuse(TypeError, message, activation=value)
+    assert_refused(TypeError, message, activation=value)
 
 
 def test_x_must_have_a_dimension():
-    refuse(ValueError, "x must be [..., D], got ()", x=torch.tensor(1.0), residual=None)
+    assert_refused(ValueError, "x must be [..., D], got ()", x=torch.tensor(1.0), residual=None)
 
 
 @pytest.mark.parametrize("current", [True, False], ids=["with-current", "alone"])
@@ -93,7 +93,7 @@ def test_x_must_have_a_dimension():
 def test_keys_must_match_x(shape, current):
     changes = {} if current else {"current_keys": None, "current_values": None}
     message = f"keys must be [F, 4] to match x, got {shape}"
-    refuse(ValueError, message, keys=torch.ones(shape), **changes)
+    assert_refused(ValueError, message, keys=torch.ones(shape), **changes)
 
 
 @pytest.mark.parametrize("current", [True, False], ids=["with-current", "alone"])
@@ -101,62 +101,62 @@ def test_keys_must_match_x(shape, current):
 def test_values_must_match_keys(shape, current):
     changes = {} if current else {"current_keys": None, "current_values": None}
     message = f"values must be [5, O], one row per key, got {shape}"
-    refuse(ValueError, message, values=torch.ones(shape), **changes)
+    assert_refused(ValueError, message, values=torch.ones(shape), **changes)
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (2, 3), (2, 4, 1)], ids=str)
 def test_current_keys_must_match_x(shape):
     message = f"current_keys must be [C, 4] to match x, got {shape}"
-    refuse(ValueError, message, current_keys=torch.ones(shape))
+    assert_refused(ValueError, message, current_keys=torch.ones(shape))
 
 
 @pytest.mark.parametrize("shape", [(), (6,), (3, 6), (2, 5), (2, 6, 1)], ids=str)
 def test_current_values_must_match_both(shape):
     message = f"current_values must be (2, 6) to match current_keys and values, got {shape}"
-    refuse(ValueError, message, current_values=torch.ones(shape))
+    assert_refused(ValueError, message, current_values=torch.ones(shape))
 
 
 @pytest.mark.parametrize("name", ["values", "current_keys", "current_values"])
 def test_the_bank_has_one_dtype(name):
     message = f"{name} must have the dtype of keys, torch.float32, got torch.float64"
-    refuse(ValueError, message, **{name: arguments()[name].double()})
+    assert_refused(ValueError, message, **{name: arguments()[name].double()})
 
 
 @pytest.mark.parametrize("shape", [(), (6,), (6, 6), (2, 3, 5), (3, 2, 6), (1, 1, 6)], ids=str)
 def test_residual_must_have_the_shape_of_the_output(shape):
     message = f"residual must be (2, 3, 6), x's leading shape and O, got {shape}"
-    refuse(ValueError, message, residual=torch.ones(shape))
+    assert_refused(ValueError, message, residual=torch.ones(shape))
 
 
 @pytest.mark.parametrize("value", [3, 3.0, torch.tensor(3.0), torch.tensor(3, dtype=torch.int32)])
 def test_num_frozen_must_be_an_int64_tensor(value):
     message = f"num_frozen must be an int64 CPU tensor, got {value!r}"
-    refuse(TypeError, message, num_frozen=value)
+    assert_refused(TypeError, message, num_frozen=value)
 
 
 @pytest.mark.parametrize("shape, device", [((1,), "cpu"), ((), "meta")], ids=str)
 def test_num_frozen_must_be_a_scalar_on_the_cpu(shape, device):
     message = f"num_frozen must be a CPU tensor without dimensions, got {shape} on {device}"
     value = torch.ones(shape, dtype=torch.int64, device=device)
-    refuse(ValueError, message, num_frozen=value)
+    assert_refused(ValueError, message, num_frozen=value)
 
 
 @pytest.mark.parametrize("value", [-1, 6])
 def test_num_frozen_must_be_in_the_bank(value):
     message = f"num_frozen must be in [0, 5], the rows of keys, got {value}"
-    refuse(ValueError, message, num_frozen=torch.tensor(value))
+    assert_refused(ValueError, message, num_frozen=torch.tensor(value))
 
 
 def test_a_bank_without_atoms_is_refused():
     message = "keys and current_keys hold no atom; at least one is needed"
     none = {"keys": torch.empty(0, 4), "values": torch.empty(0, 6)}
-    refuse(ValueError, message, **none, current_keys=None, current_values=None)
+    assert_refused(ValueError, message, **none, current_keys=None, current_values=None)
 
 
 @pytest.mark.parametrize("value", ["cuda", "Torch", "", None])
 def test_an_unknown_backend_is_refused(value):
     message = f"backend must be one of auto, reference, torch, triton, got {value!r}"
-    refuse(ValueError, message, backend=value)
+    assert_refused(ValueError, message, backend=value)
 
 
 def test_triton_is_refused_where_it_cannot_run():

@@ -60,7 +60,7 @@ def separated_cases(shape, dtype, **settings):
     ]
 
 
-def check(cases, wanted=LEAVES, around=nullcontext):
+def check_budget(cases, wanted=LEAVES, around=nullcontext):
     """The budget holds for the output and every gradient, each pooled over the cases.
 
     Pooled because in one small case a few roundings decide, on both sides of the comparison. The
@@ -89,16 +89,16 @@ class TestBudget:
 
     @pytest.mark.parametrize("top_k, temperature", [(1, 0.3), (8, 0.3), (8, 0.03)])
     def test_training(self, shape, dtype, top_k, temperature):
-        check(separated_cases(shape, dtype, top_k=top_k, temperature=temperature))
+        check_budget(separated_cases(shape, dtype, top_k=top_k, temperature=temperature))
 
     @pytest.mark.parametrize("residual", [True, False], ids=["residual", "alone"])
     @pytest.mark.parametrize("threshold", [0.0, 0.2])
     def test_inference(self, shape, dtype, threshold, residual):
         settings = {"training": False, "threshold": threshold, "residual": residual}
-        check(separated_cases(shape, dtype, temperature=0.1, **settings))
+        check_budget(separated_cases(shape, dtype, temperature=0.1, **settings))
 
     def test_spare_rows_and_odd_layouts(self, shape, dtype):
-        check([self.odd(with_spare_rows(c, 5)) for c in separated_cases(shape, dtype)])
+        check_budget([self.odd(with_spare_rows(c, 5)) for c in separated_cases(shape, dtype)])
 
     def odd(self, case):
         names = ("x", "keys", "values", "grad")
@@ -119,13 +119,13 @@ def test_x_and_bank_may_differ_in_dtype(shape, dtype):
         return replace(case.to(dtype), **{n: t.to(bank_dtype) for n, t in bank.items()})
 
     mixed = [mix(case) for case in separated_cases(shape, common)]
-    check(mixed)
+    check_budget(mixed)
     # The output takes the residual's dtype, and x's where there is none.
     wide = [replace(c, residual=c.residual.float(), grad=c.grad.float()) for c in mixed]
-    check(wide)
+    check_budget(wide)
     assert run(wide[0], "torch")["output"].dtype == torch.float32
     bare = [replace(c, residual=None) for c in mixed]
-    check(bare)
+    check_budget(bare)
     assert run(bare[0], "torch")["output"].dtype == dtype
 
 
@@ -136,14 +136,14 @@ def test_single_token_inference(shape, dtype):
         for residual in (True, False):
             settings = {"training": False, "threshold": threshold, "residual": residual}
             with torch.no_grad():
-                check(separated_cases(shape, dtype, **settings), wanted=())
+                check_budget(separated_cases(shape, dtype, **settings), wanted=())
 
 
 @pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("frozen", [0, 20, 100], ids=lambda n: f"N{n}")
 def test_forward_and_backward_inside_autocast(frozen):
     cases = separated_cases((40, frozen, 4, 16, 8), torch.float32)
-    check(cases, around=partial(torch.autocast, "cpu", torch.bfloat16))
+    check_budget(cases, around=partial(torch.autocast, "cpu", torch.bfloat16))
 
 
 @pytest.mark.parametrize("width", [16, 80])
@@ -152,14 +152,14 @@ def test_gram_and_blocks(dtype, width, monkeypatch):
     take_large_routes(monkeypatch)
     monkeypatch.setattr(torch_backend, "KEEP_SCORES", 16)
     monkeypatch.setattr(torch_backend, "BLOCK_BYTES", 1)
-    check([separated_case((200, 60, 8, width, 24), dtype, i) for i in range(3)])
+    check_budget([separated_case((200, 60, 8, width, 24), dtype, i) for i in range(3)])
 
 
 @pytest.mark.parametrize("frozen", [250, 500], ids=lambda n: f"N{n + 8}")
 @pytest.mark.parametrize("width", [512, 768, 2048], ids=lambda d: f"D{d}")
 def test_widths_of_real_layers(width, frozen):
     shape = (300, frozen, 8, width, 64)
-    check([separated_case(shape, torch.float32, i, temperature=0.03) for i in range(2)])
+    check_budget([separated_case(shape, torch.float32, i, temperature=0.03) for i in range(2)])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=DTYPE_NAMES.get)
@@ -169,7 +169,7 @@ def test_ties_in_half_precision(tokens, dtype):
     # Integers: scores are exact in float32, so both backends see the same ties.
     for frozen in (20, 100):
         settings = {"top_k": 4, "integers": True, "dtype": dtype}
-        check([make_case(i, (tokens,), frozen, 6, 5, 7, **settings) for i in range(8)])
+        check_budget([make_case(i, (tokens,), frozen, 6, 5, 7, **settings) for i in range(8)])
 
 
 @pytest.mark.usefixtures("route")
@@ -177,7 +177,7 @@ def test_ties_in_half_precision(tokens, dtype):
 def test_scale_of_the_input(scale):
     for frozen in (12, 120):
         cases = separated_cases((80, frozen, 4, 24, 16), torch.float32)
-        check([replace(case, x=case.x * scale) for case in cases])
+        check_budget([replace(case, x=case.x * scale) for case in cases])
 
 
 class TestTheBudgetItself:

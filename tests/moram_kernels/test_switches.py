@@ -34,7 +34,7 @@ def small_gather_ratio(monkeypatch):
     monkeypatch.setattr(torch_backend, "GATHER_RATIO", 4)
 
 
-def check(tokens, frozen, current, width=6, top_k=3):
+def check_parity(tokens, frozen, current, width=6, top_k=3):
     for training in (True, False):
         settings = {"top_k": top_k, "training": training}
         case = make_case(tokens, (tokens,), frozen, current, width, 5, **settings)
@@ -46,7 +46,7 @@ def check(tokens, frozen, current, width=6, top_k=3):
 @pytest.mark.parametrize("offset", [-1, 0, 1])
 def test_gather_ratio(offset, current, monkeypatch):
     gathers = spy(monkeypatch, "bag")
-    check(100, torch_backend.GATHER_RATIO * 3 + offset, current)
+    check_parity(100, torch_backend.GATHER_RATIO * 3 + offset, current)
     assert bool(gathers) == (offset > 0)
 
 
@@ -56,7 +56,7 @@ def test_dense_macs(limit, gathered, current, monkeypatch):
     # 100 tokens, 20 frozen atoms, 5 outputs: 10000 multiply-adds.
     monkeypatch.setattr(torch_backend, "DENSE_MACS", limit)
     gathers = spy(monkeypatch, "bag")
-    check(100, 20, current)
+    check_parity(100, 20, current)
     assert bool(gathers) == gathered
 
 
@@ -65,14 +65,14 @@ def test_dense_macs(limit, gathered, current, monkeypatch):
 def test_few_scores(offset, frozen, current, monkeypatch):
     monkeypatch.setattr(torch_backend, "FEW_SCORES", 70 * (frozen + current) + offset)
     closed_forms = spy(monkeypatch, "backward", torch_backward)
-    check(70, frozen, current)
+    check_parity(70, frozen, current)
     assert bool(closed_forms) == (offset < 0)
 
 
 def test_few_scores_of_frozen_atoms_alone_take_the_closed_form(monkeypatch):
     monkeypatch.setattr(torch_backend, "FEW_SCORES", 10**9)
     closed_forms = spy(monkeypatch, "backward", torch_backward)
-    check(70, 20, 0)
+    check_parity(70, 20, 0)
     assert closed_forms
 
 
@@ -81,7 +81,7 @@ def test_few_scores_of_frozen_atoms_alone_take_the_closed_form(monkeypatch):
 def test_keep_scores(offset, current, monkeypatch):
     monkeypatch.setattr(torch_backend, "KEEP_SCORES", 40)
     saved = spy(monkeypatch, "_forward_block")
-    check(30, 40 + offset, current, width=50)
+    check_parity(30, 40 + offset, current, width=50)
     kept = {block.frozen_scores.shape[1] for _, block in saved if block is not None}
     assert kept == {40 + offset if offset <= 0 else 0}
 
@@ -92,7 +92,7 @@ def test_gram(tokens, used, current, monkeypatch):
     # N D^2 + M D^2 < 2 M N D for N = 40 and D = 36 from M = 33 on (it is 32.7).
     monkeypatch.setattr(torch_backend, "KEEP_SCORES", 20)
     grams = spy(monkeypatch, "_gram", torch_backward)
-    check(tokens, 40, current, width=36)
+    check_parity(tokens, 40, current, width=36)
     assert grams and all((gram is not None) == used for gram in grams)
 
 
@@ -106,17 +106,17 @@ def test_blocks(tokens, frozen, current, keep, monkeypatch):
     monkeypatch.setattr(torch_backend, "BLOCK_BYTES", 1)
     monkeypatch.setattr(torch_backend, "KEEP_SCORES", keep)
     blocks = spy(monkeypatch, "_forward_block")
-    check(tokens, frozen, current)
-    # Four runs in `check`, 64 tokens a block.
+    check_parity(tokens, frozen, current)
+    # Four runs in `check_parity`, 64 tokens a block.
     assert len(blocks) == 4 * -(-tokens // 64)
-    check(tokens, frozen, current, width=90)
+    check_parity(tokens, frozen, current, width=90)
 
 
 @pytest.mark.parametrize("few", [0, 10**9], ids=["closed-form", "autograd"])
 def test_blocks_either_way(few, monkeypatch):
     monkeypatch.setattr(torch_backend, "BLOCK_BYTES", 1)
     monkeypatch.setattr(torch_backend, "FEW_SCORES", few)
-    check(130, 40, 4)
+    check_parity(130, 40, 4)
 
 
 def test_block_of_the_default_size():
