@@ -12,10 +12,9 @@ from tqdm import tqdm
 from .. import checkpoint
 from ..config import MoRAMConfig, check_count
 from ..continual import load_stream
-from ..continual.scoring import encode
 from ..inject import adapters
 from ..methods import MoRAM, SequentialLoRA, TrainSettings, run_stream
-from ..methods.base import num_examples, score
+from ..methods.base import encode_stream, num_examples, score
 from .model import NAME, fetch_weights, load_model
 from .report import format_report
 
@@ -106,7 +105,7 @@ def run_demo(settings, log=print):
         results.setdefault("majority", found.majority)
         predictions = found.predictions
     # MoRAM ran last: its model is the one to save, look into and reload.
-    data = _encode(tokenizer, stream, train)
+    data = encode_stream(tokenizer, stream, train)
     results["firing"] = firing(model, data, settings.batch_size)
     directory = out / "adapters"
     checkpoint.save(model, directory, tasks=results["tasks"], base_model=name)
@@ -156,13 +155,6 @@ def _methods(settings):
         (SequentialLoRA(settings.atoms, seed=settings.seed), replace(train, lr=settings.lora_lr)),
         (MoRAM(config, seed=settings.seed), train),
     )
-
-
-def _encode(tokenizer, stream, train):
-    return [
-        tuple(encode(tokenizer, part, train.max_length) for part in (task.train, task.test))
-        for task in stream
-    ]
 
 
 @torch.no_grad()

@@ -90,10 +90,7 @@ def run_stream(model, tokenizer, stream, method, settings, step=lambda count: No
     Returns:
         `StreamResult`.
     """
-    data = [
-        tuple(encode(tokenizer, part, settings.max_length) for part in (task.train, task.test))
-        for task in stream
-    ]
+    data = encode_stream(tokenizer, stream, settings)
     result = StreamResult(majority=[majority_accuracy(task.test) for task in stream])
     result.untrained = untrained or score(model, data, settings, step)[0]
     method.setup(model)
@@ -108,6 +105,14 @@ def run_stream(model, tokenizer, stream, method, settings, step=lambda count: No
         row, result.predictions = score(model, data, settings, step)
         result.matrix.append(row)
     return result
+
+
+def encode_stream(tokenizer, stream, settings):
+    """The (train, test) parts of every task as `Encoded`."""
+    return [
+        tuple(encode(tokenizer, part, settings.max_length) for part in (task.train, task.test))
+        for task in stream
+    ]
 
 
 def num_examples(stream, settings, untrained=True):

@@ -214,7 +214,8 @@ def test_torchao_model_is_injected_saved_and_loaded(tmp_path):
 
 @pytest.mark.parametrize("kind", ["Linear8bitLt", "Linear4bit"])
 def test_bitsandbytes_linear_is_wrapped_and_not_copied(kind):
-    bnb = pytest.importorskip("bitsandbytes")
+    import bitsandbytes as bnb
+
     torch.manual_seed(0)
     plain = nn.Linear(64, 48)
     settings = {"has_fp16_weights": False} if kind == "Linear8bitLt" else {}
