@@ -1,0 +1,188 @@
+"""Sums of a table's rows onto the residual: dense coefficients (a product) or lists (a gather).
+
+Used for the values in the forward and for the keys in the backward (dx). The residual is read and
+the output written once, each in its own dtype; they may be the same tensor.
+"""
+
+import triton
+import triton.language as tl
+
+from .launcher import dot_dtype, launch
+from .segments import row_pointers
+
+
+@triton.jit
+def _aggregate_kernel(
+    coefficients_ptr,  # [M, N]
+    frozen_ptr,  # [num_frozen, O]
+    current_ptr,  # [N - num_frozen, O]
+    residual_ptr,  # [M, O]
+    out_ptr,  # [M, O]
+    M,
+    N,
+    width,
+    num_frozen,
+    stride_cm,
+    stride_frozen,
+    stride_current,
+    stride_rm,
+    stride_om,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    EVEN_O: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    """out = residual + coefficients table; grid (row tiles, feature tiles)."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_m = offs_m < M
+    row = tl.minimum(offs_m, M - 1).to(tl.int64)
+    # Features past the end repeat the last one; they are not stored.
+    column = offs_o if EVEN_O else tl.minimum(offs_o, width - 1)
+    coefficient_rows = (coefficients_ptr + row * stride_cm)[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
+    for n in range(0, N, BLOCK_N):
+        atom = n + offs_n
+        # Coefficients past the end are zeros, the rows they meet copies of the last one.
+        c = tl.load(coefficient_rows + atom[None, :], mask=(atom < N)[None, :], other=0.0)
+        atom = tl.minimum(atom, N - 1)
+        table = row_pointers(
+            atom, frozen_ptr, current_ptr, num_frozen, stride_frozen, stride_current
+        )
+        v = tl.load(table[:, None] + column[None, :])
+        acc = tl.dot(c.to(DOT), v.to(DOT), acc, input_precision=PRECISION)
+    mask = mask_m[:, None]
+    if not EVEN_O:
+        mask = mask & (offs_o < width)[None, :]
+    if HAS_RESIDUAL:
+        offs = (row * stride_rm)[:, None] + offs_o[None, :]
+        acc += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    offs = (row * stride_om)[:, None] + offs_o[None, :]
+    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gather_kernel(
+    index_ptr,  # [M, TOP_K] int32
+    coefficients_ptr,  # [M, TOP_K] float32
+    frozen_ptr,  # [num_frozen, O]
+    current_ptr,  # [N - num_frozen, O]
+    residual_ptr,  # [M, O]
+    extra_ptr,  # [M, O]
+    factor_ptr,  # [M] float32
+    out_ptr,  # [M, O]
+    width,
+    num_frozen,
+    stride_frozen,
+    stride_current,
+    stride_rm,
+    stride_em,
+    stride_om,
+    TOP_K: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_EXTRA: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    """out = residual + sum over a list of coefficient x row - factor x extra; grid (M, tiles)."""
+    m = tl.program_id(0).to(tl.int64)
+    offs_o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    offs_k = tl.arange(0, BLOCK_K)
+    mask_o = offs_o < width
+    mask_k = offs_k < TOP_K
+    atom = tl.load(index_ptr + m * TOP_K + offs_k, mask=mask_k, other=0)
+    c = tl.load(coefficients_ptr + m * TOP_K + offs_k, mask=mask_k, other=0.0)
+    table = row_pointers(
+        atom, frozen_ptr, current_ptr, num_frozen, stride_frozen, stride_current
+    )
+    # Silenced atoms are not read.
+    read = (c != 0.0)[:, None] & mask_o[None, :]
+    v = tl.load(table[:, None] + offs_o[None, :], mask=read, other=0.0)
+    acc = tl.sum(c[:, None] * v.to(tl.float32), 0)
+    if HAS_EXTRA:
+        extra = tl.load(extra_ptr + m * stride_em + offs_o, mask=mask_o, other=0.0)
+        acc -= tl.load(factor_ptr + m) * extra.to(tl.float32)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + m * stride_rm + offs_o, mask=mask_o, other=0.0)
+        acc += residual.to(tl.float32)
+    tl.store(out_ptr + m * stride_om + offs_o, acc.to(out_ptr.dtype.element_ty), mask=mask_o)
+
+
+def launch_aggregate(coefficients, table, residual, out, precision, config):
+    """out [M, O] = residual + coefficients [M, N] times a table of rows [N, O].
+
+    Args:
+        coefficients: unit column stride. residual: [M, O], unit column stride, or None.
+        config: {"BLOCK_M", "BLOCK_N", "BLOCK_O", "num_warps", "num_stages"}.
+    """
+    num_rows, num_atoms = coefficients.shape
+    frozen, current, num_frozen, stride_frozen, stride_current = table.args()
+    given = out if residual is None else residual
+    launch(
+        _aggregate_kernel,
+        (
+            triton.cdiv(num_rows, config["BLOCK_M"]),
+            triton.cdiv(table.width, config["BLOCK_O"]),
+        ),
+        coefficients,
+        frozen,
+        current,
+        given,
+        out,
+        num_rows,
+        num_atoms,
+        table.width,
+        num_frozen,
+        coefficients.stride(0),
+        stride_frozen,
+        stride_current,
+        given.stride(0),
+        out.stride(0),
+        DOT=dot_dtype(coefficients, table.frozen),
+        PRECISION=precision,
+        HAS_RESIDUAL=residual is not None,
+        EVEN_O=table.width % config["BLOCK_O"] == 0,
+        **config,
+    )
+
+
+def launch_gather(index, coefficients, table, residual, out, extra=None, factor=None):
+    """out [M, O] = residual + sum_k coefficients[m, k] table[index[m, k]] - factor[m] extra[m].
+
+    Args:
+        index: int32 [M, K]; coefficients: float32 [M, K], both contiguous.
+        extra, factor: [M, O] and float32 [M], both or neither.
+    """
+    num_rows, top_k = index.shape
+    frozen, current, num_frozen, stride_frozen, stride_current = table.args()
+    given = out if residual is None else residual
+    block = min(512, triton.next_power_of_2(table.width))
+    launch(
+        _gather_kernel,
+        (num_rows, triton.cdiv(table.width, block)),
+        index,
+        coefficients,
+        frozen,
+        current,
+        given,
+        out if extra is None else extra,
+        coefficients if factor is None else factor,
+        out,
+        table.width,
+        num_frozen,
+        stride_frozen,
+        stride_current,
+        given.stride(0),
+        (out if extra is None else extra).stride(0),
+        out.stride(0),
+        TOP_K=top_k,
+        HAS_RESIDUAL=residual is not None,
+        HAS_EXTRA=extra is not None,
+        BLOCK_K=triton.next_power_of_2(top_k),
+        BLOCK_O=block,
+        num_warps=4 if block >= 256 else 1,
+    )

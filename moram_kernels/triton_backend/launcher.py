@@ -1,0 +1,81 @@
+"""How kernels are launched, and where they can be: one function that every launch goes through."""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+def launch(kernel, grid, *args, **meta):
+    """Launch a kernel on the device of its first tensor."""
+    device = args[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*args, **meta)
+    else:
+        kernel[grid](*args, **meta)
+
+
+def multiply(left, right, out):
+    """out = left right by the vendor's library; counted as a launch like any kernel.
+
+    16-bit operands only: for float32 the library may round to tf32 behind our back.
+    """
+    if out.dtype == left.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        torch.ops.aten.mm.dtype_out(left, right, out.dtype, out=out)
+
+
+def can_multiply(left, right):
+    """Whether `multiply` may be used."""
+    return left.is_cuda and left.dtype == right.dtype and left.itemsize == 2
+
+
+def interpreting():
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    return isinstance(_dot_kernel, InterpretedFunction)
+
+
+@functools.cache
+def target(device):
+    """Compute capability (90 for 9.0), "gfx..." on AMD, or "interpreter"."""
+    if device.type != "cuda":
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return 10 * properties.major + properties.minor
+
+
+def dot_dtype(*tensors):
+    """The dtype in which tensors meet in a `tl.dot`: a 16-bit one only if all have it."""
+    first, *rest = {t.dtype for t in tensors}
+    return DTYPES[torch.float32 if rest else first]
+
+
+def rows(tensor):
+    """The matrix with unit column stride, copied only if it has another one."""
+    if tensor.stride(1) == 1 or tensor.shape[1] == 1:
+        return tensor
+    return tensor.contiguous()
+
+
+@functools.cache
+def interprets_bfloat16():
+    """Whether the interpreter multiplies bfloat16 rightly; Triton 3.8's multiplies bit patterns."""
+    ones, out = torch.ones(16, 16, dtype=torch.bfloat16), torch.empty(16, 16)
+    _dot_kernel[(1,)](ones, out)
+    return bool((out == 16).all())
+
+
+@triton.jit
+def _dot_kernel(x_ptr, out_ptr):
+    """out = x x for ones x [16, 16]; grid (1,)."""
+    offs = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    x = tl.load(x_ptr + offs)
+    tl.store(out_ptr + offs, tl.dot(x, x, input_precision="ieee"))

@@ -1,0 +1,105 @@
+"""Scores of tokens against a table of rows: out = a rows^T in float32, one launch, both segments.
+
+Used for x keys^T (scores) and for dy values^T (the pull on every atom). With `splits` the sum over
+the features is left in as many partial sums, to be added in fixed order by the reader.
+"""
+
+import triton
+import triton.language as tl
+
+from .launcher import dot_dtype, launch, rows
+from .segments import row_pointers
+
+
+@triton.jit
+def _score_kernel(
+    a_ptr,  # [M, D]
+    frozen_ptr,  # [num_frozen, D]
+    current_ptr,  # [N - num_frozen, D]
+    out_ptr,  # [splits, M, N] float32
+    M,
+    N,
+    D,
+    num_frozen,
+    stride_am,
+    stride_frozen,
+    stride_current,
+    stride_os,
+    stride_om,
+    split_width,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Grid (row tiles, atom tiles, splits of D). Rows past the end repeat the last one."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = tl.arange(0, BLOCK_D)
+    split = tl.program_id(2)
+    row = tl.minimum(offs_m, M - 1).to(tl.int64)
+    a_rows = (a_ptr + row * stride_am)[:, None] + offs_d[None, :]
+    atom = tl.minimum(offs_n, N - 1)
+    atoms = row_pointers(
+        atom, frozen_ptr, current_ptr, num_frozen, stride_frozen, stride_current
+    )
+    atoms = atoms[None, :] + offs_d[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    start = split * split_width
+    stop = tl.minimum(start + split_width, D)
+    for d in range(start, stop, BLOCK_D):
+        if EVEN_D:
+            a = tl.load(a_rows + d)
+            b = tl.load(atoms + d)
+        else:
+            mask_d = d + offs_d < stop
+            a = tl.load(a_rows + d, mask=mask_d[None, :], other=0.0)
+            b = tl.load(atoms + d, mask=mask_d[:, None], other=0.0)
+        acc = tl.dot(a.to(DOT), b.to(DOT), acc, input_precision=PRECISION)
+    base = out_ptr + split.to(tl.int64) * stride_os
+    offs = offs_m.to(tl.int64)[:, None] * stride_om + offs_n[None, :]
+    tl.store(base + offs, acc, mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+
+
+def launch_scores(a, table, out, precision, config, splits=1):
+    """Write a [M, D] times the rows of a table, transposed, to out [M, N] or [splits, M, N].
+
+    Args:
+        a: unit column stride. out: float32, unit column stride.
+        precision: of float32 products, "ieee" or "bf16x6".
+        config: {"BLOCK_M", "BLOCK_N", "BLOCK_D", "num_warps", "num_stages"}.
+    """
+    a = rows(a)
+    num_rows, width = a.shape
+    block_d = config["BLOCK_D"]
+    split_width = triton.cdiv(triton.cdiv(width, splits), block_d) * block_d
+    frozen, current, num_frozen, stride_frozen, stride_current = table.args()
+    grid = (
+        triton.cdiv(num_rows, config["BLOCK_M"]),
+        triton.cdiv(table.num_rows, config["BLOCK_N"]),
+        splits,
+    )
+    launch(
+        _score_kernel,
+        grid,
+        a,
+        frozen,
+        current,
+        out,
+        num_rows,
+        table.num_rows,
+        width,
+        num_frozen,
+        a.stride(0),
+        stride_frozen,
+        stride_current,
+        out.stride(0) if out.dim() == 3 else 0,
+        out.stride(-2),
+        split_width,
+        DOT=dot_dtype(a, table.frozen),
+        PRECISION=precision,
+        EVEN_D=width % block_d == 0,
+        **config,
+    )

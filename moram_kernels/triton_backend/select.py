@@ -1,0 +1,149 @@
+"""From scores to weighted scores in one launch, for rows of up to 8192 atoms.
+
+Fused: the norm, the exact top_k, the temperature softmax, the threshold and weight x score. The
+result is dense (for a product with all values) or lists of the selected atoms in index order (for a
+gather). Wider rows: `select_wide.py`. Equations: `moram_kernels/reference.py`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launcher import launch
+from .threshold import select_rows
+from .weights import candidates, clamped_norm, shares, store_stats, written_scores
+
+MAX_ATOMS = 8192
+
+
+@triton.jit
+def _select_kernel(
+    scores_ptr,  # [M, N] float32
+    written_ptr,  # dense [M, N] or lists [M, TOP_K]
+    index_ptr,  # lists [M, TOP_K] int32
+    picked_ptr,  # scores of the lists [M, TOP_K] float32
+    current_ptr,  # scores of the current atoms [M, N - num_frozen] float32
+    stats_ptr,  # [4, M] float32
+    M,
+    N,
+    num_frozen,
+    stride_sm,
+    stride_wm,
+    inv_temperature,
+    threshold,
+    eps,
+    TOP_K: tl.constexpr,
+    ALL: tl.constexpr,
+    HAS_THRESHOLD: tl.constexpr,
+    LISTS: tl.constexpr,
+    SAVE_CURRENT: tl.constexpr,
+    SAVE_STATS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LOG_N: tl.constexpr,
+):
+    """Grid (row tiles,); a program holds whole rows."""
+    pid = tl.program_id(0)
+    first = pid.to(tl.int64) * BLOCK_M
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_m = offs_m < M - pid * BLOCK_M
+    mask_n = offs_n < N
+    mask = mask_m[:, None] & mask_n[None, :]
+    offs = offs_m[:, None] * stride_sm + offs_n[None, :]
+    scores = tl.load(scores_ptr + first * stride_sm + offs, mask=mask, other=0.0)
+    norm = tl.sqrt(tl.sum(scores * scores, 1))
+    clamped = clamped_norm(norm, eps)
+    x = candidates(scores, mask_n[None, :], ALL)
+    if ALL:
+        top = tl.max(tl.where(mask_n[None, :], x, float("-inf")), 1)
+        value = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    else:
+        top = tl.max(x, 1)
+        low = tl.min(tl.where(mask_n[None, :], x, float("inf")), 1)
+        x, value = select_rows(x, low, top, TOP_K, LOG_N)
+    share = shares(x, value, top, inv_temperature / clamped)
+    inverse_sum = 1.0 / tl.sum(share, 1)
+    written = written_scores(
+        x, share, value, inverse_sum, norm, clamped, threshold, HAS_THRESHOLD
+    )
+    if LISTS:
+        selected = x >= value[:, None]
+        place = tl.cumsum(selected.to(tl.int32), 1) - 1
+        kept = selected & mask_m[:, None]
+        offs_list = offs_m[:, None] * TOP_K + place
+        base = first * TOP_K
+        index = tl.zeros_like(place) + offs_n[None, :]
+        tl.store(index_ptr + base + offs_list, index, mask=kept)
+        tl.store(written_ptr + base + offs_list, written, mask=kept)
+        tl.store(picked_ptr + base + offs_list, scores, mask=kept)
+    else:
+        offs_written = offs_m[:, None] * stride_wm + offs_n[None, :]
+        cast = written.to(written_ptr.dtype.element_ty)
+        tl.store(written_ptr + first * stride_wm + offs_written, cast, mask=mask)
+    if SAVE_CURRENT:
+        num_current = N - num_frozen
+        column = offs_n - num_frozen
+        offs_current = offs_m[:, None] * num_current + column[None, :]
+        tl.store(
+            current_ptr + first * num_current + offs_current,
+            scores,
+            mask=mask & (column >= 0)[None, :],
+        )
+    if SAVE_STATS:
+        store_stats(stats_ptr + first, offs_m, M, mask_m, norm, top, inverse_sum, value)
+
+
+def tiles(num_atoms):
+    """Rows and warps of a program that holds rows of that many atoms in registers."""
+    block = max(16, triton.next_power_of_2(num_atoms))
+    # 32 elements a lane; short rows share a warp.
+    return {"BLOCK_M": max(1, 1024 // block), "BLOCK_N": block}, max(1, block // 1024)
+
+
+def launch_select(
+    scores, activation, threshold, *, written=None, lists=None, current=None, stats=None
+):
+    """Select from scores [M, N], N <= 8192, into preallocated outputs.
+
+    Args:
+        scores: float32, unit column stride.
+        activation: (top_k, temperature, threshold, eps).
+        threshold: whether the threshold applies (inference).
+        written: dense output [M, N], in the dtype of the product that follows, or None.
+        lists: (index int32, written float32, scores float32), each [M, min(top_k, N)], or None.
+        current: (scores of current atoms [M, C] float32, num_frozen) or None.
+        stats: [4, M] float32 or None.
+    """
+    num_rows, num_atoms = scores.shape
+    top_k, temperature, level, eps = activation
+    index, written, picked = lists or (scores, written, scores)
+    kept, num_frozen = current or (scores, 0)
+    blocks, warps = tiles(num_atoms)
+    launch(
+        _select_kernel,
+        (triton.cdiv(num_rows, blocks["BLOCK_M"]),),
+        scores,
+        written,
+        index,
+        picked,
+        kept,
+        scores if stats is None else stats,
+        num_rows,
+        num_atoms,
+        num_frozen,
+        scores.stride(0),
+        written.stride(0),
+        1.0 / temperature,
+        level,
+        float(max(eps, torch.finfo(torch.float32).tiny)),
+        TOP_K=min(top_k, num_atoms),
+        ALL=top_k >= num_atoms,
+        HAS_THRESHOLD=threshold,
+        LISTS=lists is not None,
+        SAVE_CURRENT=current is not None,
+        SAVE_STATS=stats is not None,
+        LOG_N=blocks["BLOCK_N"].bit_length() - 1,
+        num_warps=warps,
+        **blocks,
+    )

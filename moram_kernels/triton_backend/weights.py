@@ -1,0 +1,52 @@
+"""Device functions of self-activation on register tiles, shared by the forward kernels.
+
+Names and stages are the reference's. A row whose norm is not finite (an inf or NaN came in, or the
+squares overflow float32) writes NaN, and only into its own output.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def candidates(scores, is_atom, ALL: tl.constexpr):
+    """Scores to select from: NaN counts as -inf, columns that are no atoms are never selected."""
+    x = tl.where(scores == scores, scores, float("-inf"))
+    if ALL:
+        return tl.where(is_atom, x, float("nan"))
+    return tl.where(is_atom, x, float("-inf"))
+
+
+@triton.jit
+def clamped_norm(norm, eps):
+    """max(norm, eps)."""
+    return tl.maximum(norm, eps)
+
+
+@triton.jit
+def shares(x, value, top, scale):
+    """exp((score - top) scale) where selected, else 0: the weights before they are normalised."""
+    return tl.where(x >= value[:, None], tl.exp((x - top[:, None]) * scale[:, None]), 0.0)
+
+
+@triton.jit
+def written_scores(
+    x, share, value, inverse_sum, norm, clamped, threshold, HAS_THRESHOLD: tl.constexpr
+):
+    """weight x score of every atom: 0 outside the selection, NaN throughout a row with no norm."""
+    # 0 * norm is 0 for finite norms and NaN otherwise.
+    outside = norm * 0.0
+    cut = value
+    if HAS_THRESHOLD:
+        cut = tl.maximum(value, threshold * clamped)
+    inside = share * x * (inverse_sum + outside)[:, None]
+    return tl.where(x >= cut[:, None], inside, outside[:, None])
+
+
+@triton.jit
+def store_stats(stats_ptr, offs, num_rows, mask, norm, top, inverse_sum, value):
+    """Per token, for the backward: one row each of stats [4, M], so that loads are contiguous."""
+    tl.store(stats_ptr + offs, norm, mask=mask)
+    tl.store(stats_ptr + num_rows + offs, top, mask=mask)
+    tl.store(stats_ptr + 2 * num_rows + offs, inverse_sum, mask=mask)
+    tl.store(stats_ptr + 3 * num_rows + offs, value, mask=mask)
