@@ -2,5 +2,6 @@
 
 from .activation import SelfActivation
 from .api import available_backends, retrieve
+from .explain import explain
 
-__all__ = ["SelfActivation", "available_backends", "retrieve"]
+__all__ = ["SelfActivation", "available_backends", "explain", "retrieve"]

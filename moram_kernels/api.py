@@ -5,8 +5,11 @@ import math
 import torch
 
 from .activation import SelfActivation
+from .fused_ops import retrieve_triton
 from .ops import retrieve_torch
 from .reference import retrieve_reference
+from .triton_backend import available
+from .triton_backend.plan import PRECISIONS, why_not_covered
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 
@@ -18,12 +21,7 @@ def available_backends():
 
 def why_unavailable(backend):
     """Why an explicitly named backend cannot run here, one sentence, or None if it can."""
-    if backend == "triton":
-        return (
-            "this version of moram_kernels has no Triton kernels yet; "
-            'use backend="torch" (any device) or backend="auto"'
-        )
-    return None
+    return available.why_not() if backend == "triton" else None
 
 
 def retrieve(
@@ -37,6 +35,7 @@ def retrieve(
     residual=None,
     training=False,
     backend="auto",
+    precision="ieee",
     num_frozen=None,
 ):
     """Read a memory update for each token from a bank of rank-1 atoms.
@@ -53,8 +52,10 @@ def retrieve(
         current_keys, current_values: the trainable atoms [C, D] and [C, O], both or neither.
         residual: added to the update, [..., O]; saves one pass over the output.
         training: if true, the threshold is not applied.
-        backend: "auto", "reference", "torch" or "triton". Only "auto" chooses: the fastest backend
-            that runs on the tensors' device.
+        backend: "auto", "reference", "torch" or "triton". Only "auto" chooses: triton for tensors
+            on a GPU, where its kernels cover the call, else torch; never Triton's interpreter.
+        precision: of the Triton backend's float32 products: "ieee", or "bf16x6", which is as exact
+            to a few float32 roundings and uses tensor cores. 16-bit products ignore it.
         num_frozen: live rows of keys and values if they have spare capacity, an int64 CPU tensor
             without dimensions; the rows after them are never read. torch.compile does not
             specialise on its value.
@@ -73,20 +74,19 @@ def retrieve(
     if current_keys is None and current_values is None:
         current_keys, current_values = _no_atoms(keys), _no_atoms(values)
     _check(x, keys, values, activation, current_keys, current_values, residual, num_frozen)
-    backend = pick_backend(backend)
+    bank = (*_detached(keys, values), current_keys, current_values)
+    backend = pick_backend(backend, x, bank, activation.top_k, precision)
     lead = x.shape[:-1]
     if len(lead) != 1:
         rows = math.prod(lead)
         x = x.reshape(rows, x.shape[-1])
         residual = None if residual is None else residual.reshape(rows, residual.shape[-1])
-    if keys.requires_grad or values.requires_grad:
-        keys, values = keys.detach(), values.detach()
-    bank = (keys, values, current_keys, current_values)
+    args = (backend, x, bank, activation, residual, training, num_frozen, precision)
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            output = _run(backend, x, bank, activation, residual, training, num_frozen, True)
+            output = _run(*args, True)
     else:
-        output = _run(backend, x, bank, activation, residual, training, num_frozen, False)
+        output = _run(*args, False)
     return output if len(lead) == 1 else output.view(*lead, output.shape[-1])
 
 
@@ -97,27 +97,50 @@ def _no_atoms(like):
     return like.new_empty(0, like.shape[1])
 
 
-def pick_backend(backend):
-    """The backend that runs for a name: itself, or for "auto" the torch backend."""
+def _detached(*tensors):
+    """Frozen atoms have no gradient."""
+    return (t.detach() if t.requires_grad else t for t in tensors)
+
+
+def pick_backend(backend, x, bank, top_k, precision="ieee"):
+    """The backend that runs for a name: itself, or for "auto" the one that suits the tensors.
+
+    Args:
+        x, bank: inputs and (keys, values, current_keys, current_values).
+    Raises:
+        ValueError: there is no such backend or precision.
+        RuntimeError: a backend asked for by name cannot run these tensors.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if backend == "auto":
-        return "torch"
-    reason = why_unavailable(backend)
-    if reason:
-        raise RuntimeError(f'backend="{backend}" cannot run: {reason}')
+        fits = x.is_cuda and available.installed() and not available.interpreting()
+        return "triton" if fits and _why_not_triton(x, bank, top_k, precision) is None else "torch"
+    if backend == "triton":
+        reason = _why_not_triton(x, bank, top_k, precision)
+        if reason:
+            raise RuntimeError(f'backend="triton" cannot run: {reason}')
     return backend
 
 
-def _run(backend, x, bank, activation, residual, training, num_frozen, autocast):
+def _why_not_triton(x, bank, top_k, precision):
+    """Why the kernels cannot run these tensors, one sentence, or None."""
+    reason = available.why_not(x.device) or available.why_not_dtypes({x.dtype, bank[0].dtype})
+    if reason:
+        return reason
+    dtype = x.dtype if x.dtype == bank[0].dtype else torch.float32
+    atoms = bank[0].shape[0] + bank[2].shape[0]
+    return why_not_covered(atoms, top_k, str(dtype).removeprefix("torch."), precision)
+
+
+def _run(backend, x, bank, activation, residual, training, num_frozen, precision, autocast):
+    settings = (activation.top_k, activation.temperature, activation.threshold, activation.eps)
     if backend == "torch":
-        settings = (
-            activation.top_k,
-            activation.temperature,
-            activation.threshold,
-            activation.eps,
-        )
         return retrieve_torch(x, *bank, residual, settings, training, num_frozen, autocast)
+    if backend == "triton":
+        return retrieve_triton(x, bank, residual, settings, training, num_frozen, precision)
     keys, values, current_keys, current_values = bank
     if num_frozen is not None:
         keys, values = keys[: int(num_frozen)], values[: int(num_frozen)]

@@ -29,6 +29,7 @@ def _aggregate_kernel(
     stride_om,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     EVEN_O: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -51,7 +52,7 @@ def _aggregate_kernel(
         c = tl.load(coefficient_rows + atom[None, :], mask=(atom < N)[None, :], other=0.0)
         atom = tl.minimum(atom, N - 1)
         table = row_pointers(
-            atom, frozen_ptr, current_ptr, num_frozen, stride_frozen, stride_current
+            atom, frozen_ptr, current_ptr, num_frozen, stride_frozen, stride_current, ALIGNED
         )
         v = tl.load(table[:, None] + column[None, :])
         acc = tl.dot(c.to(DOT), v.to(DOT), acc, input_precision=PRECISION)
@@ -85,6 +86,7 @@ def _gather_kernel(
     TOP_K: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_EXTRA: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
@@ -97,7 +99,7 @@ def _gather_kernel(
     atom = tl.load(index_ptr + m * TOP_K + offs_k, mask=mask_k, other=0)
     c = tl.load(coefficients_ptr + m * TOP_K + offs_k, mask=mask_k, other=0.0)
     table = row_pointers(
-        atom, frozen_ptr, current_ptr, num_frozen, stride_frozen, stride_current
+        atom, frozen_ptr, current_ptr, num_frozen, stride_frozen, stride_current, ALIGNED
     )
     # Silenced atoms are not read.
     read = (c != 0.0)[:, None] & mask_o[None, :]
@@ -144,6 +146,7 @@ def launch_aggregate(coefficients, table, residual, out, precision, config):
         out.stride(0),
         DOT=dot_dtype(coefficients, table.frozen),
         PRECISION=precision,
+        ALIGNED=table.aligned,
         HAS_RESIDUAL=residual is not None,
         EVEN_O=table.width % config["BLOCK_O"] == 0,
         **config,
@@ -182,6 +185,7 @@ def launch_gather(index, coefficients, table, residual, out, extra=None, factor=
         TOP_K=top_k,
         HAS_RESIDUAL=residual is not None,
         HAS_EXTRA=extra is not None,
+        ALIGNED=table.aligned,
         BLOCK_K=triton.next_power_of_2(top_k),
         BLOCK_O=block,
         num_warps=4 if block >= 256 else 1,

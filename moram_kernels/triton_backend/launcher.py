@@ -31,6 +31,11 @@ def multiply(left, right, out):
         torch.ops.aten.mm.dtype_out(left, right, out.dtype, out=out)
 
 
+def multiply_add(base, left, right, out):
+    """out = base + left right by the vendor's library; 16-bit operands only."""
+    torch.addmm(base, left, right, out=out)
+
+
 def can_multiply(left, right):
     """Whether `multiply` may be used."""
     return left.is_cuda and left.dtype == right.dtype and left.itemsize == 2

@@ -1,6 +1,6 @@
 """The whole forward in one launch, for banks whose scores of a row tile fit in registers.
 
-Fused: scores, norm, top_k (a network, see `networks.py`), softmax, threshold, aggregation, residual.
+Fused: scores, norm, top_k (by a network of `networks.py`), softmax, threshold, values, residual.
 The atoms lie in one tile of 16 to 128 columns or in two (96 = 64 + 32, 160 = 128 + 32, 192 = 128 +
 64), padded at the end. For the backward the scores and four numbers a token are stored; weights are
 recomputed from them. Equations: `moram_kernels/reference.py`.
@@ -62,6 +62,7 @@ def _resident_kernel(
     stride_rm,
     stride_om,
     stride_sm,
+    stride_stats,
     inv_temperature,
     threshold,
     eps,
@@ -74,6 +75,7 @@ def _resident_kernel(
     DOT: tl.constexpr,
     DOT_VALUES: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_N2: tl.constexpr,
@@ -102,6 +104,7 @@ def _resident_kernel(
         num_frozen,
         stride_keys,
         stride_current_keys,
+        ALIGNED,
     )
     keys = keys[None, :] + offs_d[:, None]
     scores = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -114,6 +117,7 @@ def _resident_kernel(
             num_frozen,
             stride_keys,
             stride_current_keys,
+            ALIGNED,
         )
         keys2 = keys2[None, :] + offs_d[:, None]
         scores2 = tl.zeros((BLOCK_M, BLOCK_N2), tl.float32)
@@ -160,7 +164,7 @@ def _resident_kernel(
         total += tl.sum(share2, 1)
     inverse_sum = 1.0 / total
     if SAVE:
-        store_stats(stats_ptr + first, offs_m, M, mask_m, norm, top, inverse_sum, value)
+        store_stats(stats_ptr + first, offs_m, stride_stats, mask_m, norm, top, inverse_sum, value)
     written = written_scores(
         z, share, value, inverse_sum, norm, clamped, threshold, HAS_THRESHOLD
     ).to(DOT_VALUES)
@@ -171,6 +175,7 @@ def _resident_kernel(
         num_frozen,
         stride_values,
         stride_current_values,
+        ALIGNED,
     )
     offs_o = tl.arange(0, BLOCK_O)
     values = values[:, None] + offs_o[None, :]
@@ -185,6 +190,7 @@ def _resident_kernel(
             num_frozen,
             stride_values,
             stride_current_values,
+            ALIGNED,
         )
         values2 = values2[:, None] + offs_o[None, :]
     residual_rows = residual_ptr + first * stride_rm + offs_m[:, None] * stride_rm
@@ -247,6 +253,7 @@ def launch_resident(x, keys, values, residual, out, activation, threshold, preci
         given.stride(0),
         out.stride(0),
         scores.stride(0),
+        stats.stride(0),
         1.0 / temperature,
         level,
         float(max(eps, torch.finfo(torch.float32).tiny)),
@@ -259,6 +266,7 @@ def launch_resident(x, keys, values, residual, out, activation, threshold, preci
         DOT=dot_dtype(x, keys.frozen),
         DOT_VALUES=dot_dtype(values.frozen),
         PRECISION=precision,
+        ALIGNED=keys.aligned and values.aligned,
         LOG_N=tile.bit_length() - 1,
         LOG_N2=max(0, tile2.bit_length() - 1),
         **config,

@@ -29,6 +29,7 @@ def _score_kernel(
     split_width,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -43,7 +44,7 @@ def _score_kernel(
     a_rows = (a_ptr + row * stride_am)[:, None] + offs_d[None, :]
     atom = tl.minimum(offs_n, N - 1)
     atoms = row_pointers(
-        atom, frozen_ptr, current_ptr, num_frozen, stride_frozen, stride_current
+        atom, frozen_ptr, current_ptr, num_frozen, stride_frozen, stride_current, ALIGNED
     )
     atoms = atoms[None, :] + offs_d[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -100,6 +101,7 @@ def launch_scores(a, table, out, precision, config, splits=1):
         split_width,
         DOT=dot_dtype(a, table.frozen),
         PRECISION=precision,
+        ALIGNED=table.aligned,
         EVEN_D=width % block_d == 0,
         **config,
     )

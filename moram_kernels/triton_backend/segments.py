@@ -10,7 +10,7 @@ from .launcher import rows
 
 
 class Table(NamedTuple):
-    """Rows [N, width] of a bank's keys or values: `frozen` first, then `current`; either may be empty.
+    """Keys or values of a bank [N, width]: `frozen` rows, then `current`; either may be empty.
 
     Where the current rows lie right behind the frozen ones in one buffer, `whole` is both.
     """
@@ -41,6 +41,15 @@ class Table(NamedTuple):
     def dtype(self):
         return self.frozen.dtype
 
+    @property
+    def aligned(self):
+        """Whether every row starts at a multiple of 16 bytes."""
+        pieces = (piece for piece in (self.frozen, self.current) if piece.shape[0])
+        return all(
+            piece.data_ptr() % 16 == 0 and piece.stride(0) * piece.element_size() % 16 == 0
+            for piece in pieces
+        )
+
     def args(self):
         """(frozen, current, num_frozen, stride of frozen, stride of current) for a kernel."""
         frozen = self.frozen if self.num_frozen else self.current
@@ -66,11 +75,17 @@ def _joined(frozen, current):
 
 
 @triton.jit
-def row_pointers(index, frozen_ptr, current_ptr, num_frozen, stride_frozen, stride_current):
+def row_pointers(
+    index, frozen_ptr, current_ptr, num_frozen, stride_frozen, stride_current, ALIGNED: tl.constexpr
+):
     """Pointers to the first element of the named rows of a table."""
     wide = index.to(tl.int64)
-    return tl.where(
+    pointers = tl.where(
         index < num_frozen,
         frozen_ptr + wide * stride_frozen,
         current_ptr + (wide - num_frozen) * stride_current,
     )
+    if ALIGNED:
+        # The compiler loses this in the choice, and with it asynchronous copies of 16 bytes.
+        pointers = tl.multiple_of(pointers, 16)
+    return pointers

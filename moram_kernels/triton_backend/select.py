@@ -29,6 +29,7 @@ def _select_kernel(
     num_frozen,
     stride_sm,
     stride_wm,
+    stride_stats,
     inv_temperature,
     threshold,
     eps,
@@ -64,9 +65,7 @@ def _select_kernel(
         x, value = select_rows(x, low, top, TOP_K, LOG_N)
     share = shares(x, value, top, inv_temperature / clamped)
     inverse_sum = 1.0 / tl.sum(share, 1)
-    written = written_scores(
-        x, share, value, inverse_sum, norm, clamped, threshold, HAS_THRESHOLD
-    )
+    written = written_scores(x, share, value, inverse_sum, norm, clamped, threshold, HAS_THRESHOLD)
     if LISTS:
         selected = x >= value[:, None]
         place = tl.cumsum(selected.to(tl.int32), 1) - 1
@@ -91,7 +90,7 @@ def _select_kernel(
             mask=mask & (column >= 0)[None, :],
         )
     if SAVE_STATS:
-        store_stats(stats_ptr + first, offs_m, M, mask_m, norm, top, inverse_sum, value)
+        store_stats(stats_ptr + first, offs_m, stride_stats, mask_m, norm, top, inverse_sum, value)
 
 
 def tiles(num_atoms):
@@ -134,6 +133,7 @@ def launch_select(
         num_frozen,
         scores.stride(0),
         written.stride(0),
+        0 if stats is None else stats.stride(0),
         1.0 / temperature,
         level,
         float(max(eps, torch.finfo(torch.float32).tiny)),

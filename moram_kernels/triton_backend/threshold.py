@@ -42,7 +42,7 @@ def bisect_threshold(x, low, high, TOP_K: tl.constexpr, ROUNDS: tl.constexpr):
 
 @triton.jit
 def radix_threshold(x, TOP_K: tl.constexpr):
-    """The TOP_K-th largest value of each row, ties counted, by its bits: 32 rounds, always exact."""
+    """The TOP_K-th largest value of each row, ties counted, by its bits: 32 rounds, exact."""
     bits = _ordered_bits(x + 0.0)
     count = tl.sum((bits >= 0).to(tl.int32), 1)
     found = tl.where(count >= TOP_K, 0, -2147483648).to(tl.int32)

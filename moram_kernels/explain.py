@@ -1,0 +1,71 @@
+"""Says in words which backend, path and tiles a call takes, and why. Runs nothing."""
+
+import torch
+
+from .activation import SelfActivation
+from .triton_backend import available
+from .triton_backend.plan import plan
+
+
+def explain(
+    tokens,
+    in_features,
+    out_features,
+    num_atoms,
+    activation=None,
+    *,
+    dtype=torch.bfloat16,
+    training=False,
+    device=None,
+    num_current=0,
+    precision="ieee",
+):
+    """Print how `retrieve` would run a call on a GPU, and why.
+
+    Args:
+        tokens: rows of x. in_features: D. out_features: O. num_atoms: live atoms of the bank.
+        activation: `SelfActivation`; of it only top_k matters.
+        dtype: of x and the bank; mixed ones count as float32.
+        training: whether a backward follows.
+        device: a torch device, or the name of a GPU ("H100", "A100", "MI300", ...); None is this
+            machine's GPU, or an H100 where there is none.
+        num_current: trainable atoms among num_atoms.
+        precision: as for `retrieve`.
+    Returns:
+        The `Plan` that was printed: path, backward, modelled seconds, tiles.
+    Raises:
+        ValueError: a size is not positive.
+    """
+    for name, size in (("tokens", tokens), ("in_features", in_features), ("num_atoms", num_atoms)):
+        if size < 1:
+            raise ValueError(f"{name} must be >= 1, got {size}")
+    activation = SelfActivation() if activation is None else activation
+    if device is None:
+        device = torch.device("cuda") if torch.cuda.is_available() else "H100"
+    name = device if isinstance(device, str) else available.device_name(device)
+    chosen = plan(
+        tokens,
+        in_features,
+        out_features,
+        num_atoms,
+        activation.top_k,
+        str(dtype).removeprefix("torch."),
+        training,
+        name,
+        current=num_current,
+        joined=num_current in (0, num_atoms),
+        precision=precision,
+    )
+    here = available.why_not()
+    lines = [
+        f"{tokens} tokens, {in_features} -> {out_features}, {num_atoms} atoms, "
+        f"top_k {activation.top_k}, {dtype}, {'training' if training else 'inference'}, {name}",
+        f"path: {chosen.path}" + (f", backward from {chosen.backward}" if chosen.backward else ""),
+        f"why: {chosen.reason}",
+        f"here: {here}" if here else "here: the kernels can run",
+    ]
+    for kernel in ("resident",) if chosen.path == "resident" else ("scores", "aggregate"):
+        if kernel in chosen.tiles:
+            lines.append(f"tiles of {kernel}: {chosen.tiles[kernel]}")
+    print("\n".join(lines))
+    return chosen

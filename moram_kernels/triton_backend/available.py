@@ -1,0 +1,56 @@
+"""Whether kernels can run, and where; imports Triton only when asked about it."""
+
+import functools
+import importlib.util
+
+import torch
+
+
+@functools.cache
+def installed():
+    """Whether Triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting():
+    """Whether Triton was told to interpret kernels on the CPU."""
+    if not installed():
+        return False
+    from . import launcher
+
+    return launcher.interpreting()
+
+
+def why_not(device=None):
+    """Why kernels cannot run (on a device), one sentence with the remedy, or None."""
+    if not installed():
+        return "Triton is not installed; it comes with torch on Linux (pip install triton)"
+    if interpreting():
+        return None
+    if not torch.cuda.is_available():
+        return (
+            "there is no CUDA or ROCm GPU here; use a machine with one, backend="
+            '"torch", or, to try the kernels slowly on a CPU, set TRITON_INTERPRET=1 before '
+            "Python starts"
+        )
+    if device is not None and device.type != "cuda":
+        return f'the tensors are on {device}; move them to the GPU or use backend="torch"'
+    return None
+
+
+def why_not_dtypes(dtypes):
+    """Why these dtypes are not covered, one sentence, or None."""
+    from . import launcher
+
+    for dtype in dtypes:
+        if dtype not in launcher.DTYPES:
+            names = ", ".join(str(d).removeprefix("torch.") for d in launcher.DTYPES)
+            return f"the kernels cover {names}, got {str(dtype).removeprefix('torch.')}"
+    if torch.bfloat16 in dtypes and interpreting() and not launcher.interprets_bfloat16():
+        return "Triton's interpreter multiplies bfloat16 wrongly; use float16 or float32"
+    return None
+
+
+def device_name(device):
+    """The name by which the plan knows a device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"

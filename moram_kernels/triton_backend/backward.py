@@ -1,0 +1,103 @@
+"""The backward pass from what the forward saved: which kernels run, on what memory.
+
+Gradients go to x and to the current atoms; frozen atoms have none. At most five launches. No
+atomics: two runs give the same bits.
+"""
+
+import torch
+
+from . import launcher
+from .aggregate import launch_gather
+from .forward import aggregate, score
+from .lists_backward import launch_lists_backward
+from .outer import launch_bank_gradient, launch_gram
+from .rows_backward import launch_rows_backward
+from .segments import Table
+
+
+def backward(grad, x, keys, values, saved, settings, training, plan, precision, needs):
+    """(dx [M, D] in the dtype of x or None, dkeys [C, D] or None, dvalues [C, O] or None).
+
+    Args:
+        grad: dy [M, O]. x: [M, D], M >= 1. keys, values: `Table`s with C current rows.
+        saved: `Saved`. settings, training: those of the forward.
+        plan: `Plan` with a backward; precision: of float32 products.
+        needs: which of (x, the bank) want a gradient.
+    """
+    grad, x = launcher.rows(grad), launcher.rows(x)
+    run = _from_scores if plan.backward == "dense" else _from_lists
+    threshold = not training and settings[2] > 0
+    needs = (needs[0], needs[1] and keys.num_rows > keys.num_frozen)
+    return run(grad, x, keys, values, saved, settings, threshold, plan.tiles, precision, needs)
+
+
+def _from_scores(grad, x, keys, values, saved, settings, threshold, tiles, precision, needs):
+    tokens, atoms, frozen = x.shape[0], keys.num_rows, keys.num_frozen
+    columns = -(-atoms // 16) * 16
+    pull = x.new_empty(tokens, columns, dtype=torch.float32)[:, :atoms]
+    score(grad, values, pull, precision, tiles["scores"])
+    dscores = x.new_empty(tokens, columns, dtype=_meet(x, keys))[:, :atoms]
+    written = x.new_empty(tokens, atoms - frozen, dtype=_meet(grad, values))
+    launch_rows_backward(
+        saved.scores, pull, saved.stats, dscores, written, frozen, settings, threshold
+    )
+    dx = dkeys = dvalues = None
+    if needs[0]:
+        dx = torch.empty_like(x)
+        aggregate(dscores, keys, None, dx, precision, tiles["aggregate"])
+    if needs[1]:
+        dkeys, dvalues = launch_bank_gradient(
+            dscores[:, frozen:],
+            x,
+            written,
+            grad,
+            keys.dtype,
+            precision,
+            tiles["bank"],
+            tiles["bank_splits"],
+        )
+    return dx, dkeys, dvalues
+
+
+def _from_lists(grad, x, keys, values, saved, settings, threshold, tiles, precision, needs):
+    tokens = x.shape[0]
+    current = keys.num_rows - keys.num_frozen
+    dlist, factor = torch.empty_like(saved.picked), saved.picked.new_empty(tokens)
+    dscores = x.new_empty(tokens, current, dtype=_meet(x, keys))
+    written = x.new_empty(tokens, current, dtype=_meet(grad, values))
+    launch_lists_backward(
+        grad,
+        (saved.index, saved.picked),
+        saved.stats,
+        saved.scores,
+        values,
+        dlist,
+        factor,
+        dscores,
+        written,
+        settings,
+        threshold,
+    )
+    dx = dkeys = dvalues = None
+    if needs[0]:
+        # sum over all atoms of score x key = x (keys^T keys).
+        square = x.new_empty(x.shape[1], x.shape[1], dtype=_meet(x, keys))
+        if keys.whole is not None and launcher.can_multiply(keys.whole, keys.whole):
+            launcher.multiply(keys.whole.t(), keys.whole, square)
+        else:
+            launch_gram(keys, square, precision, tiles["gram"])
+        through = x.new_empty(x.shape, dtype=torch.float32)
+        score(x, Table.of(square, square[:0]), through, precision, tiles["scores"])
+        dx = torch.empty_like(x)
+        launch_gather(saved.index, dlist, keys, None, dx, through, factor)
+    if needs[1]:
+        # One pass without splits: the launches stay five, and the bank is small beside the rest.
+        dkeys, dvalues = launch_bank_gradient(
+            dscores, x, written, grad, keys.dtype, precision, tiles["bank"], 1
+        )
+    return dx, dkeys, dvalues
+
+
+def _meet(tensor, table):
+    """The dtype in which a tensor meets a table: a 16-bit one only if both have it."""
+    return tensor.dtype if tensor.dtype == table.dtype else torch.float32

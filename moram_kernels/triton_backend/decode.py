@@ -1,0 +1,138 @@
+"""The second of two launches for a few tokens: select and gather, a program per token and tile.
+
+The first launch (`scores.py`) leaves partial sums over splits of D, because one token's keys must
+be read by many programs at once; they are added here in fixed order. Then top_k rounds of arg-max,
+each followed by one row of the values: the first maximum is the softmax's, nothing is rescaled.
+Inference only. Equations: `moram_kernels/reference.py`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launcher import launch
+from .segments import row_pointers
+from .weights import clamped_norm
+
+MAX_TOKENS = 64
+MAX_ATOMS = 8192
+
+
+@triton.jit
+def _decode_kernel(
+    partial_ptr,  # [splits, M, N] float32
+    frozen_ptr,  # [num_frozen, O]
+    current_ptr,  # [N - num_frozen, O]
+    residual_ptr,  # [M, O]
+    out_ptr,  # [M, O]
+    M,
+    N,
+    width,
+    num_frozen,
+    stride_frozen,
+    stride_current,
+    stride_rm,
+    stride_om,
+    inv_temperature,
+    threshold,
+    eps,
+    SPLITS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    HAS_THRESHOLD: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    """Grid (M, feature tiles)."""
+    m = tl.program_id(0).to(tl.int64)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    mask_n = offs_n < N
+    mask_o = offs_o < width
+    scores = tl.zeros((BLOCK_N,), tl.float32)
+    for split in range(SPLITS):
+        part = partial_ptr + (split * M + m) * N
+        scores += tl.load(part + offs_n, mask=mask_n, other=0.0)
+    norm = tl.sqrt(tl.sum(scores * scores, 0))
+    clamped = clamped_norm(norm, eps)
+    scale = inv_temperature / clamped
+    x = tl.where(scores == scores, scores, float("-inf"))
+    x = tl.where(mask_n, x, float("nan"))
+    top = tl.max(tl.where(mask_n, x, float("-inf")), 0)
+    acc = tl.zeros((BLOCK_O,), tl.float32)
+    total = 0.0
+    for _ in range(TOP_K):
+        # NaN marks what cannot be taken again; comparisons with it are false.
+        best = tl.max(tl.where(x == x, x, float("-inf")), 0)
+        atom = tl.min(tl.where(x == best, offs_n, BLOCK_N), 0)
+        x = tl.where(offs_n == atom, float("nan"), x)
+        share = tl.exp((best - top) * scale)
+        total += share
+        fires = atom < N
+        if HAS_THRESHOLD:
+            fires = fires & (best >= threshold * clamped)
+        row = row_pointers(
+            tl.minimum(atom, N - 1),
+            frozen_ptr,
+            current_ptr,
+            num_frozen,
+            stride_frozen,
+            stride_current,
+            False,
+        )
+        v = tl.load(row + offs_o, mask=mask_o & fires, other=0.0).to(tl.float32)
+        acc += tl.where(fires, share * best, 0.0) * v
+    # 0 * norm turns the whole row into NaN where the norm is not finite.
+    acc = acc / total + norm * 0.0
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + m * stride_rm + offs_o, mask=mask_o, other=0.0)
+        acc += residual.to(tl.float32)
+    tl.store(out_ptr + m * stride_om + offs_o, acc.to(out_ptr.dtype.element_ty), mask=mask_o)
+
+
+def launch_decode(partial, values, residual, out, activation, threshold):
+    """out [M, O] = residual + update, from partial scores [splits, M, N], N <= 8192.
+
+    Args:
+        partial: float32, contiguous. values: a `Table`. residual: [M, O] or None; may be out.
+        activation: (top_k, temperature, threshold, eps).
+        threshold: whether the threshold applies.
+    """
+    splits, num_rows, num_atoms = partial.shape
+    top_k, temperature, level, eps = activation
+    frozen, current, num_frozen, stride_frozen, stride_current = values.args()
+    given = out if residual is None else residual
+    block, block_o = config(num_atoms, values.width)
+    launch(
+        _decode_kernel,
+        (num_rows, triton.cdiv(values.width, block_o)),
+        partial,
+        frozen,
+        current,
+        given,
+        out,
+        num_rows,
+        num_atoms,
+        values.width,
+        num_frozen,
+        stride_frozen,
+        stride_current,
+        given.stride(0),
+        out.stride(0),
+        1.0 / temperature,
+        level,
+        float(max(eps, torch.finfo(torch.float32).tiny)),
+        SPLITS=splits,
+        TOP_K=min(top_k, num_atoms),
+        HAS_THRESHOLD=threshold,
+        HAS_RESIDUAL=residual is not None,
+        BLOCK_N=block,
+        BLOCK_O=block_o,
+        num_warps=max(1, min(8, block // 512)),
+    )
+
+
+def config(num_atoms, width):
+    """(BLOCK_N, BLOCK_O) for a bank."""
+    block = max(16, triton.next_power_of_2(num_atoms))
+    return block, min(256, triton.next_power_of_2(width))

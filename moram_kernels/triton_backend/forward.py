@@ -1,0 +1,133 @@
+"""The forward pass on each path of the plan: which kernels run, in which order, on what memory."""
+
+from typing import NamedTuple
+
+import torch
+
+from . import launcher
+from .aggregate import launch_aggregate, launch_gather
+from .decode import launch_decode
+from .plan import ROW_ATOMS, saved_shapes
+from .resident import launch_resident
+from .scores import launch_scores
+from .select import launch_select
+from .select_wide import launch_select_wide
+
+
+class Saved(NamedTuple):
+    """What the backward needs of the forward, for M tokens.
+
+    From scores: scores float32 [M, N or more], stats float32 [4, M] (norm, largest score, 1 / sum
+    of the shares, border value). From lists: index int32 [M, K], picked (their scores) float32
+    [M, K], scores of the current atoms alone float32 [M, C], stats (only the norm).
+    """
+
+    index: torch.Tensor
+    picked: torch.Tensor
+    scores: torch.Tensor
+    stats: torch.Tensor
+
+
+def new_saved(like, tokens, atoms, current, top_k, backward):
+    """Empty tensors of the sizes that a backward needs, on the device of another."""
+    shapes = saved_shapes(tokens, atoms, current, top_k, backward)
+    dtypes = (torch.int32, torch.float32, torch.float32, torch.float32)
+    return Saved(*(like.new_empty(s, dtype=d) for s, d in zip(shapes, dtypes, strict=True)))
+
+
+def forward(
+    x, keys, values, residual, out, settings, training, saved, plan, precision, scores=None
+):
+    """Fill out [M, O] and, for a backward, saved.
+
+    Args:
+        x: [M, D], M >= 1. keys, values: `Table`s. residual: [M, O] or None; may be out.
+        settings: (top_k, temperature, threshold, eps).
+        training: if true, the threshold is not applied.
+        saved: `Saved` of the sizes of plan.backward, or None.
+        plan: `Plan`; precision: of float32 products.
+        scores: x keys^T in float32 [M, N] if it is known already.
+    """
+    residual = None if residual is None else launcher.rows(residual)
+    threshold = not training and settings[2] > 0
+    how = (settings, threshold)
+    if plan.path == "resident" and scores is None:
+        keep = None if saved is None else (saved.scores, saved.stats)
+        launch_resident(
+            x, keys, values, residual, out, *how, precision, plan.tiles["resident"], keep
+        )
+    elif plan.path == "decode" and scores is None:
+        shape = (plan.tiles["splits"], x.shape[0], keys.num_rows)
+        partial = x.new_empty(shape, dtype=torch.float32)
+        launch_scores(x, keys, partial, precision, plan.tiles["scores"], shape[0])
+        launch_decode(partial, values, residual, out, *how)
+    else:
+        # Scores that the backward needs are kept whole; others exist a chunk at a time.
+        keeps = saved is not None and plan.backward == "dense"
+        chunk = x.shape[0] if keeps else max(1, plan.chunk)
+        for start in range(0, x.shape[0], chunk):
+            part = slice(start, start + chunk)
+            kept = None
+            if saved is not None:
+                kept = Saved(*(t[part] for t in saved[:3]), saved.stats[:, part])
+            _split(
+                x[part],
+                keys,
+                values,
+                None if residual is None else residual[part],
+                out[part],
+                *how,
+                kept,
+                plan,
+                precision,
+                None if scores is None else scores[part],
+            )
+
+
+def _split(x, keys, values, residual, out, settings, threshold, saved, plan, precision, scores):
+    tokens, atoms = x.shape[0], keys.num_rows
+    dense = saved is not None and plan.backward == "dense"
+    if scores is None:
+        shape = saved_shapes(tokens, atoms, 0, 0, "dense")[2]
+        buffer = saved.scores if dense else x.new_empty(shape, dtype=torch.float32)
+        scores = buffer[:, :atoms]
+        score(x, keys, scores, precision, plan.tiles["scores"])
+    elif dense:
+        saved.scores[:, :atoms].copy_(scores)
+    stats = None if saved is None else saved.stats
+    if plan.path != "split-gather":
+        columns = -(-atoms // 16) * 16
+        written = x.new_empty(tokens, columns, dtype=values.dtype)[:, :atoms]
+        launch_select(scores, settings, threshold, written=written, stats=stats)
+        aggregate(written, values, residual, out, precision, plan.tiles["aggregate"])
+        return
+    count = min(settings[0], atoms)
+    if saved is None:
+        index = x.new_empty(tokens, count, dtype=torch.int32)
+        picked, current = scores.new_empty(tokens, count), None
+    else:
+        index, picked = saved.index, saved.picked
+        current = (saved.scores, keys.num_frozen) if atoms > keys.num_frozen else None
+    lists = (index, scores.new_empty(tokens, count), picked)
+    select = launch_select if atoms <= ROW_ATOMS else launch_select_wide
+    select(scores, settings, threshold, lists=lists, current=current, stats=stats)
+    launch_gather(lists[0], lists[1], values, residual, out)
+
+
+def score(a, table, out, precision, config):
+    """out = a rows^T in float32, by the vendor's library where it can."""
+    if table.whole is not None and launcher.can_multiply(a, table.whole):
+        launcher.multiply(launcher.rows(a), table.whole.t(), out)
+    else:
+        launch_scores(a, table, out, precision, config)
+
+
+def aggregate(coefficients, table, residual, out, precision, config):
+    """out = residual + coefficients times a table's rows, by the vendor's library where it can."""
+    library = table.whole is not None and launcher.can_multiply(coefficients, table.whole)
+    if library and residual is not None and residual.dtype == out.dtype == table.dtype:
+        launcher.multiply_add(residual, coefficients, table.whole, out)
+    elif library and residual is None and out.dtype == table.dtype:
+        launcher.multiply(coefficients, table.whole, out)
+    else:
+        launch_aggregate(coefficients, table, residual, out, precision, config)

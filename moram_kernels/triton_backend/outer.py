@@ -1,0 +1,279 @@
+"""Sums of outer products over rows: gradients of the current atoms, and keys^T keys.
+
+Both gradients are one launch: dkeys = dscores^T x and dvalues = written^T dy over all tokens. With
+splits, partial sums over blocks of tokens are added in fixed order by a second launch: no atomics,
+the same bits every time.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launcher import dot_dtype, launch, rows
+from .segments import row_pointers
+
+
+@triton.jit
+def _sum_outer(
+    a_ptr,
+    b_ptr,
+    start,
+    stop,
+    M,
+    num_a,
+    num_b,
+    stride_am,
+    stride_bm,
+    offs_a,
+    offs_b,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """sum over rows m of a[m, offs_a]^T b[m, offs_b]; columns past the end repeat the last one."""
+    offs_m = tl.arange(0, BLOCK_M)
+    column_a = tl.minimum(offs_a, num_a - 1)
+    column_b = tl.minimum(offs_b, num_b - 1)
+    acc = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    for m in range(start, stop, BLOCK_M):
+        row = m + offs_m
+        mask = row < stop
+        # Rows past the end: zeros of a meet copies of the last row of b.
+        row = tl.minimum(row, M - 1).to(tl.int64)
+        a = tl.load(
+            a_ptr + row[None, :] * stride_am + column_a[:, None], mask=mask[None, :], other=0.0
+        )
+        b = tl.load(b_ptr + row[:, None] * stride_bm + column_b[None, :])
+        acc = tl.dot(a.to(DOT), b.to(DOT), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _bank_gradient_kernel(
+    dscores_ptr,  # [M, C]
+    x_ptr,  # [M, D]
+    written_ptr,  # [M, C]
+    grad_ptr,  # dy [M, O]
+    out_ptr,  # [splits, C * D + C * O]: dkeys, then dvalues
+    M,
+    C,
+    D,
+    num_out,
+    key_tiles,
+    split_rows,
+    stride_dm,
+    stride_xm,
+    stride_wm,
+    stride_gm,
+    DOT: tl.constexpr,
+    DOT_VALUES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """Grid (tiles of C, tiles of D then tiles of O, splits of M)."""
+    offs_c = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
+    tile = tl.program_id(1)
+    split = tl.program_id(2)
+    start = split * split_rows
+    stop = tl.minimum(start + split_rows, M)
+    base = out_ptr + split.to(tl.int64) * C * (D + num_out)
+    mask_c = (offs_c < C)[:, None]
+    if tile < key_tiles:
+        offs_d = tile * BLOCK_B + tl.arange(0, BLOCK_B)
+        acc = _sum_outer(
+            dscores_ptr,
+            x_ptr,
+            start,
+            stop,
+            M,
+            C,
+            D,
+            stride_dm,
+            stride_xm,
+            offs_c,
+            offs_d,
+            DOT,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_A,
+            BLOCK_B,
+        )
+        offs = offs_c[:, None] * D + offs_d[None, :]
+        mask = mask_c & (offs_d < D)[None, :]
+        tl.store(base + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        offs_o = (tile - key_tiles) * BLOCK_B + tl.arange(0, BLOCK_B)
+        acc = _sum_outer(
+            written_ptr,
+            grad_ptr,
+            start,
+            stop,
+            M,
+            C,
+            num_out,
+            stride_wm,
+            stride_gm,
+            offs_c,
+            offs_o,
+            DOT_VALUES,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_A,
+            BLOCK_B,
+        )
+        offs = C * D + offs_c[:, None] * num_out + offs_o[None, :]
+        mask = mask_c & (offs_o < num_out)[None, :]
+        tl.store(base + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _sum_splits_kernel(
+    partial_ptr,  # [SPLITS, size] float32
+    out_ptr,  # [size]
+    size,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (tiles of size,)."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < size
+    acc = tl.zeros((BLOCK,), tl.float32)
+    stride = tl.cast(size, tl.int64)
+    for split in range(SPLITS):
+        acc += tl.load(partial_ptr + split * stride + offs, mask=mask, other=0.0)
+    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gram_kernel(
+    frozen_ptr,  # [num_frozen, D]
+    current_ptr,  # [N - num_frozen, D]
+    out_ptr,  # [D, D]
+    N,
+    D,
+    num_frozen,
+    stride_frozen,
+    stride_current,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_A: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """out = keys^T keys; grid (tiles of D, tiles of D)."""
+    offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
+    offs_b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    offs_n = tl.arange(0, BLOCK_N)
+    column_a = tl.minimum(offs_a, D - 1)
+    column_b = tl.minimum(offs_b, D - 1)
+    acc = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
+    for n in range(0, N, BLOCK_N):
+        atom = n + offs_n
+        mask = atom < N
+        rows_ = row_pointers(
+            tl.minimum(atom, N - 1),
+            frozen_ptr,
+            current_ptr,
+            num_frozen,
+            stride_frozen,
+            stride_current,
+            ALIGNED,
+        )
+        a = tl.load(rows_[None, :] + column_a[:, None], mask=mask[None, :], other=0.0)
+        b = tl.load(rows_[:, None] + column_b[None, :])
+        acc = tl.dot(a.to(DOT), b.to(DOT), acc, input_precision=PRECISION)
+    offs = offs_a.to(tl.int64)[:, None] * D + offs_b[None, :]
+    mask = (offs_a < D)[:, None] & (offs_b < D)[None, :]
+    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def launch_bank_gradient(dscores, x, written, grad, dtype, precision, config, splits):
+    """(dkeys [C, D], dvalues [C, O]) in a dtype, in one launch or, with splits > 1, in two.
+
+    Args:
+        dscores, written: [M, C], gradients of the scores and weighted scores of current atoms.
+        x: [M, D]; grad: dy [M, O]; all with unit column stride.
+        config: {"BLOCK_M", "BLOCK_A", "BLOCK_B", "num_warps", "num_stages"}.
+    """
+    x, grad = rows(x), rows(grad)
+    num_rows, count = dscores.shape
+    width, out = x.shape[1], grad.shape[1]
+    size = count * (width + out)
+    splits = max(1, min(splits, triton.cdiv(num_rows, config["BLOCK_M"])))
+    split_rows = triton.cdiv(triton.cdiv(num_rows, splits), config["BLOCK_M"]) * config["BLOCK_M"]
+    splits = triton.cdiv(num_rows, split_rows)
+    result = torch.empty(size, dtype=dtype, device=x.device)
+    partial = result
+    if splits > 1:
+        partial = torch.empty(splits, size, dtype=torch.float32, device=x.device)
+    key_tiles = triton.cdiv(width, config["BLOCK_B"])
+    launch(
+        _bank_gradient_kernel,
+        (
+            triton.cdiv(count, config["BLOCK_A"]),
+            key_tiles + triton.cdiv(out, config["BLOCK_B"]),
+            splits,
+        ),
+        dscores,
+        x,
+        written,
+        grad,
+        partial,
+        num_rows,
+        count,
+        width,
+        out,
+        key_tiles,
+        split_rows,
+        dscores.stride(0),
+        x.stride(0),
+        written.stride(0),
+        grad.stride(0),
+        DOT=dot_dtype(dscores, x),
+        DOT_VALUES=dot_dtype(written, grad),
+        PRECISION=precision,
+        **config,
+    )
+    if splits > 1:
+        launch(
+            _sum_splits_kernel,
+            (triton.cdiv(size, 1024),),
+            partial,
+            result,
+            size,
+            SPLITS=splits,
+            BLOCK=1024,
+            num_warps=4,
+        )
+    dkeys, dvalues = result[: count * width], result[count * width :]
+    return dkeys.view(count, width), dvalues.view(count, out)
+
+
+def launch_gram(keys, out, precision, config):
+    """out [D, D] = keys^T keys over all rows of a table.
+
+    Args:
+        config: {"BLOCK_N", "BLOCK_A", "BLOCK_B", "num_warps", "num_stages"}.
+    """
+    frozen, current, num_frozen, stride_frozen, stride_current = keys.args()
+    launch(
+        _gram_kernel,
+        (triton.cdiv(keys.width, config["BLOCK_A"]), triton.cdiv(keys.width, config["BLOCK_B"])),
+        frozen,
+        current,
+        out,
+        keys.num_rows,
+        keys.width,
+        num_frozen,
+        stride_frozen,
+        stride_current,
+        DOT=dot_dtype(keys.frozen),
+        PRECISION=precision,
+        ALIGNED=keys.aligned,
+        **config,
+    )

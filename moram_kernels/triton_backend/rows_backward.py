@@ -1,0 +1,145 @@
+"""Backward of self-activation for whole rows: from scores and the pull of every atom to dscores.
+
+With g_i = <values_i, dy> (the pull), z the normalised scores and dz their gradient through the
+softmax: ds = w g + dz / n on the selected atoms and ds -= s <z, dz> / n^2 on every atom, where n =
+max(||s||, eps) and the last term is absent where the clamp is active. The weights are recomputed
+from the saved scores; the selection from the saved border value and the forward's rule for ties.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launcher import launch
+from .threshold import drop_ties
+from .weights import candidates, clamped_norm, shares
+
+MAX_ATOMS = 8192
+
+
+@triton.jit
+def score_gradient(
+    scores, weights, fires, pull, norm, clamped, scale, eps, HAS_THRESHOLD: tl.constexpr
+):
+    """(gradient through the selected atoms, factor of the scores of every atom, w s that wrote).
+
+    The factor [rows] is to be subtracted: ds = first - factor x scores.
+    """
+    written = weights * scores
+    if HAS_THRESHOLD:
+        pull = tl.where(fires, pull, 0.0)
+        written = tl.where(fires, written, 0.0)
+    share = written * pull
+    dnorm_scores = (share - weights * tl.sum(share, 1)[:, None]) * scale[:, None]
+    factor = tl.sum(dnorm_scores * scores, 1) / clamped / clamped
+    factor = tl.where(norm < eps, 0.0, factor)
+    return weights * pull + dnorm_scores, factor, written
+
+
+@triton.jit
+def _rows_backward_kernel(
+    scores_ptr,  # [M, N] float32
+    pull_ptr,  # [M, N] float32
+    stats_ptr,  # [4, M] float32
+    dscores_ptr,  # [M, N]
+    written_ptr,  # of the current atoms [M, N - num_frozen]
+    M,
+    N,
+    num_frozen,
+    stride_sm,
+    stride_pm,
+    stride_dm,
+    stride_wm,
+    stride_stats,
+    inv_temperature,
+    threshold,
+    eps,
+    TOP_K: tl.constexpr,
+    ALL: tl.constexpr,
+    HAS_THRESHOLD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LOG_N: tl.constexpr,
+):
+    """Grid (row tiles,)."""
+    pid = tl.program_id(0)
+    first = pid.to(tl.int64) * BLOCK_M
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_m = offs_m < M - pid * BLOCK_M
+    mask_n = (offs_n < N)[None, :]
+    mask = mask_m[:, None] & mask_n
+    offs = offs_m[:, None] * stride_sm + offs_n[None, :]
+    scores = tl.load(scores_ptr + first * stride_sm + offs, mask=mask, other=0.0)
+    offs = offs_m[:, None] * stride_pm + offs_n[None, :]
+    pull = tl.load(pull_ptr + first * stride_pm + offs, mask=mask, other=0.0)
+    stats = stats_ptr + first + offs_m
+    norm = tl.load(stats, mask=mask_m, other=1.0)
+    top = tl.load(stats + stride_stats, mask=mask_m, other=0.0)
+    inverse_sum = tl.load(stats + 2 * stride_stats, mask=mask_m, other=0.0)
+    value = tl.load(stats + 3 * stride_stats, mask=mask_m, other=float("inf"))
+    clamped = clamped_norm(norm, eps)
+    scale = inv_temperature / clamped
+    x = candidates(scores, mask_n, ALL)
+    if not ALL:
+        x = drop_ties(x, value, TOP_K, LOG_N)
+    # 0 * norm carries a norm that is not finite into the whole row.
+    weights = shares(x, value, top, scale) * (inverse_sum + norm * 0.0)[:, None]
+    fires = x >= (threshold * clamped)[:, None]
+    dscores, factor, written = score_gradient(
+        scores, weights, fires, pull, norm, clamped, scale, eps, HAS_THRESHOLD
+    )
+    dscores -= scores * factor[:, None]
+    offs = offs_m[:, None] * stride_dm + offs_n[None, :]
+    cast = dscores.to(dscores_ptr.dtype.element_ty)
+    tl.store(dscores_ptr + first * stride_dm + offs, cast, mask=mask)
+    column = (offs_n - num_frozen)[None, :]
+    offs = offs_m[:, None] * stride_wm + column
+    cast = written.to(written_ptr.dtype.element_ty)
+    tl.store(written_ptr + first * stride_wm + offs, cast, mask=mask & (column >= 0))
+
+
+def tiles(num_atoms):
+    """Rows and warps of a program: half as many elements a lane as the forward, for two tiles."""
+    block = max(16, triton.next_power_of_2(num_atoms))
+    return {"BLOCK_M": max(1, 1024 // block), "BLOCK_N": block}, max(1, min(16, block // 512))
+
+
+def launch_rows_backward(scores, pull, stats, dscores, written, num_frozen, activation, threshold):
+    """Fill dscores [M, N] and the weighted scores of the current atoms, written [M, C].
+
+    Args:
+        scores, stats: as the forward saved them; scores may have spare columns.
+        pull: float32 [M, N], N <= 8192.
+        activation: (top_k, temperature, threshold, eps).
+        threshold: whether the forward applied the threshold.
+    """
+    num_rows, num_atoms = pull.shape
+    top_k, temperature, level, eps = activation
+    blocks, warps = tiles(num_atoms)
+    launch(
+        _rows_backward_kernel,
+        (triton.cdiv(num_rows, blocks["BLOCK_M"]),),
+        scores,
+        pull,
+        stats,
+        dscores,
+        written if written.shape[1] else dscores,
+        num_rows,
+        num_atoms,
+        num_frozen,
+        scores.stride(0),
+        pull.stride(0),
+        dscores.stride(0),
+        written.stride(0),
+        stats.stride(0),
+        1.0 / temperature,
+        level,
+        float(max(eps, torch.finfo(torch.float32).tiny)),
+        TOP_K=min(top_k, num_atoms),
+        ALL=top_k >= num_atoms,
+        HAS_THRESHOLD=threshold,
+        LOG_N=blocks["BLOCK_N"].bit_length() - 1,
+        num_warps=warps,
+        **blocks,
+    )
