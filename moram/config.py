@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
 
 from moram_kernels import SelfActivation
-from moram_kernels.api import BACKENDS
+from moram_kernels.api import BACKENDS, PRECISIONS
 
 ATOM_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -28,7 +28,10 @@ class MoRAMConfig:
             or a pattern with * ("visual.*.c_fc").
         exclude: patterns with * of module paths that are never adapted.
         backend: "auto", "reference", "torch" or "triton".
-        atom_dtype: dtype of keys and values; float32 keeps small updates that bfloat16 loses.
+        precision: of the Triton backend's float32 products, "ieee" or "bf16x6" (faster on tensor
+            cores, as exact to a few roundings).
+        atom_dtype: dtype of keys and values; float32 keeps small updates that bfloat16 loses. Next
+            to a 16-bit model, 16-bit atoms are the ones that run on tensor cores as they are.
         capacity: frozen atoms that the bank has room for from the start; None = 8 tasks. It doubles
             when full. torch.compile compiles again when the capacity changes, not when a task does.
     Raises:
@@ -45,6 +48,7 @@ class MoRAMConfig:
     targets: str | tuple[str, ...] = "auto"
     exclude: tuple[str, ...] = ()
     backend: str = "auto"
+    precision: str = "ieee"
     atom_dtype: str = "float32"
     capacity: int | None = None
 
@@ -64,6 +68,10 @@ class MoRAMConfig:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}"
+            )
         if self.atom_dtype not in ATOM_DTYPES:
             raise ValueError(
                 f"atom_dtype must be one of {', '.join(ATOM_DTYPES)}, got {self.atom_dtype!r}"

@@ -9,6 +9,7 @@ from torch import nn
 from .config import MoRAMConfig
 from .layers import AdapterLinear, MoRAMLinear
 from .layers.base import why_not_linear
+from .layers.shared import SharedInput
 from .models import PRESETS, TargetPreset, find_preset, split_attention
 
 
@@ -25,7 +26,11 @@ class InjectReport:
         return f"{len(self.paths)} projections adapted ({counts}), {self.num_trainable:,} trainable"
 
 
-def inject(model, config=None, *, generator=None):
+# Projections of one block that read the same tensor.
+SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def inject(model, config=None, *, share_inputs=False, generator=None):
     """Put a `MoRAMLinear` around every target of the model, in place, and freeze all the rest.
 
     open_clip attention is split first. Only the atoms of the current task stay trainable.
@@ -33,6 +38,8 @@ def inject(model, config=None, *, generator=None):
     Args:
         model: any `nn.Module`.
         config: `MoRAMConfig`.
+        share_inputs: let q/k/v, and gate/up, score their banks together where the Triton backend's
+            cost model says that it pays. The numbers stay the same.
         generator: for the initial keys.
     Returns:
         `InjectReport`.
@@ -47,7 +54,21 @@ def inject(model, config=None, *, generator=None):
     def wrap(linear):
         return MoRAMLinear.from_linear(linear, config, generator=generator)
 
-    return inject_with(model, config.targets, config.exclude, wrap)
+    report = inject_with(model, config.targets, config.exclude, wrap)
+    if share_inputs:
+        _share_inputs(model)
+    return report
+
+
+def _share_inputs(model):
+    for module in model.modules():
+        for names in SHARED_INPUTS:
+            layers = [getattr(module, name, None) for name in names]
+            layers = [layer for layer in layers if isinstance(layer, MoRAMLinear)]
+            if len(layers) > 1:
+                group = SharedInput(layers)
+                for layer in layers:
+                    layer.shared = group
 
 
 def inject_with(model, targets, exclude, wrap):

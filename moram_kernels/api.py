@@ -5,7 +5,7 @@ import math
 import torch
 
 from .activation import SelfActivation
-from .fused_ops import retrieve_triton
+from .fused_ops import retrieve_linear_triton, retrieve_triton
 from .ops import retrieve_torch
 from .reference import retrieve_reference
 from .triton_backend import available
@@ -37,6 +37,7 @@ def retrieve(
     backend="auto",
     precision="ieee",
     num_frozen=None,
+    scores=None,
 ):
     """Read a memory update for each token from a bank of rank-1 atoms.
 
@@ -59,6 +60,8 @@ def retrieve(
         num_frozen: live rows of keys and values if they have spare capacity, an int64 CPU tensor
             without dimensions; the rows after them are never read. torch.compile does not
             specialise on its value.
+        scores: x keys^T over all atoms, float32 [M, N], if `sharing.shared_scores` made them. Only
+            the Triton backend reads them; they must belong to this very x and bank.
     Returns:
         residual + update [..., O] in the dtype of residual, or of x where there is none. Scores,
         norm, softmax and sums are float32 (float64 for float64 inputs), autocast or not.
@@ -81,13 +84,77 @@ def retrieve(
         rows = math.prod(lead)
         x = x.reshape(rows, x.shape[-1])
         residual = None if residual is None else residual.reshape(rows, residual.shape[-1])
-    args = (backend, x, bank, activation, residual, training, num_frozen, precision)
+    args = (backend, x, bank, activation, residual, training, num_frozen, precision, scores)
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             output = _run(*args, True)
     else:
         output = _run(*args, False)
     return output if len(lead) == 1 else output.view(*lead, output.shape[-1])
+
+
+def retrieve_linear(
+    x,
+    weight,
+    bias,
+    keys,
+    values,
+    activation,
+    *,
+    current_keys=None,
+    current_values=None,
+    training=False,
+    backend="auto",
+    precision="ieee",
+    scores=None,
+):
+    """x weight^T + bias + update: `retrieve` onto a frozen Linear that it computes itself.
+
+    The same numbers as `retrieve(.., residual=linear(x, weight, bias))`. The Triton backend adds
+    the update to the base's output in place, and in the backward the base's share of dx to its own,
+    which saves a pass over each. For other bases (quantised ones) use `retrieve`.
+
+    Args:
+        weight, bias: [O, D] and [O] or None, in the dtype of x; they get no gradient from here.
+        The rest as for `retrieve`.
+    Returns:
+        [..., O] in the dtype of x.
+    Raises:
+        As `retrieve`.
+    """
+    if current_keys is None and current_values is None:
+        current_keys, current_values = _no_atoms(keys), _no_atoms(values)
+    bank = (*_detached(keys, values), current_keys, current_values)
+    base = [weight] if bias is None else [weight, bias]
+    alone = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
+    alone = alone or any(t.requires_grad or t.dtype != x.dtype for t in base)
+    # A wrong width is for the Linear itself to refuse.
+    alone = alone or x.shape[-1:] != weight.shape[1:]
+    if not alone:
+        _check(x, *bank[:2], activation, *bank[2:], None, None)
+        alone = pick_backend(backend, x, bank, activation.top_k, precision) != "triton"
+    if alone:
+        return retrieve(
+            x,
+            keys,
+            values,
+            activation,
+            current_keys=current_keys,
+            current_values=current_values,
+            residual=torch.nn.functional.linear(x, weight, bias),
+            training=training,
+            backend=backend,
+            precision=precision,
+            scores=scores,
+        )
+    rows = x.reshape(-1, x.shape[-1])
+    settings = _settings(activation)
+    output = retrieve_linear_triton(rows, weight, bias, bank, settings, training, precision, scores)
+    return output.view(*x.shape[:-1], output.shape[-1])
+
+
+def _settings(activation):
+    return (activation.top_k, activation.temperature, activation.threshold, activation.eps)
 
 
 def _no_atoms(like):
@@ -135,12 +202,12 @@ def _why_not_triton(x, bank, top_k, precision):
     return why_not_covered(atoms, top_k, str(dtype).removeprefix("torch."), precision)
 
 
-def _run(backend, x, bank, activation, residual, training, num_frozen, precision, autocast):
-    settings = (activation.top_k, activation.temperature, activation.threshold, activation.eps)
+def _run(backend, x, bank, activation, residual, training, num_frozen, precision, scores, autocast):
+    settings = _settings(activation)
     if backend == "torch":
         return retrieve_torch(x, *bank, residual, settings, training, num_frozen, autocast)
     if backend == "triton":
-        return retrieve_triton(x, bank, residual, settings, training, num_frozen, precision)
+        return retrieve_triton(x, bank, residual, settings, training, num_frozen, precision, scores)
     keys, values, current_keys, current_values = bank
     if num_frozen is not None:
         keys, values = keys[: int(num_frozen)], values[: int(num_frozen)]

@@ -174,6 +174,8 @@ def _forward(x, bank, residual, settings, training, precision, save, scores=None
         saved = kernels.new_saved(
             x, tokens, atoms, current_keys.shape[0], settings[0], chosen.backward
         )
+        if scores is not None and chosen.backward == "dense":
+            saved = saved._replace(scores=scores)
     if tokens and out.shape[1]:
         tables = Table.of(keys, current_keys), Table.of(values, current_values)
         kernels.forward(

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moram_kernels import reference, retrieve
+from moram_kernels import reference, retrieve, retrieve_linear
 
 from ..bank import AtomBank
 from ..config import MoRAMConfig
@@ -61,6 +61,8 @@ class MoRAMLinear(AdapterLinear):
             dtype=getattr(torch, config.atom_dtype),
         )
         self.bank.append(config.atoms_per_task, generator)
+        # Set by `inject(.., share_inputs=True)`.
+        self.shared = None
 
     def configure(self, config, backend=None):
         """Take over settings; the bank keeps its atoms."""
@@ -71,30 +73,27 @@ class MoRAMLinear(AdapterLinear):
             self.bank.value_scale = config.value_scale
 
     def forward(self, x):
-        base = self.base_layer(x)
-        bank, live = self.bank, None
+        bank, call = self.bank, {"training": self.training, "backend": self.backend}
+        call["precision"] = self.config.precision
         if torch.compiler.is_compiling():
             # Whole buffers and a count that is data: nothing to recompile when a task is added.
-            keys, values, live = bank.frozen_keys, bank.frozen_values, bank.live
-            current_keys, current_values = bank.current_keys, bank.scaled_values()
+            keys, values, call["num_frozen"] = bank.frozen_keys, bank.frozen_values, bank.live
+            call["current_keys"], call["current_values"] = bank.current_keys, bank.scaled_values()
+            whole = False
         else:
-            keys, values, current_keys, current_values = bank.segments()
-            if keys.shape[0] + current_keys.shape[0] == 0:
-                return base
+            keys, values, call["current_keys"], call["current_values"] = bank.segments()
+            if keys.shape[0] + call["current_keys"].shape[0] == 0:
+                return self.base_layer(x)
+            whole = self.config.dropout == 0
+        if whole and self.shared is not None:
+            call["scores"] = self.shared.scores(self, x)
+        if whole and _is_plain(self.base_layer):
+            weight, bias = self.base_layer.weight, self.base_layer.bias
+            return retrieve_linear(x, weight, bias, keys, values, self.activation, **call)
+        base = self.base_layer(x)
         if self.config.dropout:
             x = F.dropout(x, self.config.dropout, self.training)
-        return retrieve(
-            x,
-            keys,
-            values,
-            self.activation,
-            current_keys=current_keys,
-            current_values=current_values,
-            residual=base,
-            training=self.training,
-            backend=self.backend,
-            num_frozen=live,
-        )
+        return retrieve(x, keys, values, self.activation, residual=base, **call)
 
     @torch.no_grad()
     def mixture_weights(self, x):
@@ -107,3 +106,9 @@ class MoRAMLinear(AdapterLinear):
         norm_scores = reference.normalize_scores(scores, self.activation.eps)
         selected = reference.select_atoms(norm_scores, self.activation.top_k)
         return reference.mixture_weights(norm_scores, selected, self.activation)
+
+
+def _is_plain(linear):
+    """Whether calling a Linear does nothing but x weight^T + bias."""
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks)
+    return type(linear) is nn.Linear and not any(hooks) and "forward" not in vars(linear)

@@ -92,8 +92,6 @@ def _split(x, keys, values, residual, out, settings, threshold, saved, plan, pre
         buffer = saved.scores if dense else x.new_empty(shape, dtype=torch.float32)
         scores = buffer[:, :atoms]
         score(x, keys, scores, precision, plan.tiles["scores"])
-    elif dense:
-        saved.scores[:, :atoms].copy_(scores)
     stats = None if saved is None else saved.stats
     if plan.path != "split-gather":
         columns = -(-atoms // 16) * 16

@@ -155,6 +155,7 @@ def test_config_file_holds_sizes_tasks_settings_and_base_model(tmp_path):
         "targets": ["k_proj"],
         "exclude": ["*layers.0*"],
         "backend": "auto",
+        "precision": "ieee",
         "atom_dtype": "float32",
         "capacity": None,
     }

@@ -29,6 +29,7 @@ WRONG_VALUES = [
     ("dropout", NAN, "dropout must be in [0, 1), got nan"),
     ("capacity", -1, "capacity must be >= 0, got -1"),
     ("backend", "cuda", "backend must be one of auto, reference, torch, triton, got 'cuda'"),
+    ("precision", "tf32", "precision must be one of ieee, bf16x6, got 'tf32'"),
     (
         "atom_dtype",
         "int8",

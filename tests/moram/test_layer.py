@@ -133,11 +133,9 @@ def test_input_of_the_wrong_width_is_refused():
 
 def test_unavailable_triton_is_one_clear_error():
     layer = MoRAMLinear(D, OUT, backend="triton")
-    message = (
-        'backend="triton" cannot run: this version of moram_kernels has no Triton kernels yet; '
-        'use backend="torch" (any device) or backend="auto"'
-    )
-    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(
+        RuntimeError, match=r'^backend="triton" cannot run: there is no .* GPU here'
+    ):
         layer(make_inputs(2))
 
 

@@ -199,7 +199,7 @@ def test_settings_after_activation_are_named():
 
 
 def test_public_names():
-    public = ["SelfActivation", "available_backends", "explain", "retrieve"]
+    public = ["SelfActivation", "available_backends", "explain", "retrieve", "retrieve_linear"]
     assert sorted(moram_kernels.__all__) == public
     assert all(hasattr(moram_kernels, name) for name in moram_kernels.__all__)
 

@@ -1,0 +1,65 @@
+"""Scoring one input against several banks at once, where the cost model says that it pays."""
+
+import torch
+
+from .api import pick_backend
+from .fused_ops import plan_for
+from .triton_backend import cost
+
+MAX_BANKS = 3
+
+
+def shared_scores(x, banks, activation, *, training, backend="auto", precision="ieee"):
+    """x keys^T for two or three banks that read the same x, or None where it does not pay.
+
+    Args:
+        x: inputs [..., D] on the banks' device.
+        banks: tuples (keys, values, current_keys, current_values) of equal D and dtype.
+        activation: `SelfActivation`; training, backend, precision: as for `retrieve`.
+    Returns:
+        One float32 tensor [M, N_i] a bank, for `retrieve(..., scores=)`; the same numbers as
+        without. None where the torch backend runs, or where a bank's own path is faster.
+    """
+    x = x.reshape(-1, x.shape[-1])
+    if not 2 <= len(banks) <= MAX_BANKS or not x.shape[0]:
+        return None
+    if any(
+        pick_backend(backend, x, bank, activation.top_k, precision) != "triton" for bank in banks
+    ):
+        return None
+    if len({bank[0].dtype for bank in banks}) > 1:
+        return None
+    settings = (activation.top_k, activation.temperature, activation.threshold, activation.eps)
+    plans = [plan_for(x, bank, settings, training, precision) for bank in banks]
+    if not pays(x, banks, plans, precision):
+        return None
+    from .triton_backend.segments import Table
+    from .triton_backend.shared_scores import launch_shared_scores
+
+    tables = [Table.of(bank[0].detach(), bank[2].detach()) for bank in banks]
+    with torch.no_grad():
+        return launch_shared_scores(x, tables, precision, plans[0].tiles["scores"])
+
+
+def pays(x, banks, plans, precision):
+    """Whether one product for all banks is modelled faster than one each."""
+    if any(not plan.path.startswith("split") for plan in plans):
+        return False
+    itemsize = 2 if x.itemsize == banks[0][0].itemsize == 2 else 4
+    rate = "half" if itemsize == 2 else "single" if precision == "ieee" else "six"
+    device = cost.device_model(str(x.device))
+    if x.is_cuda:
+        device = cost.device_model(torch.cuda.get_device_name(x.device))
+    sizes = [bank[0].shape[0] + bank[2].shape[0] for bank in banks]
+    single = [(bank[0].shape[0] == 0 or bank[2].shape[0] == 0) for bank in banks]
+
+    def product(columns, library):
+        return cost.product(
+            device, x.shape[0], columns, x.shape[1], itemsize, rate, out=4, library=library
+        )
+
+    alone = sum(
+        product(size, joined and itemsize == 2) + cost.LAUNCH
+        for size, joined in zip(sizes, single, strict=True)
+    )
+    return product(sum(sizes), False) + cost.LAUNCH < alone
