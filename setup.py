@@ -17,6 +17,7 @@ setup(
         "moram": ["py.typed"],
         "moram.demo": ["data/*/*.json"],
         "moram_kernels": ["py.typed"],
+        "moram_kernels.triton_backend": ["tuned.json"],
     },
     # Triton comes with torch on Linux and is pinned there; asking for it again can only conflict.
     install_requires=["torch>=2.6", "safetensors>=0.4", "tqdm"],

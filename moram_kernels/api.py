@@ -68,9 +68,10 @@ def retrieve(
     Raises:
         TypeError: an argument is of the wrong kind.
         ValueError: shape, dtype, device or name mismatch; the message names argument and value.
-        RuntimeError: the backend asked for by name cannot run here, or create_graph=True asks the
-            torch backend for a second derivative. It has none; for a few thousand scores it leaves
-            the work to autograd, which does. The reference always has one.
+        RuntimeError: the backend asked for by name cannot run these tensors here, or
+            create_graph=True asks the torch or Triton backend for a second derivative. They have
+            none; for a few thousand scores the torch backend leaves the work to autograd, which
+            does. The reference always has one.
     Source: Lu et al., ICML 2026, arXiv 2506.21035 (self-activation, sparse selection).
     Cost: 2 M N D FLOPs for the scores plus 2 M top_k O for the values of large banks.
     """

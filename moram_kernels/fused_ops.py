@@ -176,11 +176,16 @@ def _forward(x, bank, residual, settings, training, precision, save, scores=None
         )
         if scores is not None and chosen.backward == "dense":
             saved = saved._replace(scores=scores)
-    if tokens and out.shape[1]:
+    if tokens and atoms and out.shape[1]:
         tables = Table.of(keys, current_keys), Table.of(values, current_values)
         kernels.forward(
             x, *tables, residual, out, settings, training, saved, chosen, precision, scores
         )
+        return out, saved, chosen.backward
+    # Nothing to compute; a bank without live atoms updates nothing.
+    out.copy_(residual) if residual is not None else out.zero_()
+    for tensor in saved or ():
+        tensor.zero_()
     return out, saved, chosen.backward
 
 
@@ -190,11 +195,11 @@ def _backward(grad, x, bank, saved, settings, training, precision, needs, form):
     from .triton_backend.segments import Table
 
     keys, values, current_keys, current_values = bank
-    if not x.shape[0] or not grad.shape[1]:
+    if not x.shape[0] or not grad.shape[1] or not keys.shape[0] + current_keys.shape[0]:
         return (
-            torch.zeros_like(x) if needs[0] else None,
-            torch.zeros_like(current_keys) if needs[1] else None,
-            torch.zeros_like(current_values) if needs[1] else None,
+            x.new_zeros(x.shape) if needs[0] else None,
+            current_keys.new_zeros(current_keys.shape) if needs[1] else None,
+            current_values.new_zeros(current_values.shape) if needs[1] else None,
         )
     tables = Table.of(keys, current_keys), Table.of(values, current_values)
     chosen = plan_for(x, bank, settings, True, precision, form)
@@ -219,10 +224,20 @@ def _retrieve_fused(
         output, saved, _ = _forward(x, bank, residual, settings, training, precision, form)
     if not save:
         return output, *(x.new_empty(s, dtype=d) for s, d in wanted)
-    return output, *(
-        torch.nn.functional.pad(have, (0, shape[1] - have.shape[1])).contiguous()
-        for have, (shape, _) in zip(saved, wanted, strict=True)
-    )
+    # What the kernels left unwritten becomes zeros: an op must give the same every time.
+    index, picked, scores, stats = saved
+    if form == "dense":
+        scores = scores[:, : count + current_keys.shape[0]]
+    else:
+        stats = stats[:1]
+    filled = (index, picked, scores, stats)
+    return output, *(_padded(t, shape) for t, (shape, _) in zip(filled, wanted, strict=True))
+
+
+def _padded(matrix, shape):
+    """The matrix followed by rows and columns of zeros."""
+    rows, columns = shape[0] - matrix.shape[0], shape[1] - matrix.shape[1]
+    return torch.nn.functional.pad(matrix, (0, columns, 0, rows)).contiguous()
 
 
 def _fixed_form(keys, current_keys, top_k):
@@ -267,9 +282,14 @@ def _retrieve_fused_backward(
             needs = (True, True, True)
             return torch_backward.backward(grad, x, *bank, saved, settings, training, needs)
         saved, needs = (index, picked, scores, stats), (True, True)
-        grads = _backward(grad, x, bank, saved, settings, training, precision, needs, form)
+        dx, dkeys, dvalues = _backward(
+            grad, x, bank, saved, settings, training, precision, needs, form
+        )
+    # Both gradients of the bank come in one buffer, which results of an op may not share.
+    grads = (dx, dkeys, None if dvalues is None else dvalues.clone())
     likes = (x, current_keys, current_values)
-    return tuple(torch.zeros_like(t) if g is None else g for g, t in zip(grads, likes, strict=True))
+    pairs = zip(grads, likes, strict=True)
+    return tuple(t.new_zeros(t.shape) if g is None else g for g, t in pairs)
 
 
 def _retrieve_fused_backward_fake(grad, x, keys, values, current_keys, current_values, *_):

@@ -7,7 +7,7 @@ the output written once, each in its own dtype; they may be the same tensor.
 import triton
 import triton.language as tl
 
-from .launcher import dot_dtype, launch
+from .launcher import cdiv, dot_dtype, launch, next_power_of_2
 from .segments import row_pointers
 
 
@@ -127,8 +127,8 @@ def launch_aggregate(coefficients, table, residual, out, precision, config):
     launch(
         _aggregate_kernel,
         (
-            triton.cdiv(num_rows, config["BLOCK_M"]),
-            triton.cdiv(table.width, config["BLOCK_O"]),
+            cdiv(num_rows, config["BLOCK_M"]),
+            cdiv(table.width, config["BLOCK_O"]),
         ),
         coefficients,
         frozen,
@@ -163,10 +163,10 @@ def launch_gather(index, coefficients, table, residual, out, extra=None, factor=
     num_rows, top_k = index.shape
     frozen, current, num_frozen, stride_frozen, stride_current = table.args()
     given = out if residual is None else residual
-    block = min(512, triton.next_power_of_2(table.width))
+    blocks, warps = gather_tiles(top_k, table.width)
     launch(
         _gather_kernel,
-        (num_rows, triton.cdiv(table.width, block)),
+        (num_rows, cdiv(table.width, blocks["BLOCK_O"])),
         index,
         coefficients,
         frozen,
@@ -186,7 +186,13 @@ def launch_gather(index, coefficients, table, residual, out, extra=None, factor=
         HAS_RESIDUAL=residual is not None,
         HAS_EXTRA=extra is not None,
         ALIGNED=table.aligned,
-        BLOCK_K=triton.next_power_of_2(top_k),
-        BLOCK_O=block,
-        num_warps=4 if block >= 256 else 1,
+        num_warps=warps,
+        **blocks,
     )
+
+
+def gather_tiles(top_k, width):
+    """Tile and warps of the gather: at most 64 elements a lane of rows that were read."""
+    block_k = next_power_of_2(top_k)
+    block_o = min(512, max(16, 8192 // block_k), next_power_of_2(width))
+    return {"BLOCK_K": block_k, "BLOCK_O": block_o}, 4 if block_k * block_o >= 4096 else 1

@@ -2,13 +2,19 @@
 
 import functools
 import importlib.util
+import sys
 
 import torch
 
 
-@functools.cache
 def installed():
     """Whether Triton can be imported."""
+    # Once it is, torch.compile need not look through a cache, of which it warns.
+    return "triton" in sys.modules or _found()
+
+
+@functools.cache
+def _found():
     return importlib.util.find_spec("triton") is not None
 
 

@@ -81,13 +81,17 @@ def _from_lists(grad, x, keys, values, saved, settings, threshold, tiles, precis
     dx = dkeys = dvalues = None
     if needs[0]:
         # sum over all atoms of score x key = x (keys^T keys).
-        square = x.new_empty(x.shape[1], x.shape[1], dtype=_meet(x, keys))
+        # Squares of long keys overflow float16; bf16x6 keeps their product on the tensor cores.
+        wide = x.dtype == keys.dtype == torch.float16
+        dtype = torch.float32 if wide else _meet(x, keys)
+        square = x.new_empty(x.shape[1], x.shape[1], dtype=dtype)
         if keys.whole is not None and launcher.can_multiply(keys.whole, keys.whole):
             launcher.multiply(keys.whole.t(), keys.whole, square)
         else:
             launch_gram(keys, square, precision, tiles["gram"])
         through = x.new_empty(x.shape, dtype=torch.float32)
-        score(x, Table.of(square, square[:0]), through, precision, tiles["scores"])
+        exact = "bf16x6" if wide else precision
+        score(x, Table.of(square, square[:0]), through, exact, tiles["scores"])
         dx = torch.empty_like(x)
         launch_gather(saved.index, dlist, keys, None, dx, through, factor)
     if needs[1]:

@@ -1,54 +1,55 @@
 """The cost model: how long each path should take on a device. Modelled, not measured.
 
-A kernel takes the longest of: its bytes through device memory, its bytes through L2, its products,
-and the latency of one program. Rates are the makers' peak figures times a fraction that streaming
-kernels and skinny products reach in published measurements. Rankings within 1.2 mean nothing.
+Counted is what `forward.py` and `backward.py` launch, kernel by kernel and tile by tile; how long
+one copy or product takes is `rates.py`. Rankings within 1.2 mean nothing.
 """
 
 import math
 from dataclasses import dataclass
 
-# Fractions of the peak rates that kernels reach.
-MEMORY_SHARE, CACHE_SHARE = 0.88, 0.90
-LIBRARY_SHARE, KERNEL_SHARE = 0.68, 0.60
-# Seconds of a dependent launch beyond its work, and the shortest kernel.
-LAUNCH, SHORTEST = 1.0e-6, 2.0e-6
-# One step of a loop over D or O in a program, and a program's prologue and selection.
-STEP, PROLOGUE = 0.35e-6, 2.5e-6
-
-
-@dataclass(frozen=True)
-class Device:
-    """Peak rates of a GPU: bytes/s of memory and L2, FLOP/s in 16 bit and float32, issue slots."""
-
-    name: str
-    units: int
-    memory: float
-    cache: float
-    half: float
-    single: float
-    clock: float = 1.7e9
-    cache_bytes: float = 40e6
-
-    @property
-    def issue(self):
-        """Warp instructions a second."""
-        return 4 * self.units * self.clock
-
-
-H100 = Device("H100", 132, 3.35e12, 5.5e12, 989e12, 67e12)
-DEVICES = (
-    Device("B200", 148, 8.0e12, 10e12, 2250e12, 80e12, 1.8e9, 100e6),
-    Device("H200", 132, 4.8e12, 5.5e12, 989e12, 67e12),
+from .rates import (
+    CACHE_SHARE,
+    DEVICES,
     H100,
-    Device("A100", 108, 2.0e12, 4.0e12, 312e12, 19.5e12, 1.4e9, 30e6),
-    Device("MI300", 304, 5.3e12, 8.0e12, 1307e12, 163e12, 2.1e9, 200e6),
+    ISSUE_SHARE,
+    KERNEL_SHARE,
+    LAUNCH,
+    MEMORY_SHARE,
+    SHARED_UNIT,
+    SHORTEST,
+    STEP,
+    TILES,
+    Device,
+    device_model,
+    flops,
+    product,
+    stream,
 )
 
+__all__ = [
+    "DEVICES",
+    "H100",
+    "LAUNCH",
+    "Device",
+    "Shape",
+    "backward_times",
+    "device_model",
+    "flops",
+    "forward_times",
+    "gather",
+    "product",
+    "stream",
+]
 
-def device_model(name):
-    """The rates for a device's full name; an H100's where it is not listed."""
-    return next((device for device in DEVICES if device.name in name), H100)
+# A program's prologue and selection, and one round of arg-max with its row of values (decode).
+PROLOGUE, ROUND = 2.5e-6, 0.5e-6
+# Instructions a score in a kernel that holds whole rows: selecting, without selection, backward.
+# A published router (FreeToken PR #319: 16384 rows of 128, 12.4 us on an H100) takes the first.
+SELECT, KEEP_ALL, ROWS_BACKWARD = 100, 30, 60
+# Atoms of a row held in registers; wider rows are taken in chunks. Scores in flight; see `plan`.
+ROW_ATOMS, CHUNK, SCORE_BYTES = 8192, 4096, 256 * 2**20
+# Rows, columns and inner size of a kernel's tile, by the letters of its config.
+LETTERS = {"scores": "MND", "aggregate": "MON", "gram": "ABN"}
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class Shape:
 
     rate: FLOP/s share of products: "half", "single" (ieee float32) or "six" (bf16x6).
     joined: whether keys and values are one segment each, as the vendor's library needs.
+    in_place: whether the output takes the residual's memory, as in an adapted Linear; where it does
+    not, the library copies the residual first.
     """
 
     tokens: int
@@ -70,160 +73,209 @@ class Shape:
     joined: bool
     training: bool
     residual: bool = True
+    in_place: bool = True
 
 
-def flops(device, rate):
-    """Peak FLOP/s of products at a rate."""
-    return {"half": device.half, "single": device.single, "six": device.half / 6}[rate]
-
-
-def stream(device, size, cached=False):
-    """A kernel that only moves bytes."""
-    inside = cached and size < device.cache_bytes
-    rate = device.cache * CACHE_SHARE if inside else device.memory * MEMORY_SHARE
-    return max(SHORTEST, size / rate)
-
-
-def product(device, rows, columns, inner, itemsize, rate, *, out=None, extra=0, library=False):
-    """A matrix product; out: bytes of a result, extra: bytes read besides the operands."""
-    out = itemsize if out is None else out
-    best = math.inf
-    for tile_m, tile_n in ((128, 256), (256, 128), (128, 128), (128, 64), (64, 128), (64, 64)):
-        tiles = math.ceil(rows / tile_m) * math.ceil(columns / tile_n)
-        splits = 1
-        if library:
-            splits = max(1, min(device.units // tiles, inner // 256)) if tiles else 1
-        written = rows * columns * out + extra
-        if splits > 1:
-            written += 2 * splits * rows * columns * 4
-        programs = tiles * splits
-        memory = (rows + columns) * inner * itemsize + written
-        # The library shares tiles between neighbouring programs, which halves its L2 traffic.
-        tile_bytes = (min(tile_m, rows) + min(tile_n, columns)) * inner * itemsize
-        cache = tiles * tile_bytes / (2 if library else 1) + written
-        busy = min(1.0, programs / (0.75 * device.units))
-        waves = max(1.0, math.ceil(programs / device.units) * device.units / programs)
-        share = LIBRARY_SHARE if library else KERNEL_SHARE
-        work = 2 * rows * columns * inner * waves
-        best = min(
-            best,
-            max(
-                memory / (device.memory * MEMORY_SHARE * busy),
-                cache / (device.cache * CACHE_SHARE * busy),
-                work / (flops(device, rate) * share * min(1.0, programs / device.units)),
-                inner / splits / 64 * STEP / 4,
-                SHORTEST,
-            ),
-        )
-    return best
-
-
-def forward_times(device, shape, tile):
+def forward_times(device, shape, tile, tiles=None):
     """Seconds of each forward path that covers the shape: {path: seconds}.
 
-    tile: columns of the resident tile, or None where the bank does not fit.
+    Args:
+        tile: columns of the resident tile, or None where the bank does not fit.
+        tiles: of the kernels, as in `Plan.tiles`; the usual ones if None.
     """
-    times = {}
+    times, tiles = {}, tiles or {}
     if tile and shape.tokens > 64:
-        times["resident"] = _resident(device, shape, tile)
-    if shape.tokens <= 64 and not shape.training and shape.atoms <= 8192:
-        times["decode"] = _decode(device, shape)
-    scores = _product(device, shape, shape.tokens, shape.atoms, shape.width, out=4)
-    dense = _select(device, shape, False) + _dense_values(device, shape)
-    lists = _select(device, shape, True) + gather(device, shape, shape.out)
-    if shape.atoms <= 8192:
-        times["split-dense"] = scores + dense + 3 * LAUNCH
-    times["split-gather"] = scores + lists + 3 * LAUNCH
+        times["resident"] = _resident(device, shape, tile, tiles.get("resident"))
+    if shape.tokens <= 64 and not shape.training and shape.atoms <= ROW_ATOMS:
+        times["decode"] = _decode(device, shape, tiles)
+    scores = _scores(device, shape, shape.width, tiles)
+    if shape.atoms <= ROW_ATOMS:
+        dense = _select(device, shape, False) + _aggregate_values(device, shape, tiles)
+        times["split-dense"] = scores + dense + 3 * _chunks(shape, True) * LAUNCH
+    lists = _select(device, shape, True) + gather(device, shape, shape.out, _residual_bytes(shape))
+    times["split-gather"] = scores + lists + 3 * _chunks(shape, False) * LAUNCH
     return times
 
 
-def backward_times(device, shape):
+def backward_times(device, shape, tiles=None):
     """Seconds of the backward from saved scores ("dense") and from saved lists ("lists")."""
-    bank = _bank_gradient(device, shape)
-    pull = _product(device, shape, shape.tokens, shape.atoms, shape.out, out=4)
-    rows = _rows(device, shape.tokens * shape.atoms * (8 + shape.itemsize), shape)
-    dx = _product(device, shape, shape.tokens, shape.width, shape.atoms)
-    times = {"dense": pull + rows + dx + bank + 4 * LAUNCH}
-    square = _product(device, shape, shape.width, shape.width, shape.atoms)
-    through = _product(device, shape, shape.tokens, shape.width, shape.width, out=4)
-    gathers = gather(device, shape, shape.out) + gather(device, shape, shape.width)
-    # One pass over the tokens without splits: as long as a program's loop over them.
-    single = max(bank, shape.tokens / 64 * STEP)
-    times["lists"] = square + through + gathers + single + 5 * LAUNCH
-    return times if shape.atoms <= 8192 else {"lists": times["lists"]}
+    tiles, size, times = tiles or {}, shape.itemsize, {}
+    if shape.atoms <= ROW_ATOMS:
+        pull = _scores(device, shape, shape.out, tiles)
+        moved = shape.atoms * (8 + size) + shape.current * size + 16
+        rows = _rows(device, shape, moved, ROWS_BACKWARD)
+        dx = _aggregate(device, shape, shape.width, tiles)
+        bank = _bank_gradient(device, shape, tiles.get("bank_splits"))
+        times["dense"] = pull + rows + dx + bank + 3 * LAUNCH
+    kept = 8 * shape.top_k + shape.current * (4 + 2 * size)
+    pulls = gather(device, shape, shape.out, shape.out * size + kept)
+    square = _product(
+        device, shape, shape.width, shape.width, shape.atoms, tile=_tile(tiles, "gram", size)
+    )
+    # keys^T keys is one piece of memory whatever the bank is.
+    through = product(
+        device, shape.tokens, shape.width, shape.width, size, shape.rate, out=4,
+        library=size == 2, tile=_tile(tiles, "scores", size),
+    )  # fmt: skip
+    dx = gather(device, shape, shape.width, shape.width * (4 + size))
+    times["lists"] = pulls + square + through + dx + _bank_gradient(device, shape, 1) + 4 * LAUNCH
+    return times
 
 
-def gather(device, shape, width):
-    """Reading top_k rows a token, and the residual's two passes."""
+def gather(device, shape, width, passes):
+    """Reading the rows of top_k atoms a token; passes: bytes a token that only stream."""
     moved = shape.tokens * min(shape.top_k, shape.atoms) * width * shape.itemsize
     near = shape.atoms * width * shape.itemsize < device.cache_bytes
     rate = device.cache * CACHE_SHARE if near else 1.6 * device.memory * MEMORY_SHARE
-    passes = 2 * shape.tokens * width * shape.itemsize / (device.memory * MEMORY_SHARE)
-    return max(3e-6, moved / rate + passes)
+    return max(3e-6, moved / rate + shape.tokens * passes / (device.memory * MEMORY_SHARE))
 
 
-def _product(device, shape, rows, columns, inner, **sizes):
+def _product(device, shape, rows, columns, inner, **how):
     library = shape.joined and shape.itemsize == 2
-    return product(
-        device, rows, columns, inner, shape.itemsize, shape.rate, library=library, **sizes
-    )
+    args = (rows, columns, inner, shape.itemsize, shape.rate)
+    return product(device, *args, library=library, **how)
 
 
-def _dense_values(device, shape):
-    passes = shape.tokens * shape.out * shape.itemsize * shape.residual
-    return _product(device, shape, shape.tokens, shape.out, shape.atoms, extra=passes)
+def _tile(tiles, name, itemsize):
+    """(rows, columns, inner) of a kernel's tile."""
+    if name not in tiles:
+        return TILES[itemsize][name]
+    return tuple(tiles[name][f"BLOCK_{letter}"] for letter in LETTERS[name])
 
 
-def _rows(device, size, shape):
-    instructions = shape.tokens * shape.atoms * 60 / 32
-    return max(stream(device, size, True), instructions / (device.issue * 0.6), 3e-6)
+def _chunks(shape, dense):
+    """How often the launches of a split path repeat; scores kept for a backward stay whole."""
+    if dense and shape.training:
+        return 1
+    return math.ceil(shape.tokens / (max(64, SCORE_BYTES // (4 * shape.atoms)) // 64 * 64))
+
+
+def _scores(device, shape, inner, tiles):
+    """All atoms' scores, or their pull, in float32."""
+    tile = _tile(tiles, "scores", shape.itemsize)
+    return _product(device, shape, shape.tokens, shape.atoms, inner, out=4, tile=tile)
+
+
+def _aggregate(device, shape, columns, tiles, extra=0):
+    tile = _tile(tiles, "aggregate", shape.itemsize)
+    return _product(device, shape, shape.tokens, columns, shape.atoms, extra=extra, tile=tile)
+
+
+def _aggregate_values(device, shape, tiles):
+    plane = shape.tokens * shape.out * shape.itemsize
+    time = _aggregate(device, shape, shape.out, tiles, extra=plane * shape.residual)
+    if shape.joined and shape.itemsize == 2 and shape.residual and not shape.in_place:
+        time += stream(device, 2 * plane)
+    return time
+
+
+def _residual_bytes(shape):
+    """Residual read and output written, bytes a token."""
+    return (1 + shape.residual) * shape.out * shape.itemsize
+
+
+def _rows(device, shape, moved, instructions):
+    """A kernel that holds whole rows of scores; moved: bytes a token."""
+    padded = max(16, 1 << (shape.atoms - 1).bit_length())
+    if shape.atoms > ROW_ATOMS:
+        padded = math.ceil(shape.atoms / CHUNK) * CHUNK
+    issued = shape.tokens * padded * instructions / 32
+    time = issued / (device.issue * ISSUE_SHARE)
+    return max(stream(device, shape.tokens * moved, True), time, 3e-6)
 
 
 def _select(device, shape, lists):
-    written = min(shape.top_k, shape.atoms) * 12 if lists else shape.atoms * shape.itemsize
-    time = _rows(device, shape.tokens * (shape.atoms * 4 + written), shape)
-    return time if shape.atoms <= 8192 else time + LAUNCH + SHORTEST
+    count = min(shape.top_k, shape.atoms)
+    moved = shape.atoms * 4 + (count * 12 if lists else shape.atoms * shape.itemsize)
+    if shape.training:
+        moved += 16 + (4 * shape.current if lists else 0)
+    instructions = KEEP_ALL if shape.top_k >= shape.atoms else SELECT
+    if shape.atoms <= ROW_ATOMS:
+        return _rows(device, shape, moved, instructions)
+    found = math.ceil(shape.atoms / CHUNK) * count
+    combine = shape.tokens * (1 << (found - 1).bit_length()) * SELECT / 32
+    combine = max(SHORTEST, combine / (device.issue * ISSUE_SHARE))
+    return _rows(device, shape, moved + 16 * found, instructions) + LAUNCH + combine
 
 
-def _bank_gradient(device, shape):
+def _bank_gradient(device, shape, splits):
+    """dkeys and dvalues in one launch: tiles of 16 atoms by 64 features, splits of the tokens."""
     if not shape.current:
         return 0.0
-    moved = shape.tokens * (shape.width + shape.out) * shape.itemsize
-    work = 2 * shape.tokens * max(16, shape.current) * (shape.width + shape.out)
-    rate = flops(device, shape.rate) * KERNEL_SHARE
-    return max(stream(device, moved), work / rate) + LAUNCH + SHORTEST
+    width, size = shape.width + shape.out, shape.itemsize
+    columns = math.ceil(shape.width / 64) + math.ceil(shape.out / 64)
+    if splits is None:
+        splits = max(1, min(64, 2 * device.units // max(1, width // 64)))
+    rows, groups = 32 if size == 4 else 64, math.ceil(shape.current / 16)
+    splits = max(1, min(splits, math.ceil(shape.tokens / rows)))
+    programs = columns * groups * splits
+    moved = shape.tokens * (width + 2 * shape.current) * size
+    cached = shape.tokens * groups * (width + 16 * columns) * size
+    busy = min(1.0, programs / (0.75 * device.units))
+    work = 2 * shape.tokens * 16 * groups * width
+    rate = flops(device, shape.rate) * KERNEL_SHARE * min(1.0, programs / device.units)
+    steps = math.ceil(shape.tokens / splits / rows)
+    time = max(
+        moved / (device.memory * MEMORY_SHARE * busy),
+        cached / (device.cache * CACHE_SHARE * busy),
+        work / rate,
+        (steps * STEP + SHORTEST) * math.ceil(programs / (SHARED_UNIT * device.units)),
+    )
+    if splits > 1:
+        time += LAUNCH + stream(device, (4 * splits + size) * shape.current * width, True)
+    return time + LAUNCH
 
 
-def _resident(device, shape, tile):
-    best, size = math.inf, shape.itemsize
-    for rows in (64, 128):
-        programs = math.ceil(shape.tokens / rows)
-        busy = min(1.0, programs / (0.75 * device.units))
-        saved = shape.tokens * (shape.atoms * 4 + 16) if shape.training else 0
-        moved = shape.tokens * (shape.width + (1 + shape.residual) * shape.out) * size + saved
-        bank = tile * (shape.width + shape.out) * size
-        work = 2 * shape.tokens * tile * (shape.width + shape.out)
-        columns, features = shape.width / 64, shape.out / 64
-        instructions = (87 + 0.22 * tile) * columns + (150 + 0.6 * tile) * features + 16 * tile
-        resident = 3 if tile <= 64 and rows == 64 else 2 if rows == 64 or tile <= 64 else 1
-        waves = math.ceil(programs / (device.units * resident))
-        busy_units = min(1.0, programs / device.units)
-        best = min(
-            best,
-            max(
-                (moved + bank) / (device.memory * MEMORY_SHARE * busy),
-                (moved + programs * bank) / (device.cache * CACHE_SHARE * busy),
-                work / (flops(device, shape.rate) * KERNEL_SHARE * busy_units),
-                shape.tokens * instructions / 16 / (device.issue * 0.6 * busy_units),
-                ((columns + features) * STEP + PROLOGUE) * waves,
-            ),
-        )
-    return best + LAUNCH
+def _resident(device, shape, tile, config):
+    size = shape.itemsize
+    rows = 32 if size == 4 else 128 if tile > 64 else 64
+    step_d, step_o = (32, 32) if size == 4 else (64, 64)
+    if config is not None:
+        rows, step_d, step_o = config["BLOCK_M"], config["BLOCK_D"], config["BLOCK_O"]
+    programs = math.ceil(shape.tokens / rows)
+    busy = min(1.0, programs / (0.75 * device.units))
+    saved = shape.tokens * (shape.atoms * 4 + 16) if shape.training else 0
+    moved = shape.tokens * (shape.width * size + _residual_bytes(shape)) + saved
+    bank = tile * (shape.width + shape.out) * size
+    work = 2 * programs * rows * tile * (shape.width + shape.out)
+    columns, features = shape.width / 64, shape.out / 64
+    instructions = (87 + 0.22 * tile) * columns + (150 + 0.6 * tile) * features + 16 * tile
+    shared = 3 if tile <= 64 and rows <= 64 else 2 if rows <= 64 or tile <= 64 else 1
+    waves = math.ceil(programs / (device.units * shared))
+    busy_units = min(1.0, programs / device.units)
+    # The residual's tile is loaded where it is needed, not ahead.
+    steps = shape.width / step_d + shape.out / step_o * (2 if shape.residual else 1)
+    times = (
+        (moved + bank) / (device.memory * MEMORY_SHARE * busy),
+        (moved + programs * bank) / (device.cache * CACHE_SHARE * busy),
+        work / (flops(device, shape.rate) * KERNEL_SHARE * busy_units),
+        shape.tokens * instructions / 16 / (device.issue * ISSUE_SHARE * busy_units),
+        (steps * STEP + PROLOGUE) * waves,
+    )
+    return max(times) + LAUNCH
 
 
-def _decode(device, shape):
-    size, memory = shape.itemsize, device.memory * MEMORY_SHARE
-    scores = (shape.atoms + shape.tokens) * shape.width * size
-    rows = min(shape.tokens * shape.top_k, shape.atoms)
-    values = (rows + (1 + shape.residual) * shape.tokens) * shape.out * size
-    return max(2.5e-6, scores / memory) + max(4e-6, values / memory)
+def _decode(device, shape, tiles):
+    """Partial scores, then a program per token and 256 features that reads all of a row's."""
+    size, count = shape.itemsize, min(shape.top_k, shape.atoms)
+    splits = tiles.get("splits") or max(1, min(shape.width // 256, 16))
+    tile = _tile(tiles, "scores", size) if "scores" in tiles else (16, 32, 64 * 2 // size)
+    args = (shape.tokens, shape.atoms, shape.width, size, shape.rate)
+    scores = product(device, *args, out=4, tile=tile, splits=splits)
+    features = math.ceil(shape.out / 256)
+    programs = shape.tokens * features
+    padded = max(16, 1 << (shape.atoms - 1).bit_length())
+    read = min(shape.tokens * count, shape.atoms) * shape.out * size
+    again = shape.tokens * count * shape.out * size
+    partial = programs * splits * shape.atoms * 4
+    warps = max(1, min(8, padded // 512))
+    # A score a lane and round: marked, compared and reduced.
+    issued = programs * padded * (12 * count + splits) / 32
+    units = min(1.0, programs * warps / (4 * device.units))
+    times = (
+        (read + shape.tokens * _residual_bytes(shape)) / (device.memory * MEMORY_SHARE),
+        (again + partial) / (device.cache * CACHE_SHARE * min(1.0, programs / device.units)),
+        issued / (device.issue * ISSUE_SHARE * units),
+        SHORTEST + count * ROUND,
+    )
+    return scores + max(times) + LAUNCH

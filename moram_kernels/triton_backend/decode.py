@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launcher import launch
+from .launcher import cdiv, launch, next_power_of_2
 from .segments import row_pointers
 from .weights import clamped_norm
 
@@ -105,7 +105,7 @@ def launch_decode(partial, values, residual, out, activation, threshold):
     block, block_o = config(num_atoms, values.width)
     launch(
         _decode_kernel,
-        (num_rows, triton.cdiv(values.width, block_o)),
+        (num_rows, cdiv(values.width, block_o)),
         partial,
         frozen,
         current,
@@ -134,5 +134,5 @@ def launch_decode(partial, values, residual, out, activation, threshold):
 
 def config(num_atoms, width):
     """(BLOCK_N, BLOCK_O) for a bank."""
-    block = max(16, triton.next_power_of_2(num_atoms))
-    return block, min(256, triton.next_power_of_2(width))
+    block = max(16, next_power_of_2(num_atoms))
+    return block, min(256, next_power_of_2(width))

@@ -95,7 +95,8 @@ def _split(x, keys, values, residual, out, settings, threshold, saved, plan, pre
     stats = None if saved is None else saved.stats
     if plan.path != "split-gather":
         columns = -(-atoms // 16) * 16
-        written = x.new_empty(tokens, columns, dtype=values.dtype)[:, :atoms]
+        dtype = torch.promote_types(x.dtype, values.dtype)
+        written = x.new_empty(tokens, columns, dtype=dtype)[:, :atoms]
         launch_select(scores, settings, threshold, written=written, stats=stats)
         aggregate(written, values, residual, out, precision, plan.tiles["aggregate"])
         return
@@ -123,9 +124,12 @@ def score(a, table, out, precision, config):
 def aggregate(coefficients, table, residual, out, precision, config):
     """out = residual + coefficients times a table's rows, by the vendor's library where it can."""
     library = table.whole is not None and launcher.can_multiply(coefficients, table.whole)
-    if library and residual is not None and residual.dtype == out.dtype == table.dtype:
-        launcher.multiply_add(residual, coefficients, table.whole, out)
-    elif library and residual is None and out.dtype == table.dtype:
+    library = library and out.dtype == table.dtype
+    # Onto another tensor than the residual the library would copy the residual first.
+    in_place = residual is not None and residual.data_ptr() == out.data_ptr()
+    if library and in_place and residual.stride() == out.stride():
+        launcher.multiply_add(out, coefficients, table.whole, out)
+    elif library and residual is None:
         launcher.multiply(coefficients, table.whole, out)
     else:
         launch_aggregate(coefficients, table, residual, out, precision, config)

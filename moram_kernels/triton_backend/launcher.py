@@ -57,6 +57,16 @@ def target(device):
     return 10 * properties.major + properties.minor
 
 
+def cdiv(size, block):
+    """Blocks that cover a size; plain integers, because Triton's own takes microseconds."""
+    return -(-size // block)
+
+
+def next_power_of_2(size):
+    """The smallest power of two that is not smaller than a positive size."""
+    return 1 << (size - 1).bit_length()
+
+
 def dot_dtype(*tensors):
     """The dtype in which tensors meet in a `tl.dot`: a 16-bit one only if all have it."""
     first, *rest = {t.dtype for t in tensors}

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launcher import launch
+from .launcher import launch, next_power_of_2
 from .rows_backward import score_gradient
 from .segments import row_pointers
 from .weights import clamped_norm
@@ -87,11 +87,11 @@ def _lists_backward_kernel(
             hit = hit & mask_k[:, None]
             own = tl.sum(tl.where(hit, tl.trans(dlist), 0.0), 0)
             wrote = tl.sum(tl.where(hit, tl.trans(written), 0.0), 0)
-            offs = m * num_current + column
-            score = tl.load(current_ptr + offs, mask=mask_c, other=0.0)
+            place = m * num_current + column
+            score = tl.load(current_ptr + place, mask=mask_c, other=0.0)
             own -= tl.sum(factor, 0) * score
-            tl.store(dscores_ptr + offs, own.to(dscores_ptr.dtype.element_ty), mask=mask_c)
-            tl.store(written_ptr + offs, wrote.to(written_ptr.dtype.element_ty), mask=mask_c)
+            tl.store(dscores_ptr + place, own.to(dscores_ptr.dtype.element_ty), mask=mask_c)
+            tl.store(written_ptr + place, wrote.to(written_ptr.dtype.element_ty), mask=mask_c)
 
 
 def launch_lists_backward(
@@ -157,9 +157,9 @@ def launch_lists_backward(
 
 def config(top_k, num_current, width):
     """Tile sizes: the values' tile is the largest, 4096 elements."""
-    block_k = triton.next_power_of_2(top_k)
+    block_k = next_power_of_2(top_k)
     return {
         "BLOCK_K": block_k,
-        "BLOCK_C": max(1, min(32, triton.next_power_of_2(max(1, num_current)))),
-        "BLOCK_O": max(16, min(4096 // block_k, triton.next_power_of_2(width))),
+        "BLOCK_C": max(1, min(32, next_power_of_2(max(1, num_current)))),
+        "BLOCK_O": max(16, min(4096 // block_k, next_power_of_2(width))),
     }

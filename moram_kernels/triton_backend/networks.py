@@ -19,15 +19,23 @@ TOP_K = (4, 8, 16)
 MAX_TILE = 256
 
 
-def lane_bits(target):
-    """(lane bits, warp bits) of the column index in the accumulator, per target."""
+def lane_bits(target, columns, fewest):
+    """(lane bits, warp bits) of the column index in the accumulator of a tile, per target.
+
+    Those with the fewest layout conversions in the compiled kernel. fewest: columns of the
+    narrowest tile of the row; all tiles must have equally many bits.
+    """
     if isinstance(target, str) and target.startswith("gfx"):
-        return (2,), (5,)
-    if isinstance(target, int) and target < 90:
-        return (2, 1), (3,)
-    if isinstance(target, int) and target >= 100:
-        return (), ()
-    return (2, 1), ()
+        lanes, warps = (2,), (5,)
+    elif isinstance(target, int) and 100 <= target < 120:
+        # In tensor memory two warps share a row, half of the columns each.
+        return (), (columns.bit_length() - 2,)
+    elif isinstance(target, int) and not 90 <= target < 100:
+        lanes, warps = (2, 1), (3,)
+    else:
+        lanes, warps = (2, 1), ()
+    exist = fewest.bit_length() - 1
+    return tuple(b for b in lanes if b < exist), tuple(b for b in warps if b < exist)
 
 
 @functools.cache
@@ -41,11 +49,10 @@ def network(tiles, top_k, target):
     """
     if top_k not in TOP_K:
         raise ValueError(f"top_k must be one of {TOP_K}, got {top_k}")
-    lanes, warps = lane_bits(target)
-    fits = min(tiles).bit_length() - 1
-    lanes, warps = (tuple(b for b in bits if b < fits) for bits in (lanes, warps))
-    name = "network_" + "_".join(map(str, (*tiles, top_k, "l", *lanes, "w", *warps)))
-    source = _Writer(top_k).function(name, tiles, lanes, warps)
+    outer = [sum(lane_bits(target, tile, min(tiles))[::-1], ()) for tile in tiles]
+    layout = ("_".join(map(str, bits)) for bits in outer)
+    name = "network_" + "_".join(map(str, (*tiles, top_k, "bits", *layout)))
+    source = _Writer(top_k).function(name, tiles, outer)
     # Triton reads a function's source through `inspect`, which finds it here.
     filename = f"<{name}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
@@ -75,13 +82,13 @@ class _Writer:
     def __init__(self, top_k):
         self.top_k, self.lines, self.count = top_k, [], 0
 
-    def function(self, name, tiles, lanes, warps):
+    def function(self, name, tiles, outer):
         columns = [f"x{i}" for i in range(len(tiles))]
         self.lines = ["@triton.jit", f"def {name}({', '.join(columns)}, BLOCK_M: tl.constexpr):"]
         leaves = []
-        for column, tile in zip(columns, tiles, strict=True):
-            leaves += self.registers(column, tile, lanes, warps)
-        values, parts = self.reduce_runs(leaves), 2 ** (len(lanes) + len(warps))
+        for column, tile, bits in zip(columns, tiles, outer, strict=True):
+            leaves += self.registers(column, tile, bits)
+        values, parts = self.reduce_runs(leaves), 2 ** len(outer[0])
         while parts > 1:
             values = self.merge_lanes(values, parts)
             parts //= 2
@@ -98,10 +105,9 @@ class _Writer:
         self.say(f"v{self.count} = {expression}")
         return f"v{self.count}"
 
-    def registers(self, column, tile, lanes, warps):
-        """The columns that lie in registers, each [BLOCK_M, warps and lanes]."""
+    def registers(self, column, tile, outer):
+        """The columns that lie in registers, each [BLOCK_M, warps and lanes of the outer bits]."""
         bits = tile.bit_length() - 1
-        outer = (*warps, *lanes)
         inner = [b for b in reversed(range(bits)) if b not in outer]
         parts, each = 2 ** len(outer), 2 ** len(inner)
         lead = f"BLOCK_M, {parts}" if outer else "BLOCK_M"

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launcher import dot_dtype, launch, rows
+from .launcher import cdiv, dot_dtype, launch, rows
 from .segments import row_pointers
 
 
@@ -32,20 +32,21 @@ def _sum_outer(
     BLOCK_A: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """sum over rows m of a[m, offs_a]^T b[m, offs_b]; columns past the end repeat the last one."""
+    """sum over rows m of a[m, offs_a]^T b[m, offs_b]; columns past the end are zeros."""
     offs_m = tl.arange(0, BLOCK_M)
-    column_a = tl.minimum(offs_a, num_a - 1)
-    column_b = tl.minimum(offs_b, num_b - 1)
+    # Masks, not repeated columns, keep whole vectors in the loads.
+    mask_a = (offs_a < num_a)[:, None]
+    mask_b = (offs_b < num_b)[None, :]
     acc = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
     for m in range(start, stop, BLOCK_M):
         row = m + offs_m
         mask = row < stop
         # Rows past the end: zeros of a meet copies of the last row of b.
         row = tl.minimum(row, M - 1).to(tl.int64)
-        a = tl.load(
-            a_ptr + row[None, :] * stride_am + column_a[:, None], mask=mask[None, :], other=0.0
-        )
-        b = tl.load(b_ptr + row[:, None] * stride_bm + column_b[None, :])
+        a_tile = a_ptr + row[None, :] * stride_am + offs_a[:, None]
+        a = tl.load(a_tile, mask=mask[None, :] & mask_a, other=0.0)
+        b_tile = b_ptr + row[:, None] * stride_bm + offs_b[None, :]
+        b = tl.load(b_tile, mask=mask_b, other=0.0)
         acc = tl.dot(a.to(DOT), b.to(DOT), acc, input_precision=PRECISION)
     return acc
 
@@ -169,8 +170,8 @@ def _gram_kernel(
     offs_a = tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)
     offs_b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     offs_n = tl.arange(0, BLOCK_N)
-    column_a = tl.minimum(offs_a, D - 1)
-    column_b = tl.minimum(offs_b, D - 1)
+    mask_a = (offs_a < D)[:, None]
+    mask_b = (offs_b < D)[None, :]
     acc = tl.zeros((BLOCK_A, BLOCK_B), tl.float32)
     for n in range(0, N, BLOCK_N):
         atom = n + offs_n
@@ -184,12 +185,11 @@ def _gram_kernel(
             stride_current,
             ALIGNED,
         )
-        a = tl.load(rows_[None, :] + column_a[:, None], mask=mask[None, :], other=0.0)
-        b = tl.load(rows_[:, None] + column_b[None, :])
+        a = tl.load(rows_[None, :] + offs_a[:, None], mask=mask[None, :] & mask_a, other=0.0)
+        b = tl.load(rows_[:, None] + offs_b[None, :], mask=mask_b, other=0.0)
         acc = tl.dot(a.to(DOT), b.to(DOT), acc, input_precision=PRECISION)
     offs = offs_a.to(tl.int64)[:, None] * D + offs_b[None, :]
-    mask = (offs_a < D)[:, None] & (offs_b < D)[None, :]
-    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask_a & mask_b)
 
 
 def launch_bank_gradient(dscores, x, written, grad, dtype, precision, config, splits):
@@ -204,19 +204,19 @@ def launch_bank_gradient(dscores, x, written, grad, dtype, precision, config, sp
     num_rows, count = dscores.shape
     width, out = x.shape[1], grad.shape[1]
     size = count * (width + out)
-    splits = max(1, min(splits, triton.cdiv(num_rows, config["BLOCK_M"])))
-    split_rows = triton.cdiv(triton.cdiv(num_rows, splits), config["BLOCK_M"]) * config["BLOCK_M"]
-    splits = triton.cdiv(num_rows, split_rows)
+    splits = max(1, min(splits, cdiv(num_rows, config["BLOCK_M"])))
+    split_rows = cdiv(cdiv(num_rows, splits), config["BLOCK_M"]) * config["BLOCK_M"]
+    splits = cdiv(num_rows, split_rows)
     result = torch.empty(size, dtype=dtype, device=x.device)
     partial = result
     if splits > 1:
         partial = torch.empty(splits, size, dtype=torch.float32, device=x.device)
-    key_tiles = triton.cdiv(width, config["BLOCK_B"])
+    key_tiles = cdiv(width, config["BLOCK_B"])
     launch(
         _bank_gradient_kernel,
         (
-            triton.cdiv(count, config["BLOCK_A"]),
-            key_tiles + triton.cdiv(out, config["BLOCK_B"]),
+            cdiv(count, config["BLOCK_A"]),
+            key_tiles + cdiv(out, config["BLOCK_B"]),
             splits,
         ),
         dscores,
@@ -242,7 +242,7 @@ def launch_bank_gradient(dscores, x, written, grad, dtype, precision, config, sp
     if splits > 1:
         launch(
             _sum_splits_kernel,
-            (triton.cdiv(size, 1024),),
+            (cdiv(size, 1024),),
             partial,
             result,
             size,
@@ -263,7 +263,7 @@ def launch_gram(keys, out, precision, config):
     frozen, current, num_frozen, stride_frozen, stride_current = keys.args()
     launch(
         _gram_kernel,
-        (triton.cdiv(keys.width, config["BLOCK_A"]), triton.cdiv(keys.width, config["BLOCK_B"])),
+        (cdiv(keys.width, config["BLOCK_A"]), cdiv(keys.width, config["BLOCK_B"])),
         frozen,
         current,
         out,

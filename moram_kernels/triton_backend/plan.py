@@ -13,8 +13,16 @@ from . import cost
 
 DTYPES = ("float32", "bfloat16", "float16")
 PRECISIONS = ("ieee", "bf16x6")
-# Columns of the resident tile or tiles.
-TILES = ((16, 0), (32, 0), (64, 0), (64, 32), (128, 0), (128, 32), (128, 64))
+# GPUs by the compiler's target; tiles are chosen per target.
+TARGETS = {
+    "sm_90": ("H100", "H200", "H800", "H20"),
+    "sm_100": ("B100", "B200", "B300"),
+    "gfx942": ("MI300", "MI325", "AMD", "gfx"),
+}
+# Columns of the resident tile or tiles, and the most of them that compile without spills at
+# (inference, training).
+TILES = ((16, 0), (32, 0), (64, 0), (64, 32), (128, 0), (128, 32))
+WIDEST = {"sm_80": (128, 128), "sm_90": (160, 128), "sm_100": (160, 128), "gfx942": (160, 160)}
 NETWORK_TOP_K = (4, 8, 16)
 # Rows of up to this many atoms are selected from in registers; wider ones in chunks.
 ROW_ATOMS, CHUNK = 8192, 4096
@@ -41,9 +49,17 @@ class Plan:
     chunk: int = 0
 
 
-def resident_tile(atoms):
-    """(first, second) tile that holds that many atoms, or None."""
-    return next((pair for pair in TILES if sum(pair) >= atoms), None)
+def target_of(device):
+    """The compiler's target for a GPU's name; sm_80, whose tiles fit everywhere, if unknown."""
+    names = ((part, target) for target, parts in TARGETS.items() for part in parts)
+    return next((target for part, target in names if part in device), "sm_80")
+
+
+def resident_tile(atoms, dtype, device, training=False):
+    """(first, second) tile of the resident kernel that holds that many atoms, or None."""
+    # What is wider spills: a float32 product takes registers of its own, a backward more scores.
+    widest = 64 if dtype == "float32" else WIDEST[target_of(device)][training]
+    return next((pair for pair in TILES if widest >= sum(pair) >= atoms), None)
 
 
 def why_not_covered(atoms, top_k, dtype, precision="ieee"):
@@ -113,18 +129,21 @@ def plan(
     problem = why_not_covered(atoms, top_k, dtype, precision)
     if problem:
         return Plan("torch", None, problem)
-    rounded = _bucket(max(1, tokens))
+    # Sizes of 0 need no kernel; the model divides by them.
+    tokens, width, out, atoms = (max(1, size) for size in (tokens, width, out, atoms))
+    rounded = _bucket(tokens)
     args = (rounded, width, out, atoms, top_k, dtype, training, device, current, joined, precision)
     entry = (shipped_table() if table is None else table).get(device)
     if not entry:
         return _plan(*args, path, keep)
-    key = f"{rounded}x{width}x{out}x{atoms}x{top_k}x{dtype}"
+    purpose = "training" if training else "inference"
+    key = f"{rounded}x{width}x{out}x{atoms}x{top_k}x{dtype}x{purpose}"
     measured = entry.get("paths", {}).get(key)
     if path is None and keep is None and measured:
         best = replace(_plan(*args, measured, None), reason="measured on this device")
     else:
         best = _plan(*args, path, keep)
-    return replace(best, tiles=_tuned_tiles(best.tiles, entry.get("tiles", {})))
+    return replace(best, tiles=_tuned_tiles(best.tiles, entry.get("tiles", {}), width, out))
 
 
 @functools.cache
@@ -155,11 +174,9 @@ def _plan(
         training,
     )  # fmt: skip
     model = cost.device_model(device)
-    pair = resident_tile(atoms)
+    pair = resident_tile(atoms, dtype, device, training)
     fits = pair and width % 32 == 0 and out % 32 == 0
     fits = fits and (top_k in NETWORK_TOP_K or top_k >= atoms)
-    # A float32 score tile of two parts, or a wide one, leaves no registers for the products.
-    fits = fits and (dtype != "float32" or (pair[0] <= 64 and not pair[1]))
     seconds = cost.forward_times(model, shape, sum(pair) if fits else None)
     if path == "resident" and fits:
         seconds.setdefault("resident", 0.0)
@@ -200,23 +217,35 @@ def _bucket(tokens):
 
 def tiles(shape, pair, device, units):
     """Tiles of every kernel a shape can need, by the kernel's name."""
-    small = shape.itemsize == 4
-    stages = 2 if device.startswith(("gfx", "AMD", "MI")) else 3
+    small, target = shape.itemsize == 4, target_of(device)
+    stages = 2 if target == "gfx942" else 3
     common = {"num_warps": 4, "num_stages": stages}
     block = 32 if small else 64
+    # Six products of bfloat16 are wide where 64 rows meet, which one of float32 has no room for.
+    rows = 64 if shape.rate == "six" and target in ("sm_90", "sm_100") else block
     score_n = min(64 if small else 128, max(16, 1 << (shape.atoms - 1).bit_length()))
+    # Masked or unaligned rows are not copied to shared memory but held in registers.
+    loose = shape.width % block or shape.out % block
+    if loose:
+        score_n = min(score_n, block)
+    if target != "gfx942" and (shape.rate == "six" or (loose and not small)):
+        # Left to itself, ptxas spills a little here to fit more programs on a unit.
+        common["maxnreg"] = 255
     few = shape.tokens <= 64
-    score_m = max(16, min(block, 1 << (shape.tokens - 1).bit_length())) if few else block
+    score_m = max(16, min(rows, 1 << (shape.tokens - 1).bit_length())) if few else rows
     programs = -(-shape.tokens // score_m) * -(-shape.atoms // score_n)
     chosen = {
         "scores": {
             "BLOCK_M": score_m, "BLOCK_N": 32 if few else score_n, "BLOCK_D": block, **common
         },
         "aggregate": {
-            "BLOCK_M": block, "BLOCK_N": 32, "BLOCK_O": 64 if small else 128, **common
+            "BLOCK_M": rows,
+            "BLOCK_N": 32,
+            "BLOCK_O": 128 if not small else 32 if loose else 64,
+            **common,
         },
         "bank": {"BLOCK_M": block, "BLOCK_A": 16, "BLOCK_B": 64, **common},
-        "gram": {"BLOCK_N": 32, "BLOCK_A": 64, "BLOCK_B": 64, **common},
+        "gram": {"BLOCK_N": 32, "BLOCK_A": 32 if small else 64, "BLOCK_B": 64, **common},
         # Splits fill the device twice over and leave each at least 256 features.
         "splits": max(1, min(2 * units // programs, shape.width // 256, 16)),
         "bank_splits": max(1, min(64, 2 * units // max(1, (shape.width + shape.out) // 64))),
@@ -225,22 +254,28 @@ def tiles(shape, pair, device, units):
         first, second = pair
         tall = first + second > 64 and not small
         chosen["resident"] = {
-            "BLOCK_M": 32 if small else 128 if tall else 64,
+            "BLOCK_M": 128 if tall else rows,
             "BLOCK_N": first,
             "BLOCK_N2": second,
             "BLOCK_D": 64 if shape.width % 64 == 0 and not small else 32,
             "BLOCK_O": 64 if shape.out % 64 == 0 and not small else 32,
+            **common,
             "num_warps": 8 if tall else 4,
-            "num_stages": stages,
         }
+        if tall:
+            chosen["resident"].pop("maxnreg", None)
     return chosen
 
 
-def _tuned_tiles(chosen, tuned):
+def _tuned_tiles(chosen, tuned, width, out):
     """Tiles with the measured ones in place; a key is a kernel's name or name/BLOCK_N."""
     chosen = dict(chosen)
     for key, config in tuned.items():
         name, _, columns = key.partition("/")
         if name in chosen and (not columns or columns == str(chosen[name].get("BLOCK_N"))):
-            chosen[name] = {**chosen[name], **config}
+            config = {**chosen[name], **config}
+            # The resident kernel has no masks along D and O.
+            if name == "resident" and (width % config["BLOCK_D"] or out % config["BLOCK_O"]):
+                continue
+            chosen[name] = config
     return chosen

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launcher import dot_dtype, launch, rows, target
+from .launcher import cdiv, dot_dtype, launch, rows, target
 from .networks import network
 from .segments import row_pointers
 from .threshold import count_from, drop_ties, tied_column
@@ -127,7 +127,8 @@ def _resident_kernel(
         if BLOCK_N2 > 0:
             k2 = tl.load(keys2 + d).to(DOT)
             scores2 = tl.dot(x, k2, scores2, input_precision=PRECISION)
-    mask_n = offs_n < N
+    # With a second tile the first one is full.
+    mask_n = tl.full((BLOCK_N,), True, tl.int1) if BLOCK_N2 > 0 else offs_n < N
     if SAVE:
         # Right after the product, before the selection needs the registers.
         saved = scores_ptr + first * stride_sm + offs_m[:, None] * stride_sm
@@ -230,7 +231,7 @@ def launch_resident(x, keys, values, residual, out, activation, threshold, preci
     scores, stats = save or (out, out)
     launch(
         _resident_kernel,
-        (triton.cdiv(num_rows, config["BLOCK_M"]),),
+        (cdiv(num_rows, config["BLOCK_M"]),),
         x,
         frozen_keys,
         current_keys,
@@ -264,7 +265,7 @@ def launch_resident(x, keys, values, residual, out, activation, threshold, preci
         SAVE=save is not None,
         NETWORK=None if every else network_for(tile, tile2, top_k, x.device),
         DOT=dot_dtype(x, keys.frozen),
-        DOT_VALUES=dot_dtype(values.frozen),
+        DOT_VALUES=dot_dtype(x, values.frozen),
         PRECISION=precision,
         ALIGNED=keys.aligned and values.aligned,
         LOG_N=tile.bit_length() - 1,

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launcher import launch
+from .launcher import cdiv, launch, next_power_of_2
 from .threshold import drop_ties
 from .weights import candidates, clamped_norm, shares
 
@@ -101,7 +101,7 @@ def _rows_backward_kernel(
 
 def tiles(num_atoms):
     """Rows and warps of a program: half as many elements a lane as the forward, for two tiles."""
-    block = max(16, triton.next_power_of_2(num_atoms))
+    block = max(16, next_power_of_2(num_atoms))
     return {"BLOCK_M": max(1, 1024 // block), "BLOCK_N": block}, max(1, min(16, block // 512))
 
 
@@ -119,7 +119,7 @@ def launch_rows_backward(scores, pull, stats, dscores, written, num_frozen, acti
     blocks, warps = tiles(num_atoms)
     launch(
         _rows_backward_kernel,
-        (triton.cdiv(num_rows, blocks["BLOCK_M"]),),
+        (cdiv(num_rows, blocks["BLOCK_M"]),),
         scores,
         pull,
         stats,

@@ -7,7 +7,7 @@ the features is left in as many partial sums, to be added in fixed order by the 
 import triton
 import triton.language as tl
 
-from .launcher import dot_dtype, launch, rows
+from .launcher import cdiv, dot_dtype, launch, rows
 from .segments import row_pointers
 
 
@@ -75,11 +75,11 @@ def launch_scores(a, table, out, precision, config, splits=1):
     a = rows(a)
     num_rows, width = a.shape
     block_d = config["BLOCK_D"]
-    split_width = triton.cdiv(triton.cdiv(width, splits), block_d) * block_d
+    split_width = cdiv(cdiv(width, splits), block_d) * block_d
     frozen, current, num_frozen, stride_frozen, stride_current = table.args()
     grid = (
-        triton.cdiv(num_rows, config["BLOCK_M"]),
-        triton.cdiv(table.num_rows, config["BLOCK_N"]),
+        cdiv(num_rows, config["BLOCK_M"]),
+        cdiv(table.num_rows, config["BLOCK_N"]),
         splits,
     )
     launch(

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launcher import launch
+from .launcher import cdiv, launch, next_power_of_2
 from .threshold import select_rows
 from .weights import candidates, clamped_norm, shares, store_stats, written_scores
 
@@ -93,11 +93,12 @@ def _select_kernel(
         store_stats(stats_ptr + first, offs_m, stride_stats, mask_m, norm, top, inverse_sum, value)
 
 
-def tiles(num_atoms):
+def tiles(num_atoms, lists=False):
     """Rows and warps of a program that holds rows of that many atoms in registers."""
-    block = max(16, triton.next_power_of_2(num_atoms))
-    # 32 elements a lane; short rows share a warp.
-    return {"BLOCK_M": max(1, 1024 // block), "BLOCK_N": block}, max(1, block // 1024)
+    block = max(16, next_power_of_2(num_atoms))
+    # 32 elements a lane; short rows share a warp. The places in short lists take more registers.
+    warps = 4 if lists and block <= 128 else max(1, block // 1024)
+    return {"BLOCK_M": max(1, 1024 // block), "BLOCK_N": block}, warps
 
 
 def launch_select(
@@ -118,10 +119,10 @@ def launch_select(
     top_k, temperature, level, eps = activation
     index, written, picked = lists or (scores, written, scores)
     kept, num_frozen = current or (scores, 0)
-    blocks, warps = tiles(num_atoms)
+    blocks, warps = tiles(num_atoms, lists is not None)
     launch(
         _select_kernel,
-        (triton.cdiv(num_rows, blocks["BLOCK_M"]),),
+        (cdiv(num_rows, blocks["BLOCK_M"]),),
         scores,
         written,
         index,

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launcher import launch
+from .launcher import cdiv, launch, next_power_of_2
 from .threshold import select_rows
 from .weights import candidates, clamped_norm, shares, written_scores
 
@@ -117,7 +117,7 @@ def launch_select_wide(scores, activation, threshold, lists, current=None, stats
     """
     num_rows, num_atoms = scores.shape
     top_k, temperature, level, eps = activation
-    chunks = triton.cdiv(num_atoms, CHUNK)
+    chunks = cdiv(num_atoms, CHUNK)
     found = scores.new_empty(num_rows, chunks, top_k)
     column = torch.empty(num_rows, chunks, top_k, dtype=torch.int32, device=scores.device)
     squares = scores.new_empty(num_rows, chunks)
@@ -135,13 +135,13 @@ def launch_select_wide(scores, activation, threshold, lists, current=None, stats
         scores.stride(0),
         TOP_K=top_k,
         SAVE_CURRENT=current is not None,
-        BLOCK_K=triton.next_power_of_2(top_k),
+        BLOCK_K=next_power_of_2(top_k),
         BLOCK_N=CHUNK,
         LOG_N=CHUNK.bit_length() - 1,
         num_warps=4,
     )
     index, written, picked = lists
-    block = triton.next_power_of_2(chunks * top_k)
+    block = next_power_of_2(chunks * top_k)
     launch(
         _combine_kernel,
         (num_rows,),
@@ -159,7 +159,7 @@ def launch_select_wide(scores, activation, threshold, lists, current=None, stats
         TOP_K=top_k,
         HAS_THRESHOLD=threshold,
         SAVE_STATS=stats is not None,
-        BLOCK_C=triton.next_power_of_2(chunks),
+        BLOCK_C=next_power_of_2(chunks),
         BLOCK_N=block,
         LOG_N=block.bit_length() - 1,
         num_warps=max(1, min(8, block // 512)),

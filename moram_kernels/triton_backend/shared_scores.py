@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launcher import dot_dtype, launch, rows
+from .launcher import cdiv, dot_dtype, launch, rows
 from .segments import row_pointers
 
 MAX_TABLES = 3
@@ -111,11 +111,11 @@ def launch_shared_scores(x, tables, precision, config):
     args = [table.args() for table in filled]
     ends = [0]
     for count in counts:
-        ends.append(ends[-1] + triton.cdiv(count, config["BLOCK_N"]))
+        ends.append(ends[-1] + cdiv(count, config["BLOCK_N"]))
     sizes = [table.num_rows for table in filled]
     launch(
         _shared_score_kernel,
-        (triton.cdiv(num_rows, config["BLOCK_M"]), ends[-1]),
+        (cdiv(num_rows, config["BLOCK_M"]), ends[-1]),
         x,
         out,
         *(pointer for frozen, current, *_ in args for pointer in (frozen, current)),
