@@ -6,13 +6,39 @@ OUT ?= out
 CONSTRAINTS ?= -c tests/constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench clean plain interpreted parity traffic gate launches opcheck
 
 demo: $(VENV)/.demo
 	$(BIN)/moram demo --out $(OUT)/demo $(ARGS)
 
+# Two processes, because Triton decides at its import whether it interprets kernels.
 test: $(VENV)/.dev lint
+	$(MAKE) --no-print-directory -j2 -Otarget plain interpreted
+
+plain: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+interpreted: $(VENV)/.dev
+	$(INTERPRETED)
+
+# The five checks of the kernels that need no GPU, one by one.
+INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/interpreted
+
+parity: $(VENV)/.dev
+	$(INTERPRETED) -k "interpreted or shared"
+
+traffic: $(VENV)/.dev
+	$(INTERPRETED)/test_traffic.py
+
+# Every shipped configuration for every target; `make test` compiles a part of them.
+gate: $(VENV)/.dev
+	$(BIN)/python tests/compile_gate/gate.py $(ARGS)
+
+launches: $(VENV)/.dev
+	$(INTERPRETED)/test_launches.py
+
+opcheck: $(VENV)/.dev
+	$(INTERPRETED)/test_ops.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -56,6 +56,10 @@ def _select_kernel(
     norm = tl.sqrt(tl.sum(scores * scores, 1))
     clamped = clamped_norm(norm, eps)
     x = candidates(scores, mask_n[None, :], ALL)
+    if BLOCK_M > 1 and not ALL:
+        # Rows past the end would be nothing but ties, and ties take the slow way.
+        apart = (BLOCK_N - offs_n).to(tl.float32)[None, :]
+        x = tl.where(mask_m[:, None], x, apart)
     if ALL:
         top = tl.max(tl.where(mask_n[None, :], x, float("-inf")), 1)
         value = tl.full((BLOCK_M,), float("-inf"), tl.float32)
