@@ -13,6 +13,9 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 def launch(kernel, grid, *args, **meta):
     """Launch a kernel on the device of its first tensor."""
     device = args[0].device
+    if interpreting() and meta.get("PRECISION", "ieee") not in _interpreted_precisions():
+        # A way to use tensor cores, which Triton's interpreter refuses; its products are exact.
+        meta["PRECISION"] = "ieee"
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*args, **meta)
@@ -44,6 +47,12 @@ def can_multiply(left, right):
 def interpreting():
     """Whether kernels run in Triton's interpreter, on the CPU."""
     return isinstance(_dot_kernel, InterpretedFunction)
+
+
+def _interpreted_precisions():
+    from triton.runtime.interpreter import interpreter_builder
+
+    return interpreter_builder.options.allowed_dot_input_precisions
 
 
 @functools.cache

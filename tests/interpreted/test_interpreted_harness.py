@@ -116,11 +116,17 @@ def test_library_takes_bfloat16_here():
 
 
 REFUSED = """
+import functools
 import torch
-from moram_kernels import SelfActivation, retrieve
+from moram_kernels import SelfActivation, fused_ops, retrieve
 x, keys = torch.randn(3, 8), torch.randn(5, 8)
 args = SelfActivation(2)
 retrieve(x, keys, keys, args, backend="triton")
+retrieve(x, keys, keys, args, backend="triton", precision="bf16x6")
+plan, half = fused_ops.plan, x.half().requires_grad_()
+fused_ops.plan = functools.partial(plan, path="split-gather")
+retrieve(half, keys.half(), keys.half(), args, backend="triton").sum().backward()
+fused_ops.plan = plan
 retrieve(x.half(), keys.half(), keys.half(), args, backend="triton")
 try:
     retrieve(x.bfloat16(), keys.bfloat16(), keys.bfloat16(), args, backend="triton")
