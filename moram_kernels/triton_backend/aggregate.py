@@ -192,7 +192,7 @@ def launch_gather(index, coefficients, table, residual, out, extra=None, factor=
 
 
 def gather_tiles(top_k, width):
-    """Tile and warps of the gather: at most 64 elements a lane of rows that were read."""
+    """Tile and warps of the gather: at most 32 elements a lane of rows that were read."""
     block_k = next_power_of_2(top_k)
-    block_o = min(512, max(16, 8192 // block_k), next_power_of_2(width))
+    block_o = min(512, max(16, 4096 // block_k), next_power_of_2(width))
     return {"BLOCK_K": block_k, "BLOCK_O": block_o}, 4 if block_k * block_o >= 4096 else 1

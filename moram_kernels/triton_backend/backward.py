@@ -90,8 +90,8 @@ def _from_lists(grad, x, keys, values, saved, settings, threshold, tiles, precis
         else:
             launch_gram(keys, square, precision, tiles["gram"])
         through = x.new_empty(x.shape, dtype=torch.float32)
-        exact = "bf16x6" if wide else precision
-        score(x, Table.of(square, square[:0]), through, exact, tiles["scores"])
+        exact, tile = ("bf16x6", "through") if wide else (precision, "scores")
+        score(x, Table.of(square, square[:0]), through, exact, tiles[tile])
         dx = torch.empty_like(x)
         launch_gather(saved.index, dlist, keys, None, dx, through, factor)
     if needs[1]:

@@ -5,7 +5,7 @@ one copy or product takes is `rates.py`. Rankings within 1.2 mean nothing.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .rates import (
     CACHE_SHARE,
@@ -43,6 +43,9 @@ __all__ = [
 
 # A program's prologue and selection, and one round of arg-max with its row of values (decode).
 PROLOGUE, ROUND = 2.5e-6, 0.5e-6
+# Layout conversions through shared memory where the columns of a row lie in two groups of warps:
+# about 150 barriers of some 35 cycles.
+CONVERSIONS = 3e-6
 # Instructions a score in a kernel that holds whole rows: selecting, without selection, backward.
 # A published router (FreeToken PR #319: 16384 rows of 128, 12.4 us on an H100) takes the first.
 SELECT, KEEP_ALL, ROWS_BACKWARD = 100, 30, 60
@@ -128,6 +131,19 @@ def gather(device, shape, width, passes):
     near = shape.atoms * width * shape.itemsize < device.cache_bytes
     rate = device.cache * CACHE_SHARE if near else 1.6 * device.memory * MEMORY_SHARE
     return max(3e-6, moved / rate + shape.tokens * passes / (device.memory * MEMORY_SHARE))
+
+
+def scores(shape, device, tile):
+    """Seconds of a shape's scores with a tile {"BLOCK_M", "BLOCK_N", "BLOCK_D"}, by our kernel."""
+    shape = replace(shape, joined=False)
+    return _scores(device_model(device), shape, shape.width, {"scores": tile})
+
+
+def aggregate(shape, device, tile):
+    """Seconds of a shape's sum of values with a tile {"BLOCK_M", "BLOCK_O", "BLOCK_N"}."""
+    return _aggregate_values(
+        device_model(device), replace(shape, joined=False), {"aggregate": tile}
+    )
 
 
 def _product(device, shape, rows, columns, inner, **how):
@@ -241,6 +257,10 @@ def _resident(device, shape, tile, config):
     columns, features = shape.width / 64, shape.out / 64
     instructions = (87 + 0.22 * tile) * columns + (150 + 0.6 * tile) * features + 16 * tile
     shared = 3 if tile <= 64 and rows <= 64 else 2 if rows <= 64 or tile <= 64 else 1
+    prologue = PROLOGUE
+    if config is not None and rows == 64 and config["num_warps"] == 8:
+        # A row's columns lie in two groups of warps: more registers each, and conversions.
+        shared, prologue = 1, PROLOGUE + CONVERSIONS
     waves = math.ceil(programs / (device.units * shared))
     busy_units = min(1.0, programs / device.units)
     # The residual's tile is loaded where it is needed, not ahead.
@@ -250,7 +270,7 @@ def _resident(device, shape, tile, config):
         (moved + programs * bank) / (device.cache * CACHE_SHARE * busy),
         work / (flops(device, shape.rate) * KERNEL_SHARE * busy_units),
         shape.tokens * instructions / 16 / (device.issue * ISSUE_SHARE * busy_units),
-        (steps * STEP + PROLOGUE) * waves,
+        (steps * STEP + prologue) * waves,
     )
     return max(times) + LAUNCH
 

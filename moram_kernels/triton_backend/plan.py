@@ -10,19 +10,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from . import cost
+from .tiles import resident_tile, tiles
 
 DTYPES = ("float32", "bfloat16", "float16")
 PRECISIONS = ("ieee", "bf16x6")
-# GPUs by the compiler's target; tiles are chosen per target.
-TARGETS = {
-    "sm_90": ("H100", "H200", "H800", "H20"),
-    "sm_100": ("B100", "B200", "B300"),
-    "gfx942": ("MI300", "MI325", "AMD", "gfx"),
-}
-# Columns of the resident tile or tiles, and the most of them that compile without spills at
-# (inference, training).
-TILES = ((16, 0), (32, 0), (64, 0), (64, 32), (128, 0), (128, 32))
-WIDEST = {"sm_80": (128, 128), "sm_90": (160, 128), "sm_100": (160, 128), "gfx942": (160, 160)}
 NETWORK_TOP_K = (4, 8, 16)
 # Rows of up to this many atoms are selected from in registers; wider ones in chunks.
 ROW_ATOMS, CHUNK = 8192, 4096
@@ -47,19 +38,6 @@ class Plan:
     seconds: dict = field(default_factory=dict, hash=False)
     tiles: dict = field(default_factory=dict, hash=False)
     chunk: int = 0
-
-
-def target_of(device):
-    """The compiler's target for a GPU's name; sm_80, whose tiles fit everywhere, if unknown."""
-    names = ((part, target) for target, parts in TARGETS.items() for part in parts)
-    return next((target for part, target in names if part in device), "sm_80")
-
-
-def resident_tile(atoms, dtype, device, training=False):
-    """(first, second) tile of the resident kernel that holds that many atoms, or None."""
-    # What is wider spills: a float32 product takes registers of its own, a backward more scores.
-    widest = 64 if dtype == "float32" else WIDEST[target_of(device)][training]
-    return next((pair for pair in TILES if widest >= sum(pair) >= atoms), None)
 
 
 def why_not_covered(atoms, top_k, dtype, precision="ieee"):
@@ -174,15 +152,16 @@ def _plan(
         training,
     )  # fmt: skip
     model = cost.device_model(device)
-    pair = resident_tile(atoms, dtype, device, training)
+    pair = resident_tile(atoms, dtype, device)
     fits = pair and width % 32 == 0 and out % 32 == 0
     fits = fits and (top_k in NETWORK_TOP_K or top_k >= atoms)
-    seconds = cost.forward_times(model, shape, sum(pair) if fits else None)
+    sizes = tiles(shape, pair if fits else None, device, model.units, dtype)
+    seconds = cost.forward_times(model, shape, sum(pair) if fits else None, sizes)
     if path == "resident" and fits:
         seconds.setdefault("resident", 0.0)
     if top_k > LIST_TOP_K or (top_k >= atoms and keep != "lists"):
         seconds.pop("split-gather", None)
-    backwards = cost.backward_times(model, shape) if training else {}
+    backwards = cost.backward_times(model, shape, sizes) if training else {}
     if training:
         seconds = {
             name: time + backwards[_backward_of(name)]
@@ -200,7 +179,7 @@ def _plan(
         _backward_of(chosen) if training else None,
         reason,
         seconds,
-        tiles(shape, pair if chosen == "resident" else None, device, model.units),
+        sizes if chosen == "resident" else {k: v for k, v in sizes.items() if k != "resident"},
         rows // 64 * 64,
     )
 
@@ -213,58 +192,6 @@ def _bucket(tokens):
     """The number of tokens rounded up to an eighth of a power of two: few plans, same choice."""
     step = max(1, 1 << max(0, tokens.bit_length() - 4))
     return -(-tokens // step) * step
-
-
-def tiles(shape, pair, device, units):
-    """Tiles of every kernel a shape can need, by the kernel's name."""
-    small, target = shape.itemsize == 4, target_of(device)
-    stages = 2 if target == "gfx942" else 3
-    common = {"num_warps": 4, "num_stages": stages}
-    block = 32 if small else 64
-    # Six products of bfloat16 are wide where 64 rows meet, which one of float32 has no room for.
-    rows = 64 if shape.rate == "six" and target in ("sm_90", "sm_100") else block
-    score_n = min(64 if small else 128, max(16, 1 << (shape.atoms - 1).bit_length()))
-    # Masked or unaligned rows are not copied to shared memory but held in registers.
-    loose = shape.width % block or shape.out % block
-    if loose:
-        score_n = min(score_n, block)
-    if target != "gfx942" and (shape.rate == "six" or (loose and not small)):
-        # Left to itself, ptxas spills a little here to fit more programs on a unit.
-        common["maxnreg"] = 255
-    few = shape.tokens <= 64
-    score_m = max(16, min(rows, 1 << (shape.tokens - 1).bit_length())) if few else rows
-    programs = -(-shape.tokens // score_m) * -(-shape.atoms // score_n)
-    chosen = {
-        "scores": {
-            "BLOCK_M": score_m, "BLOCK_N": 32 if few else score_n, "BLOCK_D": block, **common
-        },
-        "aggregate": {
-            "BLOCK_M": rows,
-            "BLOCK_N": 32,
-            "BLOCK_O": 128 if not small else 32 if loose else 64,
-            **common,
-        },
-        "bank": {"BLOCK_M": block, "BLOCK_A": 16, "BLOCK_B": 64, **common},
-        "gram": {"BLOCK_N": 32, "BLOCK_A": 32 if small else 64, "BLOCK_B": 64, **common},
-        # Splits fill the device twice over and leave each at least 256 features.
-        "splits": max(1, min(2 * units // programs, shape.width // 256, 16)),
-        "bank_splits": max(1, min(64, 2 * units // max(1, (shape.width + shape.out) // 64))),
-    }  # fmt: skip
-    if pair:
-        first, second = pair
-        tall = first + second > 64 and not small
-        chosen["resident"] = {
-            "BLOCK_M": 128 if tall else rows,
-            "BLOCK_N": first,
-            "BLOCK_N2": second,
-            "BLOCK_D": 64 if shape.width % 64 == 0 and not small else 32,
-            "BLOCK_O": 64 if shape.out % 64 == 0 and not small else 32,
-            **common,
-            "num_warps": 8 if tall else 4,
-        }
-        if tall:
-            chosen["resident"].pop("maxnreg", None)
-    return chosen
 
 
 def _tuned_tiles(chosen, tuned, width, out):

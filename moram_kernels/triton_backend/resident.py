@@ -127,8 +127,7 @@ def _resident_kernel(
         if BLOCK_N2 > 0:
             k2 = tl.load(keys2 + d).to(DOT)
             scores2 = tl.dot(x, k2, scores2, input_precision=PRECISION)
-    # With a second tile the first one is full.
-    mask_n = tl.full((BLOCK_N,), True, tl.int1) if BLOCK_N2 > 0 else offs_n < N
+    mask_n = offs_n < N
     if SAVE:
         # Right after the product, before the selection needs the registers.
         saved = scores_ptr + first * stride_sm + offs_m[:, None] * stride_sm

@@ -100,9 +100,11 @@ def _select_kernel(
 def tiles(num_atoms, lists=False):
     """Rows and warps of a program that holds rows of that many atoms in registers."""
     block = max(16, next_power_of_2(num_atoms))
-    # 32 elements a lane; short rows share a warp. The places in short lists take more registers.
-    warps = 4 if lists and block <= 128 else max(1, block // 1024)
-    return {"BLOCK_M": max(1, 1024 // block), "BLOCK_N": block}, warps
+    if lists and block <= 128:
+        # The places in the lists of many short rows take registers: 4 elements a lane.
+        return {"BLOCK_M": 512 // block, "BLOCK_N": block}, 4
+    # 32 elements a lane; short rows share a warp.
+    return {"BLOCK_M": max(1, 1024 // block), "BLOCK_N": block}, max(1, block // 1024)
 
 
 def launch_select(

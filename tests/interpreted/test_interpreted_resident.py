@@ -7,9 +7,9 @@ import torch
 from oracle import check_selection, check_values, kept_above, live
 from support import make_case
 
-from moram_kernels.triton_backend.plan import TILES
 from moram_kernels.triton_backend.resident import launch_resident
 from moram_kernels.triton_backend.segments import Table
+from moram_kernels.triton_backend.tiles import TILES
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 NAN = float("nan")

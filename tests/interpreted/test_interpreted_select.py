@@ -17,8 +17,8 @@ from support import make_case
 
 from moram_kernels.triton_backend import networks, select_wide
 from moram_kernels.triton_backend.decode import launch_decode
-from moram_kernels.triton_backend.plan import TILES
 from moram_kernels.triton_backend.select import launch_select
+from moram_kernels.triton_backend.tiles import TILES
 
 NAN = float("nan")
 F32, BF16 = torch.float32, torch.bfloat16

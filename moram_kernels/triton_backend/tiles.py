@@ -1,0 +1,143 @@
+"""Tiles of every kernel, per target: those that compile to clean machine code there.
+
+What is offered here is compiled by `tests/compile_gate` for every target; of several clean tiles
+the cost model takes the fastest. Imports no Triton.
+"""
+
+from . import cost
+
+# GPUs by the compiler's target; tiles are chosen per target.
+TARGETS = {
+    "sm_90": ("H100", "H200", "H800", "H20", "interpreter"),
+    "sm_100": ("B100", "B200", "B300"),
+    "gfx942": ("MI300", "MI325", "AMD", "gfx"),
+}
+# Columns of the resident tile or tiles, and the most of them that compile without spills.
+TILES = ((16, 0), (32, 0), (64, 0), (64, 32), (128, 0), (128, 32), (128, 64))
+WIDEST = {"sm_80": 128, "sm_90": 192, "sm_100": 96, "gfx942": 128}
+# Rows, columns and warps of products of 16-bit tensors; the large ones only where shared memory
+# and registers are large.
+SCORES = ((64, 128, 4), (32, 128, 4), (128, 128, 8), (128, 256, 8))
+AGGREGATES = ((64, 128, 4), (128, 128, 8), (128, 256, 8))
+LARGE = ("sm_90", "sm_100")
+
+
+def target_of(device):
+    """The compiler's target for a GPU's name; sm_80, whose tiles fit everywhere, if unknown."""
+    names = ((part, target) for target, parts in TARGETS.items() for part in parts)
+    return next((target for part, target in names if part in device), "sm_80")
+
+
+def resident_tile(atoms, dtype, device):
+    """(first, second) tile of the resident kernel that holds that many atoms, or None."""
+    target = target_of(device)
+    # What is wider spills: a float32 product takes registers of its own.
+    widest = 64 if dtype == "float32" else WIDEST[target]
+    # On gfx942 two tiles of unequal width have unequal layouts, and spill.
+    pairs = (p for p in TILES if not p[1] or target != "gfx942")
+    return next((pair for pair in pairs if widest >= sum(pair) >= atoms), None)
+
+
+def tiles(shape, pair, device, units, dtype):
+    """Tiles of every kernel a shape can need, by the kernel's name.
+
+    Args:
+        shape: `cost.Shape`. pair: the resident tile, or None where that kernel does not fit.
+        device: a GPU's name. units: its multiprocessors. dtype: of the products.
+    """
+    small, target = shape.itemsize == 4, target_of(device)
+    stages = 2 if target == "gfx942" else 3
+    common = {"num_warps": 4, "num_stages": stages}
+    six = common if target == "gfx942" else {**common, "maxnreg": 255}
+    block = 32 if small else 64
+    # Six products of bfloat16 are wide where 64 rows meet, which one of float32 has no room for.
+    rows = 64 if shape.rate == "six" and target in LARGE else block
+    # Masked or unaligned rows are not copied to shared memory but held in registers.
+    loose = shape.width % block or shape.out % block
+    if shape.rate == "six" or (not small and (loose or target == "sm_100")):
+        # Left to itself, ptxas spills a little here to fit more programs on a unit.
+        common = six
+    chosen = {
+        "scores": _scores(shape, device, rows, loose, common),
+        "aggregate": _aggregate(shape, device, rows, loose, common),
+        # x (keys^T keys) in float16, of which the square is float32.
+        "through": {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_D": 32, **six},
+        "bank": {"BLOCK_M": block, "BLOCK_A": 16, "BLOCK_B": 64, **common},
+        "gram": {"BLOCK_N": 32, "BLOCK_A": 32 if small else 64, "BLOCK_B": 64, **common},
+        "bank_splits": max(1, min(64, 2 * units // max(1, (shape.width + shape.out) // 64))),
+    }
+    scores = chosen["scores"]
+    programs = -(-shape.tokens // scores["BLOCK_M"]) * -(-shape.atoms // scores["BLOCK_N"])
+    # Splits fill the device twice over and leave each at least 256 features.
+    chosen["splits"] = max(1, min(2 * units // programs, shape.width // 256, 16))
+    if pair:
+        chosen["resident"] = _resident(shape, pair, target, rows, common, dtype)
+    return chosen
+
+
+def _power_of_2(size):
+    return 1 << (size - 1).bit_length()
+
+
+def _scores(shape, device, rows, loose, common):
+    block, columns = 32 if shape.itemsize == 4 else 64, max(16, _power_of_2(shape.atoms))
+    if shape.tokens <= 64:
+        few = max(16, min(rows, _power_of_2(shape.tokens)))
+        return {"BLOCK_M": few, "BLOCK_N": 32, "BLOCK_D": block, **common}
+    usual = {"BLOCK_M": rows, "BLOCK_N": min(64 if block == 32 else 128, columns)}
+    usual = {**usual, "BLOCK_D": block, **common}
+    if loose:
+        usual["BLOCK_N"] = min(usual["BLOCK_N"], block)
+    if loose or block == 32 or target_of(device) not in LARGE:
+        return usual
+    choices = [
+        {**usual, "BLOCK_M": m, "BLOCK_N": min(n, columns), "num_warps": warps}
+        for m, n, warps in SCORES
+        # Eight warps only where they all have columns; on sm_100 the largest spills.
+        if warps == 4 or (columns >= n and (n < 256 or target_of(device) == "sm_90"))
+    ]
+    return _fastest(choices, lambda tile: cost.scores(shape, device, tile))
+
+
+def _aggregate(shape, device, rows, loose, common):
+    small = shape.itemsize == 4
+    usual = {"BLOCK_M": rows, "BLOCK_N": 32, "BLOCK_O": 128, **common}
+    if small:
+        usual["BLOCK_O"] = 32 if loose else 64
+    if loose or small or target_of(device) not in LARGE or shape.tokens <= 64:
+        return usual
+    choices = [
+        {**usual, "BLOCK_M": m, "BLOCK_O": o, "num_warps": warps}
+        for m, o, warps in AGGREGATES
+        # On sm_100 the largest spills.
+        if o < 256 or target_of(device) == "sm_90"
+    ]
+    return _fastest(choices, lambda tile: cost.aggregate(shape, device, tile))
+
+
+def _fastest(choices, seconds):
+    """The choice of the least modelled time, the first of them if several are equal."""
+    return min(choices, key=seconds)
+
+
+def _resident(shape, pair, target, rows, common, dtype):
+    first, second = pair
+    columns, small = first + second, shape.itemsize == 4
+    tall = columns > 64 and not small
+    # Eight warps on 64 rows halve a thread's scores, at the price of layout conversions.
+    narrow = columns > 128
+    if columns == 160 and dtype == "bfloat16" and not shape.training:
+        # Just fits without them, in steps of 64.
+        narrow = bool(shape.width % 64 or shape.out % 64)
+    config = {
+        "BLOCK_M": (64 if narrow else 128) if tall else rows,
+        "BLOCK_N": first,
+        "BLOCK_N2": second,
+        "BLOCK_D": 64 if shape.width % 64 == 0 and not small else 32,
+        "BLOCK_O": 64 if shape.out % 64 == 0 and not small else 32,
+        **common,
+        "num_warps": 8 if tall else 4,
+    }
+    if tall and target != "sm_100":
+        config.pop("maxnreg", None)
+    return config

@@ -1,0 +1,240 @@
+"""Every configuration of every kernel that the library ships, per target, as recorded launches.
+
+Nothing is listed by hand but the calls: the library plans and launches them on tensors without
+memory, and a launch is recorded where it would go to the GPU. So tiles, flags, strides and their
+divisibility are those of a real call.
+"""
+
+import contextlib
+import sys
+from dataclasses import dataclass, field
+from unittest import mock
+
+import torch
+from machine_code import TARGETS
+
+from moram_kernels.triton_backend import backward, forward, launcher, networks, plan, tiles
+from moram_kernels.triton_backend.segments import Table
+
+DEVICES = {"sm_80": "A100", "sm_90": "H100", "sm_100": "B200", "gfx942": "MI300"}
+_REAL = {"launch": launcher.launch, "target": launcher.target}
+_SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch as the library would make it."""
+
+    kernel: object = field(repr=False)
+    args: tuple = field(repr=False)
+    meta: dict = field(repr=False)
+    ci: bool = False
+
+    @property
+    def kind(self):
+        """The kernel's name."""
+        return self.kernel.fn.__name__.removeprefix("_").removesuffix("_kernel")
+
+    @property
+    def dtypes(self):
+        """Dtypes of the tensors that are read or written, each once."""
+        names = [str(a.dtype).removeprefix("torch.") for a in self.args if torch.is_tensor(a)]
+        return [short for name, short in _SHORT.items() if name in names and short != "i32"]
+
+    @property
+    def label(self):
+        """Name of the configuration, from everything that the compiled code depends on."""
+        low = [d for d in self.dtypes if d != "fp32"]
+        parts = [self.kind, "+".join(low) or "fp32"]
+        tile = [
+            f"{name.removeprefix('BLOCK_').lower().replace('2', '+')}{value}"
+            for name, value in self.meta.items()
+            if name.startswith("BLOCK_") and value
+        ]
+        flags = [name.lower() for name, value in self.meta.items() if value is True]
+        parts += [".".join(tile), *flags]
+        if "TOP_K" in self.meta and "all" not in flags:
+            parts.append(f"k{self.meta['TOP_K']}")
+        for name in ("SPLITS", "CHUNKS"):
+            parts += [f"{name.lower()}{self.meta[name]}"] if name in self.meta else []
+        if self.meta.get("PRECISION", "ieee") != "ieee":
+            parts.append(self.meta["PRECISION"])
+        parts.append(f"w{self.meta['num_warps']}")
+        for name, letter in (("num_stages", "s"), ("maxnreg", "r")):
+            parts += [f"{letter}{self.meta[name]}"] if name in self.meta else []
+        sizes = [a for a in self.args if isinstance(a, int)]
+        odd = sum(1 for size in sizes if size % 16)
+        parts += [f"odd{odd}"] if odd else []
+        return " ".join(parts)
+
+    @property
+    def dots(self):
+        """How many tiles meet in products; 0 for a kernel without any."""
+        two = bool(self.meta.get("BLOCK_N2"))
+        tiles = {"score": 2, "aggregate": 2, "bank_gradient": 4, "gram": 2, "resident": 3 + 2 * two}
+        return tiles.get(self.kind, 0)
+
+    @property
+    def is_wide(self):
+        """Whether every product's result is at least 64 x 64, as the wide instructions want."""
+        rows, columns = {
+            "score": ("BLOCK_M", "BLOCK_N"),
+            "aggregate": ("BLOCK_M", "BLOCK_O"),
+            "resident": ("BLOCK_M", "BLOCK_N"),
+        }.get(self.kind, ("BLOCK_A", "BLOCK_B"))
+        return min(self.meta[rows], self.meta[columns]) >= 64
+
+    @property
+    def streams(self):
+        """Whether every operand must come by asynchronous copies: 16 bit, aligned, no masks."""
+        even = all(self.meta.get(name, True) for name in ("EVEN_D", "EVEN_O", "EVEN_A", "EVEN_B"))
+        sizes = all(a % 16 == 0 for a in self.args if isinstance(a, int))
+        aligned = self.meta.get("ALIGNED", True)
+        return bool(self.dots and self.dtypes[-1] != "fp32" and even and sizes and aligned)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the library: sizes as in `plan.plan`, M tokens, D -> O, N atoms."""
+
+    atoms: int
+    top_k: int = 16
+    dtype: str = "bfloat16"
+    training: bool = True
+    path: str = "split-dense"
+    tokens: int = 4096
+    width: int = 768
+    out: int = 768
+    current: int = 16
+    precision: str = "ieee"
+    # Whether training calls record their backward as well.
+    backward: bool = True
+    ci: bool = False
+
+
+def calls():
+    """Every kind of call that reaches another configuration of some kernel.
+
+    What depends on the dtype only through a conversion is covered in bfloat16.
+    """
+    yield from _resident_calls()
+    for dtype, precision in _numbers():
+        how = {"dtype": dtype, "precision": precision}
+        main = dtype == "bfloat16"
+        yield Call(512, **how, ci=main)
+        # Sizes that are no multiples of a tile or of 16 bytes.
+        yield Call(500, **how, width=1000, out=36, current=10, ci=main)
+        yield Call(20480, **how, path="split-gather", ci=main)
+        yield Call(20470, **how, path="split-gather", width=1000, out=36, current=10)
+        for tokens in (1, 64):
+            yield Call(512, **how, path="decode", training=False, tokens=tokens, ci=main)
+        # Every width of the scores' tile.
+        for atoms in (16, 32, 64):
+            yield Call(atoms, **how, training=False)
+    # Every tile that the model takes for some size.
+    for tokens in (512, 2048, 8192, 65536):
+        for atoms in (64, 128, 256, 4096):
+            for width in (768, 4096):
+                yield Call(atoms, tokens=tokens, width=width, out=width)
+                yield Call(atoms, 8, tokens=tokens, width=width, out=width, training=False)
+    for power in range(4, 14):
+        atoms = 2**power
+        for training in (True, False):
+            ci = atoms in (128, 8192) and training
+            yield Call(atoms, training=training, ci=ci)
+            yield Call(atoms, top_k=atoms, training=training)
+            yield Call(atoms, min(16, atoms // 4), training=training, path="split-gather", ci=ci)
+        yield Call(atoms, path="decode", training=False, tokens=8)
+    for top_k in (1, 32, plan.LIST_TOP_K):
+        yield Call(4096, top_k=top_k, path="split-gather")
+        yield Call(16 * plan.CHUNK, top_k=top_k, path="split-gather", training=False)
+
+
+def _resident_calls():
+    for atoms in map(sum, tiles.TILES):
+        for dtype, precision in _numbers():
+            how = {"dtype": dtype, "precision": precision, "path": "resident", "backward": False}
+            if dtype != "bfloat16":
+                for training in (True, False)[dtype == "float16" :]:
+                    yield Call(atoms, min(16, atoms), **how, training=training)
+                continue
+            for top_k in sorted({*networks.TOP_K, atoms}):
+                # In training the scores are stored too, which takes most registers.
+                for training in (True, False) if top_k >= 16 or atoms > 128 else (True,):
+                    if top_k <= atoms:
+                        ci = training and top_k == 16 and atoms >= 64
+                        yield Call(atoms, top_k, **how, training=training, ci=ci)
+                    if top_k == 16:
+                        # Columns in steps of 32; rows that are no multiple of 16.
+                        narrow = {"width": 96, "out": 96, "tokens": 4099}
+                        yield Call(atoms - 3, **how, training=training, **narrow)
+
+
+def _numbers():
+    yield "bfloat16", "ieee"
+    yield "float16", "ieee"
+    yield from (("float32", precision) for precision in plan.PRECISIONS)
+
+
+def shipped(target, subset=None):
+    """{label: `Launch`} of a target; subset "ci" keeps a cross-section of bfloat16."""
+    found = {}
+    for call in calls():
+        for launch in record(call, target):
+            wanted = found.setdefault(launch.label, launch)
+            if launch.ci and not wanted.ci:
+                found[launch.label] = launch
+    return {label: one for label, one in found.items() if subset is None or one.ci}
+
+
+def record(call, target):
+    """The launches of a call's forward and, in training, of its backward."""
+    dtype = getattr(torch, call.dtype)
+    launches = []
+
+    def new(*shape):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    shape = (call.tokens, call.width, call.out, call.atoms, call.top_k, call.dtype, call.training)
+    how = {"current": call.current, "precision": call.precision, "table": {}}
+    if call.path not in plan.plan(*shape, DEVICES[target], **how).seconds:
+        # The plan does not offer it here.
+        return []
+    chosen = plan.plan(*shape, DEVICES[target], **how, path=call.path)
+    current = min(call.current, call.atoms)
+    keys, values = (
+        Table.of(new(call.atoms - current, width), new(current, width))
+        for width in (call.width, call.out)
+    )
+    x, y = new(call.tokens, call.width), new(call.tokens, call.out)
+    settings = (call.top_k, 0.1, 0.0 if call.training else 0.2, 1e-12)
+    saved = None
+    if call.training:
+        sizes = (call.tokens, call.atoms, current, call.top_k, chosen.backward)
+        saved = forward.new_saved(x, *sizes)
+    with _recording(launches, call.ci, target):
+        how = (settings, call.training)
+        forward.forward(x, keys, values, y, y, *how, saved, chosen, call.precision)
+        if call.training and call.backward:
+            needs = (True, True)
+            backward.backward(y, x, keys, values, saved, *how, chosen, call.precision, needs)
+    return launches
+
+
+@contextlib.contextmanager
+def _recording(launches, ci, target):
+    """Append launches to a list instead of making them, on a GPU that is pretended."""
+
+    def keep(kernel, grid, *args, **meta):
+        launches.append(Launch(kernel, args, meta, ci))
+
+    arch = TARGETS[target].arch
+    fakes = {"launch": keep, "target": lambda device: arch}
+    with contextlib.ExitStack() as stack:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("moram_kernels.triton_backend."):
+                for attribute, fake in fakes.items():
+                    # Each module has the launcher's functions under their own names.
+                    if getattr(module, attribute, None) is _REAL[attribute]:
+                        stack.enter_context(mock.patch.object(module, attribute, fake))
+        yield

@@ -1,0 +1,160 @@
+"""Compiles every shipped configuration and fails where the machine code is not what it should be.
+
+    python tests/compile_gate/gate.py [--targets 80,90,100,gfx942] [--subset ci] [--update]
+
+Needs no GPU. What it cannot see: bank conflicts, bandwidth, launch overhead, races.
+"""
+
+import argparse
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+import triton
+from configurations import shipped
+from machine_code import TARGETS, compile_launch, read
+
+from moram_kernels.triton_backend import launcher
+
+GOLDEN = Path(__file__).with_name("golden.json")
+RECORDED = ("registers", "stack", "shared", "instructions", "mma")
+# Bytes a thread that may live in local memory: what the ABI takes, but no spilled tile.
+STACK = 16
+# Shared memory a program can have. sm_80's tiles also serve GPUs that the plan does not know, of
+# which the smallest have 99 KB.
+SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+# Growth of the number of instructions that is a regression.
+GROWTH = 1.15
+
+
+def check(launch, target, facts, golden):
+    """Everything that is wrong with a configuration, a list of sentences."""
+    wrong = []
+    if facts["stack"] > STACK:
+        wrong.append(f"{facts['stack']} bytes of stack, at most {STACK}")
+    if facts["local"]:
+        wrong.append(f"{facts['local']} spills to local memory, none allowed")
+    if facts["shared"] > SHARED[target]:
+        wrong.append(f"{facts['shared']} bytes of shared memory, at most {SHARED[target]}")
+    wrong += _check_products(launch, target, facts)
+    if golden is None:
+        wrong.append("not in golden.json; look at the numbers, then run with --update")
+    elif facts["instructions"] > GROWTH * golden["instructions"]:
+        wrong.append(f"{facts['instructions']} instructions, {golden['instructions']} in golden")
+    return wrong
+
+
+def _check_products(launch, target, facts):
+    if not launch.dots:
+        return []
+    wrong, low = [], launch.dtypes[-1] != "fp32" or launch.meta["PRECISION"] != "ieee"
+    if low and not facts["mma"]:
+        wrong.append("no tensor-core instruction")
+    wide = {"sm_90": "hgmma", "sm_100": "tcgen05"}.get(target)
+    if low and wide and launch.is_wide and not facts[wide]:
+        wrong.append(f"no {wide} instruction in a product of 64 x 64 or more")
+    if launch.streams and target in ("sm_80", "sm_90"):
+        # Every operand is copied ahead for all stages but one, and once in the loop.
+        needed = launch.dots * launch.meta["num_stages"]
+        if facts["async_copies"] < needed:
+            wrong.append(f"{facts['async_copies']} asynchronous tile copies, {needed} needed")
+        if not facts["copies"]:
+            wrong.append("no asynchronous copy instruction")
+    return wrong
+
+
+def run(targets, subset=None, update=False, only=None):
+    """Check configurations, print a line each; {target/label: [what is wrong]}."""
+    golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    new_version = golden.get("triton") not in (None, triton.__version__)
+    if new_version:
+        print(f"golden.json is of Triton {golden['triton']}, this is {triton.__version__}")
+    failures, summary = {}, {}
+    for target in targets:
+        recorded = golden.get(target, {})
+        fresh = {}
+        for label, launch in sorted(shipped(target, subset).items()):
+            if only and not re.search(only, label):
+                continue
+            start = time.perf_counter()
+            facts, wrong = _measure(launch, target, None if update else recorded.get(label), update)
+            line = " ".join(f"{k}={v}" for k, v in facts.items() if v or k in RECORDED)
+            took = f"{time.perf_counter() - start:.1f} s"
+            print(f"{target} | {label} | {line} | {took} | {'; '.join(wrong) or 'ok'}", flush=True)
+            if wrong:
+                failures[f"{target} {label}"] = wrong
+            if facts:
+                fresh[label] = {name: facts[name] for name in RECORDED}
+                summary.setdefault((target, launch.kind), []).append((facts, bool(wrong)))
+        if update:
+            _record(target, fresh, whole=not (subset or only))
+    _print_summary(summary)
+    return failures
+
+
+def _record(target, fresh, whole):
+    """Put a target's numbers in golden.json; whole: they replace all that it has of it."""
+    # Read again, because another target may have been recorded meanwhile.
+    golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    golden[target] = fresh if whole else golden.get(target, {}) | fresh
+    ordered = {name: golden[name] for name in TARGETS if name in golden}
+    GOLDEN.write_text(_dump({"triton": triton.__version__, **ordered}))
+
+
+def _measure(launch, target, golden, update):
+    try:
+        facts = read(compile_launch(launch, target), target)
+    except Exception as error:  # Any failure to compile is a finding, not a crash of the gate.
+        reason = " ".join(str(error).split())[-300:]
+        return {}, [f"does not compile: {type(error).__name__}: {reason}"]
+    if update:
+        golden = facts
+    return facts, check(launch, target, facts, golden)
+
+
+def _print_summary(summary):
+    print("\n| target | kernel | checked | failed | registers | stack | shared KB | instructions |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for (target, kind), rows in summary.items():
+        failed = sum(wrong for _, wrong in rows)
+        ranges = []
+        for name, unit in (("registers", 1), ("stack", 1), ("shared", 1024), ("instructions", 1)):
+            values = [-(-facts[name] // unit) for facts, _ in rows]
+            ranges.append(f"{min(values)}-{max(values)}")
+        print(f"| {target} | {kind} | {len(rows)} | {failed} | {' | '.join(ranges)} |")
+
+
+def _dump(golden):
+    """JSON with one configuration a line."""
+    parts = [f'  "triton": "{golden["triton"]}"']
+    for target, entries in golden.items():
+        if target != "triton":
+            lines = ",\n".join(
+                f"    {json.dumps(label)}: {json.dumps(entry)}"
+                for label, entry in sorted(entries.items())
+            )
+            parts.append(f'  "{target}": {{\n{lines}\n  }}')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", default=",".join(TARGETS), help="80,90,100,gfx942")
+    parser.add_argument("--subset", choices=("ci",), help="ci: a cross-section")
+    parser.add_argument("--only", help="configurations whose label this regular expression finds")
+    parser.add_argument("--update", action="store_true", help="record golden.json anew")
+    args = parser.parse_args()
+    if launcher.interpreting():
+        parser.error("TRITON_INTERPRET is set, but kernels are to be compiled; unset it")
+    targets = [f"sm_{t}" if t.isdigit() else t for t in args.targets.split(",")]
+    failures = run(targets, args.subset, args.update, args.only)
+    print(f"\n{len(failures)} configurations failed")
+    for label, wrong in failures.items():
+        print(f"  {label}: {'; '.join(wrong)}")
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()
