@@ -103,7 +103,7 @@ def run_inference(case, path, precision="ieee"):
     return {"output": output}, wrote | (rank < count[:, None])
 
 
-def check(case, path, *, precision="ieee", exact=False, roundings=1, wanted=LEAVES):
+def check_call(case, path, *, precision="ieee", exact=False, roundings=1, wanted=LEAVES):
     """Assert parity of a call, and of its gradients, on a path; the tally of its selection."""
     if path == "decode":
         actual, kept = run_inference(case, path, precision)

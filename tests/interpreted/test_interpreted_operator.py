@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from oracle import exact_scores, fired, live
-from paths import ALL, TRAINED, call, check, forced, run_training, selection
+from paths import ALL, TRAINED, call, check_call, forced, run_training, selection
 from support import LEAVES, laid_out, make_case, with_spare_rows
 
 from moram_kernels import SelfActivation, fused_ops, retrieve
@@ -30,7 +30,7 @@ def a_case(path, seed=0, *, rows=7, frozen=20, current=5, **more):
 @pytest.mark.parametrize("bank", [(20, 0), (0, 20), (20, 5)], ids=str)
 def test_segments_and_dtypes(bank, dtype, training, path):
     case = a_case(path, frozen=bank[0], current=bank[1], dtype=dtype, training=training)
-    assert check(case, path).swapped == 0
+    assert check_call(case, path).swapped == 0
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
@@ -38,7 +38,7 @@ def test_segments_and_dtypes(bank, dtype, training, path):
 @pytest.mark.parametrize("threshold", [0.0, 0.1])
 def test_decode_of_segments_and_dtypes(threshold, bank, dtype):
     case = a_case("decode", frozen=bank[0], current=bank[1], dtype=dtype, threshold=threshold)
-    assert check(case, "decode").swapped == 0
+    assert check_call(case, "decode").swapped == 0
 
 
 @ALL_PATHS
@@ -55,7 +55,7 @@ def test_mixed_dtypes_of_inputs_atoms_and_residual(dtypes, path):
         grad=case.grad.to(dtypes[2]),
         **{name: tensor.to(dtypes[1]) for name, tensor in atoms.items()},
     )
-    check(case, path)
+    check_call(case, path)
 
 
 @ALL_PATHS
@@ -63,12 +63,12 @@ def test_mixed_dtypes_of_inputs_atoms_and_residual(dtypes, path):
 @pytest.mark.parametrize("top_k", [8, 9], ids=["one-dropped", "all"])
 def test_bank_of_about_top_k_atoms_without_residual(top_k, current, path):
     case = a_case(path, frozen=9 - current, current=current, top_k=top_k, residual=False)
-    assert check(case, path).swapped == 0
+    assert check_call(case, path).swapped == 0
 
 
 @ALL_PATHS
 def test_bf16x6_follows_the_recipe_of_float32(path):
-    assert check(a_case(path), path, precision="bf16x6").swapped == 0
+    assert check_call(a_case(path), path, precision="bf16x6").swapped == 0
 
 
 @TRAINED_PATHS
@@ -76,7 +76,7 @@ def test_bf16x6_follows_the_recipe_of_float32(path):
 def test_numbers_of_rows_from_one_to_several_tiles(rows, dtype, path):
     # Lists take a program a row, whatever the number.
     rows = min(rows, 23) if path == "split-gather" else rows
-    assert check(a_case(path, rows=rows, dtype=dtype), path).swapped == 0
+    assert check_call(a_case(path, rows=rows, dtype=dtype), path).swapped == 0
 
 
 @ALL_PATHS
@@ -85,7 +85,7 @@ def test_one_atom_of_one_feature_and_one_output(path):
     case = make_case(
         0, (3,), 0, 1, width, width, top_k=1, dtype=F32, training=path != "decode", residual=False
     )
-    check(case, path)
+    check_call(case, path)
 
 
 @ALL_PATHS
@@ -96,7 +96,7 @@ def test_current_rows_right_behind_the_frozen_ones_are_the_same_bank(path):
         case, keys=keys[:20], current_keys=keys[20:], values=values[:20], current_values=values[20:]
     )
     assert joined.current_keys.data_ptr() == joined.keys.data_ptr() + joined.keys.nbytes
-    check(joined, path)
+    check_call(joined, path)
     assert torch.equal(call(joined, path), call(case, path))
 
 
@@ -106,7 +106,7 @@ def test_spare_rows_are_never_read(current, path):
     case = a_case(path, current=current)
     spare = with_spare_rows(case, 6)
     assert spare.keys[20:].isnan().all()
-    check(spare, path)
+    check_call(spare, path)
     assert torch.equal(call(spare, path), call(case, path))
 
 
@@ -119,12 +119,12 @@ def test_memory_layout_does_not_matter(layout, path):
     if layout == "expanded":
         # Atoms that are one row many times tie, and rounding decides; only rows of x repeat.
         case = replace(case, **{n: tensors[n] for n in ("keys", "current_keys")})
-    check(case, path)
+    check_call(case, path)
 
 
 @TRAINED_PATHS
 def test_gradient_of_a_sum_has_stride_0(path):
-    check(replace(a_case(path), grad=None), path)
+    check_call(replace(a_case(path), grad=None), path)
 
 
 @TRAINED_PATHS
@@ -161,7 +161,7 @@ def test_tokens_taken_in_chunks_give_the_same_bits(path, monkeypatch):
     monkeypatch.setattr(fused_ops, "plan", lambda *a, **k: replace(original(*a, **k), chunk=8))
     torch.testing.assert_close(call(case, path), whole, rtol=1e-6, atol=1e-6)
     if path == "split-gather":
-        check(a_case(path, rows=19), path)
+        check_call(a_case(path, rows=19), path)
 
 
 @ALL_PATHS
@@ -207,7 +207,7 @@ def test_row_that_is_not_finite_stays_in_its_row(bad, path):
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e12], ids=str)
 def test_inputs_near_the_ends_of_float32(scale, path):
     case = a_case(path, rows=5)
-    check(replace(case, x=case.x * scale), path)
+    check_call(replace(case, x=case.x * scale), path)
 
 
 @ALL_PATHS
@@ -231,7 +231,7 @@ def test_true_near_ties_with_the_threshold_may_fall_either_way(path):
     scores = exact_scores(case)[0]
     level = (scores / scores.norm(dim=-1, keepdim=True))[1].sort().values[-3].item()
     case = replace(case, activation=SelfActivation(8, 0.1, level))
-    check(case, path)
+    check_call(case, path)
 
 
 def test_output_settles_only_atoms_that_are_near_the_threshold():
@@ -255,4 +255,4 @@ def test_long_float16_keys_do_not_overflow_in_the_gradient(path):
     case = a_case(path, rows=5, dtype=F32)
     case.keys[3] *= 400
     assert (case.keys[3].square().sum() > torch.finfo(F16).max).item()
-    check(case.to(F16), path)
+    check_call(case.to(F16), path)

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 from draw import KINDS, draw_case
-from paths import ALL, check
+from paths import ALL, check_call
 
 CHUNKS, CASES = 20, 50
 
@@ -15,7 +15,7 @@ def test_random_cases_follow_the_recipe(chunk):
     for seed in range(chunk * CASES, (chunk + 1) * CASES):
         case, path, kind, exact = draw_case(seed, ALL)
         try:
-            tally = check(case, path, exact=exact)
+            tally = check_call(case, path, exact=exact)
         except AssertionError as error:
             raise AssertionError(f"seed {seed}, {path}, {kind}: {error}") from None
         seen.update((path, kind))
