@@ -1,11 +1,13 @@
 """Helpers that tests share: the error budget, operator cases, and how to run one. No tests here."""
 
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import torch
 
 from moram_kernels import SelfActivation, retrieve, torch_backend
 
+ROOT = Path(__file__).resolve().parents[1]
 DTYPE_NAMES = {
     torch.float64: "fp64",
     torch.float32: "fp32",

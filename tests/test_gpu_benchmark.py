@@ -12,7 +12,7 @@ import gpu_parity
 import gpu_report
 import pytest
 import torch
-from conftest import ROOT
+from support import ROOT
 
 from moram_kernels.triton_backend.plan import plan
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from support import ROOT
 
 import moram_kernels
 from moram_kernels import SelfActivation, available_backends, retrieve

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
 from fused_cases import (
     FORMS,
     OP_CASES,
@@ -16,7 +15,7 @@ from fused_cases import (
     case_named,
     op_arguments,
 )
-from support import run, take_large_routes
+from support import ROOT, run, take_large_routes
 
 from moram_kernels import retrieve
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from support import ROOT
 
 from moram_kernels import SelfActivation, explain
 from moram_kernels.triton_backend.plan import CHUNK, LIST_TOP_K, ROW_ATOMS, plan
