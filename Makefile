@@ -25,10 +25,10 @@ interpreted: $(VENV)/.dev
 INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/interpreted
 
 parity: $(VENV)/.dev
-	$(INTERPRETED) -k "interpreted or shared"
+	$(INTERPRETED)/test_interpreted_*.py tests/interpreted/test_shared_inputs.py
 
 traffic: $(VENV)/.dev
-	$(INTERPRETED)/test_traffic.py
+	$(INTERPRETED)/test_traffic.py tests/interpreted/test_traffic_backward.py
 
 # Every shipped configuration for every target; `make test` compiles a part of them.
 gate: $(VENV)/.dev
@@ -38,7 +38,7 @@ launches: $(VENV)/.dev
 	$(INTERPRETED)/test_launches.py
 
 opcheck: $(VENV)/.dev
-	$(INTERPRETED)/test_ops.py
+	$(INTERPRETED)/test_ops.py tests/interpreted/test_bits.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

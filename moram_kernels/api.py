@@ -78,6 +78,8 @@ def retrieve(
     if current_keys is None and current_values is None:
         current_keys, current_values = _no_atoms(keys), _no_atoms(values)
     _check(x, keys, values, activation, current_keys, current_values, residual, num_frozen)
+    if scores is not None:
+        _check_scores(scores, x, keys, current_keys, num_frozen)
     bank = (*_detached(keys, values), current_keys, current_values)
     backend = pick_backend(backend, x, bank, activation.top_k, precision)
     lead = x.shape[:-1]
@@ -126,13 +128,19 @@ def retrieve_linear(
     if current_keys is None and current_values is None:
         current_keys, current_values = _no_atoms(keys), _no_atoms(values)
     bank = (*_detached(keys, values), current_keys, current_values)
+    if not isinstance(x, torch.Tensor) or not isinstance(weight, torch.Tensor):
+        kinds = f"{type(x).__name__} and {type(weight).__name__}"
+        raise TypeError(f"x and weight must be tensors, got {kinds}")
     base = [weight] if bias is None else [weight, bias]
     alone = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
     alone = alone or any(t.requires_grad or t.dtype != x.dtype for t in base)
-    # A wrong width is for the Linear itself to refuse.
-    alone = alone or x.shape[-1:] != weight.shape[1:]
+    # Wrong sizes are for the Linear and for `retrieve` to refuse.
+    alone = alone or weight.shape != (*values.shape[1:], *x.shape[-1:])
+    alone = alone or (bias is not None and bias.shape != weight.shape[:1])
     if not alone:
         _check(x, *bank[:2], activation, *bank[2:], None, None)
+        if scores is not None:
+            _check_scores(scores, x, keys, current_keys, None)
         alone = pick_backend(backend, x, bank, activation.top_k, precision) != "triton"
     if alone:
         return retrieve(
@@ -272,6 +280,18 @@ def _check(x, keys, values, activation, current_keys, current_values, residual, 
         _check_num_frozen(num_frozen, keys)
     if keys.shape[0] + current_keys.shape[0] < 1:
         raise ValueError("keys and current_keys hold no atom; at least one is needed")
+
+
+def _check_scores(scores, x, keys, current_keys, num_frozen):
+    frozen = keys.shape[0] if num_frozen is None else int(num_frozen)
+    shape = (math.prod(x.shape[:-1]), frozen + current_keys.shape[0])
+    if not isinstance(scores, torch.Tensor) or scores.dtype != torch.float32:
+        raise TypeError(f"scores must be a float32 tensor, got {getattr(scores, 'dtype', scores)}")
+    if scores.shape != shape or scores.device != x.device or scores.stride(1) != 1:
+        raise ValueError(
+            f"scores must be {shape} on {x.device} with unit column stride, got "
+            f"{tuple(scores.shape)} on {scores.device} with strides {scores.stride()}"
+        )
 
 
 def _check_num_frozen(num_frozen, keys):

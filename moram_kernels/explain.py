@@ -1,5 +1,7 @@
 """Says in words which backend, path and tiles a call takes, and why. Runs nothing."""
 
+import copy
+
 import torch
 
 from .activation import SelfActivation
@@ -36,9 +38,12 @@ def explain(
     Raises:
         ValueError: a size is not positive.
     """
-    for name, size in (("tokens", tokens), ("in_features", in_features), ("num_atoms", num_atoms)):
+    sizes = {"tokens": tokens, "in_features": in_features, "out_features": out_features}
+    for name, size in (sizes | {"num_atoms": num_atoms}).items():
         if size < 1:
             raise ValueError(f"{name} must be >= 1, got {size}")
+    if not 0 <= num_current <= num_atoms:
+        raise ValueError(f"num_current must be in [0, {num_atoms}], got {num_current}")
     activation = SelfActivation() if activation is None else activation
     if device is None:
         device = torch.device("cuda") if torch.cuda.is_available() else "H100"
@@ -68,4 +73,5 @@ def explain(
         if kernel in chosen.tiles:
             lines.append(f"tiles of {kernel}: {chosen.tiles[kernel]}")
     print("\n".join(lines))
-    return chosen
+    # Plans are shared by all calls of a shape; what is given away is a copy.
+    return copy.deepcopy(chosen)

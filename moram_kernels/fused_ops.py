@@ -9,6 +9,7 @@ kernels the ops run the torch backend, so that a graph made for a GPU also runs 
 import torch
 
 from . import torch_backend, torch_backward
+from .ops import TAGS
 from .triton_backend import available
 from .triton_backend.plan import fixed_form, plan, saved_shapes
 
@@ -19,12 +20,12 @@ _SAVED = "Tensor index, Tensor picked, Tensor scores, Tensor stats"
 _LIBRARY.define(
     f"retrieve_fused(Tensor x, {_BANK}, Tensor? residual, Tensor num_frozen, {_SETTINGS}, "
     "str precision, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    tags=TAGS,
 )
 _LIBRARY.define(
     f"retrieve_fused_backward(Tensor grad, Tensor x, {_BANK}, {_SAVED}, Tensor num_frozen, "
     f"{_SETTINGS}, str precision) -> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    tags=TAGS,
 )
 
 
@@ -203,9 +204,12 @@ def _backward(grad, x, bank, saved, settings, training, precision, needs, form):
         )
     tables = Table.of(keys, current_keys), Table.of(values, current_values)
     chosen = plan_for(x, bank, settings, True, precision, form)
-    return kernels.backward(
+    dx, *dbank = kernels.backward(
         grad, x, *tables, Saved(*saved), settings, training, chosen, precision, needs
     )
+    if needs[1] and not current_keys.shape[0]:
+        dbank = [t.new_zeros(t.shape) for t in (current_keys, current_values)]
+    return dx, *dbank
 
 
 def _retrieve_fused(

@@ -9,6 +9,12 @@ import torch
 
 from . import torch_backend, torch_backward
 
+# The ops read the live count on the host: a captured graph would keep the count of its capture.
+TAGS = tuple(
+    getattr(torch.Tag, name)
+    for name in ("pt2_compliant_tag", "cudagraph_unsafe")
+    if hasattr(torch.Tag, name)
+)
 _LIBRARY = torch.library.Library("moram", "DEF")
 _BANK = "Tensor keys, Tensor values, Tensor current_keys, Tensor current_values"
 _SETTINGS = "int top_k, float temperature, float threshold, float eps, bool training"
@@ -16,12 +22,12 @@ _SAVED = "Tensor index, Tensor scores, Tensor weights, Tensor norm, Tensor froze
 _LIBRARY.define(
     f"retrieve(Tensor x, {_BANK}, Tensor? residual, Tensor num_frozen, {_SETTINGS}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    tags=TAGS,
 )
 _LIBRARY.define(
     f"retrieve_backward(Tensor grad, Tensor x, {_BANK}, {_SAVED}, Tensor num_frozen, "
     f"{_SETTINGS}) -> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    tags=TAGS,
 )
 
 

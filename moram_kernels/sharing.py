@@ -23,6 +23,8 @@ def shared_scores(x, banks, activation, *, training, backend="auto", precision="
     x = x.reshape(-1, x.shape[-1])
     if not 2 <= len(banks) <= MAX_BANKS or not x.shape[0]:
         return None
+    if any(bank[0].shape[0] + bank[2].shape[0] == 0 for bank in banks):
+        return None
     if any(
         pick_backend(backend, x, bank, activation.top_k, precision) != "triton" for bank in banks
     ):

@@ -110,5 +110,14 @@ class MoRAMLinear(AdapterLinear):
 
 def _is_plain(linear):
     """Whether calling a Linear does nothing but x weight^T + bias."""
-    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks)
-    return type(linear) is nn.Linear and not any(hooks) and "forward" not in vars(linear)
+    if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:
+        # Quantised Linears keep the class and change the weight's.
+        return False
+    hooks = (
+        linear._forward_hooks,
+        linear._forward_pre_hooks,
+        linear._backward_hooks,
+        linear._backward_pre_hooks,
+    )
+    overridden = any(hooks) or nn.modules.module._has_any_global_hook()
+    return not overridden and "forward" not in vars(linear)

@@ -1,5 +1,6 @@
 """Layers that read the same input score their banks together."""
 
+import threading
 import weakref
 
 import torch
@@ -11,14 +12,15 @@ class SharedInput:
     """The banks of two or three `MoRAMLinear`s that are called with one and the same tensor.
 
     The first of them to be called scores all banks in one launch where that pays; the others find
-    their scores here. A tensor is recognised by identity and version, so layers that turn out to
-    read different inputs only lose the sharing, which then turns itself off.
+    their scores here, as long as input and bank are what they were: the same tensors, unchanged
+    (a change through `.data` cannot be seen, as in autograd). Layers that turn out to read
+    different inputs only lose the sharing, which then turns itself off. Threads share nothing.
     """
 
     def __init__(self, layers):
         self.layers = tuple(layers)
         self.enabled = True
-        self._clear()
+        self._found = threading.local()
 
     def __getstate__(self):
         return {"layers": self.layers, "enabled": self.enabled}
@@ -31,17 +33,18 @@ class SharedInput:
         """The scores of a layer's bank for x, or None."""
         if not self.enabled:
             return None
-        if self._seen() is not x or self._version != x._version or id(layer) not in self._waiting:
-            if self._waiting:
+        seen, version, waiting = getattr(self._found, "state", (None, None, {}))
+        if seen is None or seen() is not x or version != _version(x) or id(layer) not in waiting:
+            if waiting:
                 # Someone was called with another tensor: these layers do not share their input.
                 self.enabled = False
-                self._clear()
+                self._found = threading.local()
                 return None
-            self._score(layer, x)
-        scores = self._waiting.pop(id(layer), None)
-        if not self._waiting:
-            self._clear()
-        return scores
+            waiting = self._score(layer, x)
+        scores, bank = waiting.pop(id(layer), (None, None))
+        if not waiting:
+            self._found.state = (None, None, {})
+        return scores if bank == _bank_version(layer.bank) else None
 
     def _score(self, layer, x):
         found = shared_scores(
@@ -52,9 +55,20 @@ class SharedInput:
             backend=layer.backend,
             precision=layer.config.precision,
         )
+        waiting = {}
         if found is not None:
-            self._seen, self._version = weakref.ref(x), x._version
-            self._waiting = {id(o): s for o, s in zip(self.layers, found, strict=True)}
+            for other, scores in zip(self.layers, found, strict=True):
+                waiting[id(other)] = scores, _bank_version(other.bank)
+            self._found.state = (weakref.ref(x), _version(x), waiting)
+        return waiting
 
-    def _clear(self):
-        self._seen, self._version, self._waiting = (lambda: None), None, {}
+
+def _version(tensor):
+    """How often a tensor was changed in place; tensors of inference mode do not count it."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _bank_version(bank):
+    """What changes whenever the keys of a bank do."""
+    keys = (bank.frozen_keys, bank.current_keys)
+    return (bank.num_frozen, *((id(t), t.shape[0], _version(t)) for t in keys))

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .launcher import cdiv, launch, next_power_of_2
 from .segments import row_pointers
-from .weights import clamped_norm
+from .weights import clamped_norm, softmax_scale
 
 MAX_TOKENS = 64
 MAX_ATOMS = 8192
@@ -55,7 +55,7 @@ def _decode_kernel(
         scores += tl.load(part + offs_n, mask=mask_n, other=0.0)
     norm = tl.sqrt(tl.sum(scores * scores, 0))
     clamped = clamped_norm(norm, eps)
-    scale = inv_temperature / clamped
+    scale = softmax_scale(inv_temperature, clamped)
     x = tl.where(scores == scores, scores, float("-inf"))
     x = tl.where(mask_n, x, float("nan"))
     top = tl.max(tl.where(mask_n, x, float("-inf")), 0)

@@ -41,7 +41,9 @@ def multiply_add(base, left, right, out):
 
 def can_multiply(left, right):
     """Whether `multiply` may be used."""
-    return left.is_cuda and left.dtype == right.dtype and left.itemsize == 2
+    usable = left.is_cuda and left.dtype == right.dtype and left.itemsize == 2
+    # A float32 result of 16-bit operands is CUDA's alone, and not in every torch.
+    return usable and torch.version.hip is None and hasattr(torch.ops.aten.mm, "dtype_out")
 
 
 def interpreting():

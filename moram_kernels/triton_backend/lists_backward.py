@@ -13,7 +13,7 @@ import triton.language as tl
 from .launcher import launch, next_power_of_2
 from .rows_backward import score_gradient
 from .segments import row_pointers
-from .weights import clamped_norm
+from .weights import clamped_norm, softmax_scale
 
 
 @triton.jit
@@ -54,7 +54,7 @@ def _lists_backward_kernel(
     scores = tl.load(picked_ptr + m * TOP_K + offs_k, mask=mask_k, other=0.0)[None, :]
     norm = tl.load(stats_ptr + m + tl.arange(0, 1))
     clamped = clamped_norm(norm, eps)
-    scale = inv_temperature / clamped
+    scale = softmax_scale(inv_temperature, clamped)
     rows = row_pointers(
         atom, frozen_ptr, current_values_ptr, num_frozen, stride_frozen, stride_current, ALIGNED
     )

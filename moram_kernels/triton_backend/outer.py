@@ -103,7 +103,7 @@ def _bank_gradient_kernel(
             BLOCK_A,
             BLOCK_B,
         )
-        offs = offs_c[:, None] * D + offs_d[None, :]
+        offs = offs_c.to(tl.int64)[:, None] * D + offs_d[None, :]
         mask = mask_c & (offs_d < D)[None, :]
         tl.store(base + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
     else:
@@ -126,8 +126,9 @@ def _bank_gradient_kernel(
             BLOCK_A,
             BLOCK_B,
         )
-        offs = C * D + offs_c[:, None] * num_out + offs_o[None, :]
+        offs = offs_c.to(tl.int64)[:, None] * num_out + offs_o[None, :]
         mask = mask_c & (offs_o < num_out)[None, :]
+        base += tl.cast(C, tl.int64) * D
         tl.store(base + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 

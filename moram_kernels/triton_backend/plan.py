@@ -18,8 +18,9 @@ NETWORK_TOP_K = (4, 8, 16)
 # Rows of up to this many atoms are selected from in registers; wider ones in chunks.
 ROW_ATOMS, CHUNK = 8192, 4096
 LIST_TOP_K = 128
-# Float32 scores of at most this many bytes exist at a time; tokens are taken in chunks.
-SCORE_BYTES = 256 * 2**20
+# Float32 scores of at most this many bytes exist at a time; tokens are taken in chunks. Scores kept
+# for a backward stay whole; above KEPT_BYTES of them, lists are kept instead where they can be.
+SCORE_BYTES, KEPT_BYTES = 256 * 2**20, 2**30
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,9 @@ def _plan(
             for name, time in seconds.items()
             if _backward_of(name) in backwards and keep in (None, _backward_of(name))
         }
+    heavy = training and tokens * atoms * 4 > KEPT_BYTES and path is None and keep is None
+    if heavy and "split-gather" in seconds:
+        seconds = {"split-gather": seconds["split-gather"]}
     if path is not None and path not in seconds:
         raise ValueError(f"path {path!r} does not cover this call; {', '.join(seconds)} do")
     chosen = path or min(seconds, key=seconds.get)

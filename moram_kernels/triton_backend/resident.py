@@ -14,7 +14,7 @@ from .launcher import cdiv, dot_dtype, launch, rows, target
 from .networks import network
 from .segments import row_pointers
 from .threshold import count_from, drop_ties, tied_column
-from .weights import candidates, clamped_norm, shares, store_stats, written_scores
+from .weights import candidates, clamped_norm, shares, softmax_scale, store_stats, written_scores
 
 
 @triton.jit
@@ -156,7 +156,7 @@ def _resident_kernel(
     else:
         value, top = NETWORK(z, BLOCK_M)
         z = drop_ties(z, value, TOP_K, LOG_N)
-    scale = inv_temperature / clamped
+    scale = softmax_scale(inv_temperature, clamped)
     share = shares(z, value, top, scale)
     total = tl.sum(share, 1)
     if BLOCK_N2 > 0:

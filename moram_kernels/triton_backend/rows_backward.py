@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .launcher import cdiv, launch, next_power_of_2
 from .threshold import drop_ties
-from .weights import candidates, clamped_norm, shares
+from .weights import candidates, clamped_norm, shares, softmax_scale
 
 MAX_ATOMS = 8192
 
@@ -79,7 +79,7 @@ def _rows_backward_kernel(
     inverse_sum = tl.load(stats + 2 * stride_stats, mask=mask_m, other=0.0)
     value = tl.load(stats + 3 * stride_stats, mask=mask_m, other=float("inf"))
     clamped = clamped_norm(norm, eps)
-    scale = inv_temperature / clamped
+    scale = softmax_scale(inv_temperature, clamped)
     x = candidates(scores, mask_n, ALL)
     if not ALL:
         x = drop_ties(x, value, TOP_K, LOG_N)

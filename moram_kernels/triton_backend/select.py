@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .launcher import cdiv, launch, next_power_of_2
 from .threshold import select_rows
-from .weights import candidates, clamped_norm, shares, store_stats, written_scores
+from .weights import candidates, clamped_norm, shares, softmax_scale, store_stats, written_scores
 
 MAX_ATOMS = 8192
 
@@ -67,7 +67,7 @@ def _select_kernel(
         top = tl.max(x, 1)
         low = tl.min(tl.where(mask_n[None, :], x, float("inf")), 1)
         x, value = select_rows(x, low, top, TOP_K, LOG_N)
-    share = shares(x, value, top, inv_temperature / clamped)
+    share = shares(x, value, top, softmax_scale(inv_temperature, clamped))
     inverse_sum = 1.0 / tl.sum(share, 1)
     written = written_scores(x, share, value, inverse_sum, norm, clamped, threshold, HAS_THRESHOLD)
     if LISTS:
@@ -103,8 +103,9 @@ def tiles(num_atoms, lists=False):
     if lists and block <= 128:
         # The places in the lists of many short rows take registers: 4 elements a lane.
         return {"BLOCK_M": 512 // block, "BLOCK_N": block}, 4
-    # 32 elements a lane; short rows share a warp.
-    return {"BLOCK_M": max(1, 1024 // block), "BLOCK_N": block}, max(1, block // 1024)
+    # 32 elements a lane, 16 of short rows, which share a warp.
+    rows = 512 // block if block <= 128 else max(1, 1024 // block)
+    return {"BLOCK_M": rows, "BLOCK_N": block}, max(1, block // 1024)
 
 
 def launch_select(

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .launcher import cdiv, launch, next_power_of_2
 from .threshold import select_rows
-from .weights import candidates, clamped_norm, shares, written_scores
+from .weights import candidates, clamped_norm, shares, softmax_scale, written_scores
 
 CHUNK = 4096
 
@@ -98,7 +98,7 @@ def _combine_kernel(
     x = tl.where(found == found, found, float("-inf"))
     x, value = select_rows(x, low, top, TOP_K, LOG_N)
     x = tl.where(found == found, x, float("nan"))
-    share = shares(x, value, top, inv_temperature / clamped)
+    share = shares(x, value, top, softmax_scale(inv_temperature, clamped))
     inverse_sum = 1.0 / tl.sum(share, 1)
     written = written_scores(x, share, value, inverse_sum, norm, clamped, threshold, HAS_THRESHOLD)
     selected = x >= value[:, None]

@@ -109,8 +109,8 @@ def _aggregate(shape, device, rows, loose, common):
     choices = [
         {**usual, "BLOCK_M": m, "BLOCK_O": o, "num_warps": warps}
         for m, o, warps in AGGREGATES
-        # On sm_100 the largest spills.
-        if o < 256 or target_of(device) == "sm_90"
+        # On sm_100, and with masks anywhere, the largest spills.
+        if o < 256 or (target_of(device) == "sm_90" and not (shape.width % o or shape.out % o))
     ]
     return _fastest(choices, lambda tile: cost.aggregate(shape, device, tile))
 

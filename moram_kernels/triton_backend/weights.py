@@ -24,6 +24,12 @@ def clamped_norm(norm, eps):
 
 
 @triton.jit
+def softmax_scale(inv_temperature, clamped):
+    """1 / (temperature x norm), kept finite, so that equal scores stay equal: 0 x inf is NaN."""
+    return tl.minimum(inv_temperature / clamped, 3.0e38)
+
+
+@triton.jit
 def shares(x, value, top, scale):
     """exp((score - top) scale) where selected, else 0: the weights before they are normalised."""
     return tl.where(x >= value[:, None], tl.exp((x - top[:, None]) * scale[:, None]), 0.0)

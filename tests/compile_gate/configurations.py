@@ -6,6 +6,7 @@ divisibility are those of a real call.
 """
 
 import contextlib
+import random
 import sys
 from dataclasses import dataclass, field
 from unittest import mock
@@ -137,6 +138,12 @@ def calls():
             for width in (768, 4096):
                 yield Call(atoms, tokens=tokens, width=width, out=width)
                 yield Call(atoms, 8, tokens=tokens, width=width, out=width, training=False)
+    # Features that are multiples of 64, but not of every tile.
+    for width in (960, 1152, 1408):
+        for dtype in ("bfloat16", "float32"):
+            yield Call(512, 8, dtype=dtype, width=width, out=width)
+    yield Call(96, 32, dtype="float32", width=4096, out=100, tokens=512, training=False)
+    yield from _random_calls(60)
     for power in range(4, 14):
         atoms = 2**power
         for training in (True, False):
@@ -148,6 +155,23 @@ def calls():
     for top_k in (1, 32, plan.LIST_TOP_K):
         yield Call(4096, top_k=top_k, path="split-gather")
         yield Call(16 * plan.CHUNK, top_k=top_k, path="split-gather", training=False)
+
+
+def _random_calls(count):
+    """What users may come up with, the same ones every time."""
+    r = random.Random(0)
+    for _ in range(count):
+        yield Call(
+            r.choice((8, 24, 72, 104, 136, 200, 328, 1000, 3000, 12000)),
+            r.choice((2, 4, 8, 16, 32)),
+            r.choice(("bfloat16", "float16", "float32")),
+            r.random() < 0.5,
+            r.choice(("resident", "split-dense", "split-gather", "decode")),
+            r.choice((1, 16, 200, 1000, 5000, 40000)),
+            r.choice((64, 640, 768, 1152, 2048, 4096)),
+            r.choice((64, 256, 768, 1024, 3072, 11008)),
+            r.choice((0, 8)),
+        )
 
 
 def _resident_calls():

@@ -256,3 +256,33 @@ def test_long_float16_keys_do_not_overflow_in_the_gradient(path):
     case.keys[3] *= 400
     assert (case.keys[3].square().sum() > torch.finfo(F16).max).item()
     check_call(case.to(F16), path)
+
+
+@ALL_PATHS
+@pytest.mark.parametrize("settings", [(0.03, 1e-38), (1e-27, 1e-12)], ids=str)
+def test_zero_rows_stay_zero_whatever_temperature_and_eps(settings, path):
+    temperature, eps = settings
+    case = a_case(path, rows=3, residual=False)
+    case.x[1] = 0
+    activation = SelfActivation(case.activation.top_k, temperature, 0.0, eps)
+    output = call(replace(case, activation=activation), path)
+    assert (output[1] == 0).all() and output.isfinite().all()
+
+
+@TRAINED_PATHS
+def test_an_empty_current_segment_has_empty_gradients(path):
+    case = a_case(path, current=1)
+    none = [t[:0].clone().requires_grad_() for t in (case.current_keys, case.current_values)]
+    with forced(path):
+        output = retrieve(
+            case.x,
+            case.keys,
+            case.values,
+            case.activation,
+            current_keys=none[0],
+            current_values=none[1],
+            training=True,
+            backend="triton",
+        )
+    grads = torch.autograd.grad(output.sum(), none)
+    assert [g.shape for g in grads] == [t.shape for t in none]

@@ -3,8 +3,9 @@
 from collections import Counter
 
 import pytest
+import torch
 from draw import KINDS, draw_case
-from paths import ALL, check_call
+from paths import ALL, call, check_call
 
 CHUNKS, CASES = 20, 50
 
@@ -19,9 +20,23 @@ def test_random_cases_follow_the_recipe(chunk):
         except AssertionError as error:
             raise AssertionError(f"seed {seed}, {path}, {kind}: {error}") from None
         seen.update((path, kind))
+        if len(case.x) > 1:
+            check_bad_row(case, path, seed)
+            seen["bad row"] += 1
         # Ties made on purpose apart, next to no row's border is closer than the bound.
         if kind in ("plain", "huge atom"):
             rows, unclear = rows + len(case.x), unclear + tally.unclear
             assert tally.swapped == 0, seed
-    assert set(seen) == {*ALL, *KINDS}
+    assert set(seen) == {*ALL, *KINDS, "bad row"}
     assert unclear <= 0.02 * rows
+
+
+def check_bad_row(case, path, seed):
+    """A row with inf or NaN in it comes out not finite, and the others bit for bit as without."""
+    row, column = seed % len(case.x), seed % case.x.shape[1]
+    x = case.x.clone()
+    x[row, column] = (float("nan"), float("inf"), -float("inf"))[seed % 3]
+    clean, poisoned = call(case, path), call(case, path, x=x)
+    others = torch.arange(len(x)) != row
+    assert torch.equal(poisoned[others], clean[others]), (seed, path)
+    assert not poisoned[row].isfinite().any(), (seed, path)

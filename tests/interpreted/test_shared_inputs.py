@@ -127,6 +127,44 @@ def test_a_changed_input_is_scored_again(split, launches):
     assert len(launches) == 2
 
 
+def test_inference_mode_shares(split, launches):
+    block, alone = adapted(True).eval(), adapted(False).eval()
+    with torch.inference_mode():
+        for seed in range(2):
+            x = draw(ROWS, WIDTH, seed=seed)
+            assert torch.equal(block(x), alone(x))
+    assert len(launches) == 2
+
+
+def update_keys(block):
+    block.k_proj.bank.current_keys.data.add_(0)
+    with torch.no_grad():
+        block.k_proj.bank.current_keys.mul_(2)
+
+
+def grow(block):
+    moram.grow(block, generator=torch.Generator().manual_seed(9))
+
+
+@pytest.mark.parametrize("change", [update_keys, grow])
+def test_a_changed_bank_is_scored_again(change, split):
+    block, alone = adapted(True), adapted(False)
+    x = draw(ROWS, WIDTH)
+    with torch.no_grad():
+        assert torch.equal(block.q_proj(x), alone.q_proj(x))
+        change(block)
+        change(alone)
+        assert torch.equal(block.k_proj(x), alone.k_proj(x))
+        assert torch.equal(block.v_proj(x), alone.v_proj(x))
+
+
+def test_a_bank_without_atoms_shares_nothing(split, launches):
+    x, empty = draw(ROWS, WIDTH), tuple(t[:0] for t in bank(4, 4, seed=1))
+    banks = [bank(20, 5, seed=0), empty]
+    assert sharing.shared_scores(x, banks, ACTIVATION, training=True, backend="triton") is None
+    assert launches == []
+
+
 def test_dropout_and_the_torch_backend_share_nothing(split, launches):
     x = draw(ROWS, WIDTH)
     adapted(True, dropout=0.5)(x)
@@ -192,6 +230,31 @@ def test_retrieve_linear_is_retrieve_onto_the_linear(path, bias, monkeypatch):
     assert torch.equal(results[0][0], results[1][0])
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        torch.zeros(3, 2),
+        torch.zeros(ROWS, 9, dtype=torch.float64),
+        torch.zeros(9, ROWS).t(),
+        "scores",
+    ],
+    ids=["shape", "dtype", "layout", "kind"],
+)
+def test_scores_that_cannot_be_are_refused(wrong):
+    keys, values, *current = bank(6, 3, seed=0)
+    call = {"current_keys": current[0], "current_values": current[1], "scores": wrong}
+    with pytest.raises((TypeError, ValueError), match=r"^scores must be"):
+        retrieve(draw(ROWS, WIDTH), keys, values, ACTIVATION, backend="triton", **call)
+
+
+@pytest.mark.parametrize("rows", [8, 40])
+def test_a_weight_of_another_height_is_refused(rows):
+    keys, values, *_ = bank(6, 3, seed=0)
+    weight = torch.zeros(rows + 1, WIDTH)
+    with pytest.raises(ValueError, match=r"^residual must be"):
+        retrieve_linear(draw(ROWS, WIDTH), weight, None, keys, values, ACTIVATION, backend="triton")
+
+
 def test_a_layer_owns_a_plain_base_only(monkeypatch):
     owned = []
     monkeypatch.setattr(
@@ -206,7 +269,9 @@ def test_a_layer_owns_a_plain_base_only(monkeypatch):
 
     hooked = nn.Linear(WIDTH, OUT)
     hooked.register_forward_hook(lambda module, args, output: output + 1)
-    for base in (Scaled(WIDTH, OUT), hooked):
+    watched = nn.Linear(WIDTH, OUT)
+    watched.register_full_backward_pre_hook(lambda module, grads: None)
+    for base in (Scaled(WIDTH, OUT), hooked, watched):
         layer = MoRAMLinear.from_linear(base, config)
         assert torch.equal(layer(x), base(x))
     assert owned == []

@@ -9,7 +9,7 @@ import triton
 from support import make_case
 from triton.backends.compiler import GPUTarget
 
-from moram_kernels import fused_ops, retrieve, retrieve_linear
+from moram_kernels import SelfActivation, fused_ops, retrieve, retrieve_linear, sharing
 from moram_kernels.triton_backend import available, launcher
 
 # Limits of a CUDA grid, per dimension.
@@ -117,3 +117,23 @@ def test_decode_binds_and_compiles(driver):
     weight = torch.zeros(128, 512, dtype=torch.bfloat16)
     retrieve_linear(case.x, weight, None, case.keys, case.values, case.activation, backend="triton")
     assert driver.launched == ["_score_kernel", "_decode_kernel"]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_shared_scores_bind_and_compile(count, driver, monkeypatch):
+    force(monkeypatch, "split-dense")
+    sizes = ((40, 8), (1, 3), (20, 16))[:count]
+    cases = [make_case(0, (200,), *size, 128, 64, dtype=torch.bfloat16) for size in sizes]
+    banks = [
+        (
+            c.keys,
+            c.values,
+            *(c.keys[:0] if t is None else t for t in (c.current_keys, c.current_values)),
+        )
+        for c in cases
+    ]
+    found = sharing.shared_scores(
+        cases[0].x, banks, SelfActivation(4), training=True, backend="triton"
+    )
+    assert driver.launched == ["_shared_score_kernel"]
+    assert [s.shape[1] for s in found] == [sum(size) for size in sizes]
