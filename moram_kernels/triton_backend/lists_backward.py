@@ -156,10 +156,10 @@ def launch_lists_backward(
 
 
 def config(top_k, num_current, width):
-    """Tile sizes: the values' tile is the largest, 4096 elements."""
+    """Tile sizes: the values' tile is the largest, 2048 elements."""
     block_k = next_power_of_2(top_k)
     return {
         "BLOCK_K": block_k,
         "BLOCK_C": max(1, min(32, next_power_of_2(max(1, num_current)))),
-        "BLOCK_O": max(16, min(4096 // block_k, next_power_of_2(width))),
+        "BLOCK_O": max(16, min(2048 // block_k, next_power_of_2(width))),
     }
