@@ -102,7 +102,8 @@ def _rows_backward_kernel(
 def tiles(num_atoms):
     """Rows and warps of a program: half as many elements a lane as the forward, for two tiles."""
     block = max(16, next_power_of_2(num_atoms))
-    return {"BLOCK_M": max(1, 512 // block), "BLOCK_N": block}, max(1, min(16, block // 512))
+    warps = 4 if block <= 128 else max(1, min(16, block // 512))
+    return {"BLOCK_M": max(1, 512 // block), "BLOCK_N": block}, warps
 
 
 def launch_rows_backward(scores, pull, stats, dscores, written, num_frozen, activation, threshold):

@@ -97,15 +97,14 @@ def _select_kernel(
         store_stats(stats_ptr + first, offs_m, stride_stats, mask_m, norm, top, inverse_sum, value)
 
 
-def tiles(num_atoms, lists=False):
+def tiles(num_atoms):
     """Rows and warps of a program that holds rows of that many atoms in registers."""
     block = max(16, next_power_of_2(num_atoms))
-    if lists and block <= 128:
-        # The places in the lists of many short rows take registers: 4 elements a lane.
+    if block <= 128:
+        # Many short rows, and the places in their lists, take registers: 4 elements a lane.
         return {"BLOCK_M": 512 // block, "BLOCK_N": block}, 4
-    # 32 elements a lane, 16 of short rows, which share a warp.
-    rows = 512 // block if block <= 128 else max(1, 1024 // block)
-    return {"BLOCK_M": rows, "BLOCK_N": block}, max(1, block // 1024)
+    # 32 elements a lane.
+    return {"BLOCK_M": max(1, 1024 // block), "BLOCK_N": block}, max(1, block // 1024)
 
 
 def launch_select(
@@ -126,7 +125,7 @@ def launch_select(
     top_k, temperature, level, eps = activation
     index, written, picked = lists or (scores, written, scores)
     kept, num_frozen = current or (scores, 0)
-    blocks, warps = tiles(num_atoms, lists is not None)
+    blocks, warps = tiles(num_atoms)
     launch(
         _select_kernel,
         (cdiv(num_rows, blocks["BLOCK_M"]),),
