@@ -49,8 +49,10 @@ CONVERSIONS = 3e-6
 # Instructions a score in a kernel that holds whole rows: selecting, without selection, backward.
 # A published router (FreeToken PR #319: 16384 rows of 128, 12.4 us on an H100) takes the first.
 SELECT, KEEP_ALL, ROWS_BACKWARD = 100, 30, 60
-# Atoms of a row held in registers; wider rows are taken in chunks. Scores in flight; see `plan`.
-ROW_ATOMS, CHUNK, SCORE_BYTES = 8192, 4096, 256 * 2**20
+# Rows of up to this many atoms are selected from in registers; wider ones in chunks.
+ROW_ATOMS, CHUNK = 8192, 4096
+# Float32 scores of at most this many bytes exist at a time; tokens are taken in chunks.
+SCORE_BYTES = 256 * 2**20
 # Rows, columns and inner size of a kernel's tile, by the letters of its config.
 LETTERS = {"scores": "MND", "aggregate": "MON", "gram": "ABN"}
 

@@ -14,9 +14,6 @@ from .launcher import cdiv, launch, next_power_of_2
 from .segments import row_pointers
 from .weights import clamped_norm, softmax_scale
 
-MAX_TOKENS = 64
-MAX_ATOMS = 8192
-
 
 @triton.jit
 def _decode_kernel(

@@ -10,17 +10,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from . import cost
+from .cost import CHUNK, ROW_ATOMS, SCORE_BYTES
 from .tiles import resident_tile, tiles
 
 DTYPES = ("float32", "bfloat16", "float16")
 PRECISIONS = ("ieee", "bf16x6")
 NETWORK_TOP_K = (4, 8, 16)
-# Rows of up to this many atoms are selected from in registers; wider ones in chunks.
-ROW_ATOMS, CHUNK = 8192, 4096
 LIST_TOP_K = 128
-# Float32 scores of at most this many bytes exist at a time; tokens are taken in chunks. Scores kept
-# for a backward stay whole; above KEPT_BYTES of them, lists are kept instead where they can be.
-SCORE_BYTES, KEPT_BYTES = 256 * 2**20, 2**30
+# Scores kept for a backward stay whole; above so many bytes of them, lists are kept instead where
+# they can be.
+KEPT_BYTES = 2**30
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,6 @@ from .launcher import cdiv, launch, next_power_of_2
 from .threshold import drop_ties
 from .weights import candidates, clamped_norm, shares, softmax_scale
 
-MAX_ATOMS = 8192
-
 
 @triton.jit
 def score_gradient(

@@ -13,8 +13,6 @@ from .launcher import cdiv, launch, next_power_of_2
 from .threshold import select_rows
 from .weights import candidates, clamped_norm, shares, softmax_scale, store_stats, written_scores
 
-MAX_ATOMS = 8192
-
 
 @triton.jit
 def _select_kernel(

@@ -8,11 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .cost import CHUNK
 from .launcher import cdiv, launch, next_power_of_2
 from .threshold import select_rows
 from .weights import candidates, clamped_norm, shares, softmax_scale, written_scores
-
-CHUNK = 4096
 
 
 @triton.jit

@@ -5,10 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("triton", reason="Triton comes with torch on Linux only")
-
 GATE = Path(__file__).with_name("gate.py")
 
 
