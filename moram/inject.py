@@ -231,9 +231,10 @@ def eject(model):
     return tuple(paths)
 
 
-def adapters(model):
-    """The `MoRAMLinear` modules of a model by path, in the order of the model."""
-    return {path: m for path, m in model.named_modules() if isinstance(m, MoRAMLinear)}
+def adapters(model, kind=MoRAMLinear):
+    """The adapters of a model by path, in the order of the model: `MoRAMLinear`s, or another kind
+    of `AdapterLinear`."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, kind)}
 
 
 def grow(model, n=None, *, generator=None):

@@ -18,6 +18,17 @@ class Encoded(NamedTuple):
     labels: torch.Tensor
     tail: int
 
+    def __len__(self):
+        return len(self.input_ids)
+
+    def batch(self, rows):
+        """(input_ids, attention_mask, labels) of some examples."""
+        return self.input_ids[rows], self.attention_mask[rows], self.labels[rows]
+
+    def num_labels(self, rows):
+        """Answer tokens of some examples together."""
+        return int(self.labels[rows].ne(IGNORED).sum())
+
 
 def encode(tokenizer, examples, max_length=192, multiple=16):
     """Tokenise prompt + answer + end of text; long prompts lose their beginning.

@@ -14,7 +14,7 @@ from ..config import MoRAMConfig, check_count
 from ..continual import load_stream
 from ..inject import adapters
 from ..methods import MoRAM, SequentialLoRA, TrainSettings, run_stream
-from ..methods.base import encode_stream, num_examples, score
+from ..methods.stream import encode_stream, num_examples, score
 from .model import NAME, fetch_weights, load_model
 from .report import format_report
 

@@ -32,6 +32,32 @@ class AdapterLinear(nn.Module):
         """The base bias or None."""
         return self.base_layer.bias
 
+    def adapter_state(self):
+        """Every tensor of the adapter, by name, without those of the base."""
+        state = self.state_dict()
+        return {name: t for name, t in state.items() if not name.startswith("base_layer.")}
+
+    def load_adapter_state(self, state):
+        """Take over what `adapter_state` gave, also of an adapter that has grown since.
+
+        Raises:
+            ValueError: the names differ from this adapter's.
+        """
+        names = set(self.adapter_state())
+        if names != set(state):
+            raise ValueError(
+                f"adapter state must hold {sorted(names)}, got {sorted(state)}: was it made by "
+                "another method?"
+            )
+        for name, tensor in state.items():
+            path, _, last = name.rpartition(".")
+            module = self.get_submodule(path)
+            present = getattr(module, last)
+            tensor = tensor.detach().to(present.device, present.dtype, copy=True)
+            if isinstance(present, nn.Parameter):
+                tensor = nn.Parameter(tensor, requires_grad=present.requires_grad)
+            setattr(module, last, tensor)
+
     def extra_repr(self):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 

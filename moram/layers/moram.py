@@ -95,6 +95,9 @@ class MoRAMLinear(AdapterLinear):
             x = F.dropout(x, self.config.dropout, self.training)
         return retrieve(x, keys, values, self.activation, residual=base, **call)
 
+    def load_adapter_state(self, state):
+        self.bank.load_state_dict({name.removeprefix("bank."): t for name, t in state.items()})
+
     @torch.no_grad()
     def mixture_weights(self, x):
         """The weight of every atom for inputs x [..., D], frozen first: [..., N], as in eval mode.

@@ -1,7 +1,9 @@
 """Methods of continual learning, one file each, with the same hooks."""
 
-from .base import Method, TrainSettings, run_stream
+from .base import Method
 from .lora import SequentialLoRA
 from .moram import MoRAM
+from .stream import run_stream
+from .train import TrainSettings
 
 __all__ = ["Method", "MoRAM", "SequentialLoRA", "TrainSettings", "run_stream"]

@@ -13,7 +13,8 @@ from moram import adapters
 from moram.continual.scoring import encode
 from moram.layers import LoRALinear
 from moram.methods import Method, MoRAM, SequentialLoRA, TrainSettings, run_stream
-from moram.methods.base import num_examples, train_task
+from moram.methods.stream import num_examples
+from moram.methods.train import TaskTrainer
 
 SETTINGS = TrainSettings(lr=0.02, epochs=4, batch_size=4, max_length=16)
 METHODS = ["moram", "lora"]
@@ -34,7 +35,7 @@ class Watched(MoRAM):
         super().__init__(small_config(top_k=4, value_scale=3.0))
         self.ends = []
 
-    def end_task(self, model, index):
+    def end_task(self, model, index, stage):
         self.ends.append({p: snapshot(a.bank) for p, a in adapters(model).items()})
 
 
@@ -127,7 +128,7 @@ def test_sequential_lora_keeps_changing_one_adapter():
     model, ends = language_model(), []
 
     class WatchedLoRA(SequentialLoRA):
-        def end_task(self, model, index):
+        def end_task(self, model, index, stage):
             layer = model.model.layers[0].self_attn.q_proj
             ends.append(layer.lora_B.detach().clone())
 
@@ -174,7 +175,7 @@ def test_hooks_are_called_once_around_each_task():
         def begin_task(self, model, index):
             calls.append(("begin", index))
 
-        def end_task(self, model, index):
+        def end_task(self, model, index, stage):
             calls.append(("end", index))
 
     learn(Recorded(), settings=replace(SETTINGS, epochs=1))
@@ -217,7 +218,7 @@ def test_task_smaller_than_a_batch_is_refused():
     model = language_model()
     message = "a task needs at least batch_size=5 training examples, got 4"
     with pytest.raises(ValueError, match=re.escape(message)):
-        train_task(model, list(model.parameters()), data, replace(SETTINGS, batch_size=5), 0)
+        TaskTrainer(model, Method(), data, replace(SETTINGS, batch_size=5), 0)
 
 
 @pytest.mark.parametrize(("alpha", "scale"), [(None, 2.0), (6.0, 2.0), (1.5, 0.5)])

@@ -1,0 +1,230 @@
+"""The one loop that trains them all: one task, step by step, with a method's hooks."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ..config import check_count
+from ..continual.scoring import IGNORED, answer_logits
+from .base import Step
+from .processes import Processes
+
+SCHEDULES = ("linear", "constant")
+AVERAGES = ("token", "example")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How each task is trained, the same for every method but for the rate.
+
+    Args:
+        lr: peak learning rate of AdamW; the optimiser is new for each task.
+        epochs: passes over a task's data.
+        batch_size: examples a step, over all processes together.
+        max_length: tokens of prompt and answer at most.
+        clip: gradient norm is clipped to this.
+        seed: of the order of the data, and of dropout.
+        micro_batch: examples that go through the model at once; None = batch_size. Changes memory,
+            not results.
+        schedule: "linear": a warm-up over a tenth of the steps, then a linear decay to zero;
+            "constant".
+        betas: of AdamW. No weight decay.
+        average: the loss of a step is the mean over its answer "token"s, or over its "example"s
+            (each the mean over its own tokens).
+        drop_last: whether an epoch's incomplete last batch is dropped.
+    """
+
+    lr: float = 1e-3
+    epochs: int = 2
+    batch_size: int = 8
+    max_length: int = 192
+    clip: float = 1.0
+    seed: int = 0
+    micro_batch: int | None = None
+    schedule: str = "linear"
+    betas: tuple[float, float] = (0.9, 0.999)
+    average: str = "token"
+    drop_last: bool = True
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "max_length"):
+            check_count(name, getattr(self, name), 1)
+        if self.micro_batch is not None:
+            check_count("micro_batch", self.micro_batch, 1)
+        for name in ("lr", "clip"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be finite and > 0, got {getattr(self, name)}")
+        for name, allowed in (("schedule", SCHEDULES), ("average", AVERAGES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}"
+                )
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
+
+    def per_epoch(self, examples):
+        """Optimiser steps of one epoch over that many examples."""
+        whole, rest = divmod(examples, self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def steps(self, examples):
+        """Optimiser steps for a task of that many examples."""
+        return self.epochs * self.per_epoch(examples)
+
+
+class Stage:
+    """A task's training data, for hooks that pass over it once more.
+
+    Args:
+        model: the model. data: has `len` and `batch(rows)`, see `Encoded`. settings:
+        `TrainSettings`.
+    """
+
+    def __init__(self, model, data, settings):
+        self.model, self.data, self.settings = model, data, settings
+
+    def losses(self, limit=None):
+        """Yield (mean cross-entropy over a batch's answer tokens, examples) without shuffling.
+
+        Dropout is off. The graph of each loss is the caller's to use; under `torch.no_grad` it is
+        a plain forward pass.
+
+        Args:
+            limit: examples at most; None = all.
+        """
+        count = len(self.data) if limit is None else min(limit, len(self.data))
+        size = self.settings.micro_batch or self.settings.batch_size
+        was_training = self.model.training
+        self.model.eval()
+        for rows in torch.arange(count).split(size):
+            loss, tokens, _ = summed_loss(self.model, self.data, rows)
+            yield loss / max(1, tokens), len(rows)
+        self.model.train(was_training)
+
+
+class TaskTrainer:
+    """Trains the trainable parameters of a model on one task; can stop and go on at any step.
+
+    Args:
+        model, method: the method's `begin_task` was called.
+        data: has `len` and `batch(rows)`.
+        settings: `TrainSettings`.
+        index: the task's place in the stream.
+        processes: `Processes`; None = this one alone.
+    Raises:
+        ValueError: there are not enough examples for a step, or nothing to train.
+    """
+
+    def __init__(self, model, method, data, settings, index, processes=None):
+        self.model, self.method, self.data, self.settings = model, method, data, settings
+        self.index = index
+        self.processes = Processes() if processes is None else processes
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError(f"{method.name or 'the method'} left no parameter to train")
+        self.done, self.total = 0, settings.steps(len(data))
+        if self.total == 0:
+            raise ValueError(
+                f"a task needs at least batch_size={settings.batch_size} training examples, "
+                f"got {len(data)}"
+            )
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=settings.lr, betas=settings.betas, weight_decay=0.0
+        )
+
+    def run(self, on_step=lambda trainer, loss: None):
+        """Train to the end of the task.
+
+        Args:
+            on_step: called after each step with this trainer and the step's cross-entropy.
+        """
+        self.model.train()
+        while self.done < self.total:
+            loss = self._step()
+            self.done += 1
+            on_step(self, loss)
+        self.model.eval()
+
+    def state_dict(self):
+        """Where training stands, besides the model's and the method's own state."""
+        return {"done": self.done, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state):
+        """Inverse of `state_dict`."""
+        self.done = state["done"]
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def rows(self, number):
+        """The examples of a step; every epoch has an order of its own."""
+        settings, per_epoch = self.settings, self.settings.per_epoch(len(self.data))
+        epoch, place = divmod(number, per_epoch)
+        seed = (settings.seed * 1000 + self.index) * 1000 + epoch
+        order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(seed))
+        return order[place * settings.batch_size :][: settings.batch_size]
+
+    def _step(self):
+        settings, rows = self.settings, self.rows(self.done)
+        # Seeded by the step alone, so that a run that goes on draws the same dropout.
+        torch.manual_seed((settings.seed * 1000 + self.index) * 1_000_003 + self.done)
+        per_example = settings.average == "example"
+        total = len(rows) if per_example else self.data.num_labels(rows)
+        loss = self.parameters[0].new_zeros((), dtype=torch.float32)
+        mine = self.processes.share(rows)
+        for part in mine.split(settings.micro_batch or len(rows)) if len(mine) else ():
+            summed, _, examples = summed_loss(self.model, self.data, part, per_example)
+            share = summed / max(1, total)
+            loss += share.detach()
+            extra = self.method.auxiliary(self.model)
+            if extra is not None:
+                share = share + extra * (examples / len(rows))
+            share.backward()
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.processes.sum([p.grad for p in self.parameters])
+        self.processes.sum([loss])
+        per_epoch = settings.per_epoch(len(self.data))
+        step = Step(self.index, self.done, self.total, per_epoch, loss)
+        extra = self.method.penalty(self.model, step)
+        if extra is not None:
+            extra.backward()
+        self.method.before_step(self.model, step)
+        torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.lr * self._rate(self.done)
+        self.optimizer.step()
+        self.method.after_step(self.model, step)
+        self.optimizer.zero_grad()
+        return loss.item()
+
+    def _rate(self, number):
+        """The rate of a step as a part of the peak."""
+        if self.settings.schedule == "constant":
+            return 1.0
+        warmup = max(1, self.total // 10)
+        return min((number + 1) / warmup, (self.total - number) / max(1, self.total - warmup))
+
+
+def summed_loss(model, data, rows, per_example=False):
+    """Cross-entropy summed over the answer tokens of some examples.
+
+    Args:
+        per_example: if true, each example counts with the mean over its own tokens.
+    Returns:
+        (sum with graph, answer tokens, examples).
+    """
+    device = next(model.parameters()).device
+    ids, mask, labels = (t.to(device) for t in data.batch(rows))
+    labels = labels[:, labels.ne(IGNORED).any(0).int().argmax() :]
+    logits = answer_logits(model, ids, mask, labels.shape[1])
+    losses = F.cross_entropy(
+        logits.flatten(0, 1).float(),
+        labels.flatten(),
+        ignore_index=IGNORED,
+        reduction="none",
+    ).view(labels.shape)
+    counts = labels.ne(IGNORED).sum(1)
+    if per_example:
+        losses = losses.sum(1) / counts.clamp_min(1)
+    return losses.sum(), int(counts.sum()), len(rows)
