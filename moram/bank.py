@@ -39,6 +39,8 @@ class AtomBank(nn.Module):
         # A tensor that is no buffer: it stays on the CPU, where reading it does not wait for a
         # device, and torch.compile does not specialise on its value.
         self.live = torch.zeros((), dtype=torch.int64, device="cpu")
+        # See `guard_keys`: (basis, gain) or None.
+        self.guard = None
 
     @property
     def num_frozen(self):
@@ -63,13 +65,13 @@ class AtomBank(nn.Module):
     def segments(self):
         """(keys, values, current_keys, current_values) as the operator takes them, live rows only.
 
-        Current values come with value_scale applied.
+        Current keys and values come as they act, see `acting_keys` and `scaled_values`.
         """
         live = self.num_frozen
         return (
             self.frozen_keys[:live],
             self.frozen_values[:live],
-            self.current_keys,
+            self.acting_keys(),
             self.scaled_values(),
         )
 
@@ -80,6 +82,31 @@ class AtomBank(nn.Module):
             if self.value_scale == 1
             else self.current_values * (self.value_scale)
         )
+
+    def guard_keys(self, basis, gain=1.0):
+        """From now on the current keys K act as gain (K - K basis^T basis), and are trained so.
+
+        Keeps them, whatever the optimiser does, out of the directions that basis spans. Neither is
+        part of `state_dict`: `fold_keys` ends it and leaves keys that act as they are.
+
+        Args:
+            basis: orthonormal rows [k, D], on the bank's device. gain: a number.
+        """
+        self.guard = (basis, gain)
+
+    def acting_keys(self):
+        """The current keys as they act, [C, D]."""
+        if self.guard is None:
+            return self.current_keys
+        basis, gain = self.guard
+        keys = self.current_keys.to(basis.dtype)
+        return (gain * (keys - (keys @ basis.T) @ basis)).to(self.current_keys.dtype)
+
+    @torch.no_grad()
+    def fold_keys(self):
+        """End `guard_keys`; the output stays what it was."""
+        self.current_keys.copy_(self.acting_keys())
+        self.guard = None
 
     def append(self, n, generator=None):
         """Add n current atoms: keys Kaiming-uniform with a = sqrt(5), values zero."""
@@ -98,7 +125,7 @@ class AtomBank(nn.Module):
 
     @torch.no_grad()
     def grow(self, n, generator=None):
-        """Freeze, then append n atoms: what happens at a task boundary.
+        """Freeze, then append n atoms: what happens at a task boundary. Ends `guard_keys`.
 
         Where n atoms were current before, the same parameters hold the new ones. Their optimiser
         state does not belong to the new task: build a fresh optimiser.
@@ -142,9 +169,10 @@ class AtomBank(nn.Module):
         live, total = self.num_frozen, self.num_atoms
         if total > self.capacity:
             self.reserve(max(total, 2 * self.capacity))
-        self.frozen_keys[live:total] = self.current_keys.detach()
+        self.frozen_keys[live:total] = self.acting_keys().detach()
         self.frozen_values[live:total] = self.scaled_values().detach()
         self.live.fill_(total)
+        self.guard = None
 
     def _set_current(self, keys, values):
         trainable = self.current_keys.requires_grad

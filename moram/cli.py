@@ -1,9 +1,13 @@
 """The command `moram`: reads arguments, calls the library. Nothing else does."""
 
 import argparse
+import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
+
+# Shells report a program that Ctrl-C ended so.
+INTERRUPTED = 130
 
 
 def main(argv=None):
@@ -14,8 +18,24 @@ def main(argv=None):
         "demo", help="teach a small language model several tasks in a row, on the CPU"
     )
     _add_demo_arguments(demo)
+    trace = commands.add_parser(
+        "trace", help="learn a stream of language tasks with one method and score it (TRACE)"
+    )
+    _add_trace_arguments(trace)
+    table = commands.add_parser("table", help="one table of several finished runs of moram trace")
+    table.add_argument("runs", nargs="+", type=Path, help="folders that moram trace wrote")
+    table.add_argument("--out", type=Path, required=True, help="folder for the tables")
     arguments = parser.parse_args(argv)
-    return _run_demo(arguments, demo)
+    run = {"demo": _run_demo, "trace": _run_trace, "table": _run_table}[arguments.command]
+    try:
+        return run(arguments, commands.choices[arguments.command])
+    except ImportError as error:
+        extra = "demo" if arguments.command == "demo" else "trace"
+        advice = f"install it with: pip install 'moram[{extra}]'"
+        print(f"moram {arguments.command}: {error}; {advice}", file=sys.stderr)
+    except (OSError, TypeError, ValueError, RuntimeError) as error:
+        print(f"moram {arguments.command}: {error}", file=sys.stderr)
+    return 1
 
 
 def _add_demo_arguments(parser):
@@ -53,12 +73,71 @@ def _run_demo(arguments, parser):
         parser.error("--data needs --tasks: which of its tasks, in which order")
     named = values["tasks"]
     values["tasks"] = TASKS if named is None else tuple(n for n in named.split(",") if n)
+    run_demo(DemoSettings(**values))
+    return 0
+
+
+def _add_trace_arguments(parser):
+    from .methods.registry import METHODS
+    from .trace.presets import PRESETS
+    from .trace.protocol import SUITES
+
+    add = parser.add_argument
+    add("--model", help="hub id or folder of a causal language model; smollm2 comes from PyPI")
+    add("--data", help="folder in TRACE's format: NAME/{train,eval,test}.json")
+    add("--tasks", help="names of the tasks, in order, separated by commas (default: the suite's)")
+    add("--suite", choices=SUITES, help="trace, or the 4 and 15 task classification streams")
+    add("--order", type=int, help="1-3 of suite standard, 4-6 of suite large")
+    add("--method", choices=METHODS, help="what learns (default: moram)")
+    add("--preset", choices=PRESETS, default="paper", help="settings to start from")
+    add("--config", type=Path, action="append", default=[], help="YAML file of settings")
+    add(
+        "--set",
+        dest="changes",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any setting of moram.trace.settings.TraceSettings, such as lr=1e-3 or "
+        "method_args.top_k=4",
+    )
+    add("--out", help="folder for everything the run writes; the same command goes on in it")
+    add("--full-matrix", action="store_true", default=None, help="score unlearned tasks too")
+    add("--quiet", action="store_true", default=None, help="no bar and no lines")
+
+
+def _run_trace(arguments, parser):
+    from .trace.run import Stopped, run_trace
+    from .trace.settings import make_settings, parse_change
+
+    names = ("model", "data", "tasks", "suite", "order", "method", "out", "full_matrix", "quiet")
+    given = {n: getattr(arguments, n) for n in names if getattr(arguments, n) is not None}
+    if "tasks" in given:
+        given["tasks"] = tuple(name for name in given["tasks"].split(",") if name)
+    changes = dict(parse_change(text) for text in arguments.changes)
+    settings = make_settings(arguments.preset, files=arguments.config, changes=[given, changes])
+    asked = []
+
+    def ask(number, frame):
+        # The second time, the usual thing happens.
+        asked.append(number)
+        signal.signal(number, signal.default_int_handler)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        run_demo(DemoSettings(**values))
-    except ImportError as error:
-        print(f"moram demo: {error}; install it with: pip install 'moram[demo]'", file=sys.stderr)
-        return 1
-    except (OSError, TypeError, ValueError, RuntimeError) as error:
-        print(f"moram demo: {error}", file=sys.stderr)
-        return 1
+        run_trace(settings, stop=lambda: bool(asked))
+    except (Stopped, KeyboardInterrupt) as stopped:
+        print(f"moram trace: {stopped or 'interrupted'}", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 0
+
+
+def _run_table(arguments, parser):
+    from .trace.report import read_results, write_report
+
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    write_report(read_results(arguments.runs), arguments.out)
+    print((arguments.out / "table.md").read_text(encoding="utf-8"))
     return 0

@@ -20,13 +20,15 @@ class Task(NamedTuple):
     test: tuple[Example, ...]
 
 
-def load_stream(directory, names):
+def load_stream(directory, names, train_split=None, test_split="test"):
     """Read tasks in TRACE's format, in order.
 
     Args:
         directory: holds NAME/train.json and NAME/test.json, each a JSON list of
             {"prompt": str, "answer": str}.
         names: the tasks, in the order they are learned.
+        train_split: dict from task to the file it is trained on, where that is not "train".
+        test_split: the file that is scored: "test" or "eval".
     Returns:
         A list of `Task`.
     Raises:
@@ -36,16 +38,26 @@ def load_stream(directory, names):
     directory, names = Path(directory), list(names)
     if not names or len(set(names)) != len(names):
         raise ValueError(f"tasks must be one or more different names, got {names}")
-    present = sorted(path.parent.name for path in directory.glob("*/train.json"))
-    for name in names:
-        if name not in present:
+    present = sorted({path.parent.name for path in directory.glob("*/*.json")})
+    splits = {name: (train_split or {}).get(name, "train") for name in names}
+    for name, split in splits.items():
+        if not (directory / name / f"{split}.json").is_file():
+            others = sorted(path.stem for path in (directory / name).glob("*.json"))
             raise FileNotFoundError(
-                f"{directory} has no task {name!r} (no {name}/train.json); "
-                f"it has: {', '.join(present) or 'none'}"
+                f"{directory} has no task {name!r} (no {name}/{split}.json); "
+                + (
+                    f"the task has: {', '.join(others)}"
+                    if others
+                    else f"it has: {', '.join(present) or 'none'}"
+                )
             )
     return [
-        Task(name, _read(directory / name / "train.json"), _read(directory / name / "test.json"))
-        for name in names
+        Task(
+            name,
+            _read(directory / name / f"{split}.json"),
+            _read(directory / name / f"{test_split}.json"),
+        )
+        for name, split in splits.items()
     ]
 
 

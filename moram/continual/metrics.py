@@ -1,5 +1,6 @@
 """Scores of a run from its accuracy matrix R[t][i]: task i after training task t, in percent."""
 
+import math
 from collections import Counter
 
 
@@ -30,6 +31,125 @@ def forgetting(matrix):
     earlier = range(len(matrix) - 1)
     drops = [max(row[i] for row in matrix[i:]) - matrix[-1][i] for i in earlier]
     return sum(drops) / max(1, len(drops))
+
+
+def trace_backward_transfer(matrix):
+    """BWT over all T tasks, the last of which adds 0; percentage points, negative = forgetting.
+
+    (1/T) sum_i (R[T, i] - R[i, i]): (T - 1) / T of `backward_transfer`.
+
+    Args:
+        matrix: R, T rows of T scores in percent. Cells above the diagonal may be None or NaN.
+    Returns:
+        float.
+    Raises:
+        ValueError: no square matrix, or a cell of the diagonal or last row is missing.
+    Source: Wang et al., TRACE, 2023 (as the source of ZinYY/TreeLoRA keeps it in a comment).
+    """
+    size = _check(matrix, lambda t, i, size: t in (i, size - 1))
+    return sum(matrix[-1][i] - matrix[i][i] for i in range(size)) / size
+
+
+def trace_forgetting(matrix):
+    """What tables on TRACE print as BWT: tasks that got better count as 0, sign flipped; >= 0.
+
+    -(1/T) sum_i min(R[T, i] - R[i, i], 0), in percentage points; lower is better.
+
+    Args:
+        matrix: R, T rows of T scores in percent. Cells above the diagonal may be None or NaN.
+    Returns:
+        float >= 0.
+    Raises:
+        ValueError: no square matrix, or a cell of the diagonal or last row is missing.
+    Source: inference/collect_results.py of ZinYY/TreeLoRA and Artificer-AI-Lab/MoRAM, which skip
+        missing cells instead.
+    """
+    size = _check(matrix, lambda t, i, size: t in (i, size - 1))
+    return sum(max(matrix[i][i] - matrix[-1][i], 0.0) for i in range(size)) / size
+
+
+def all_average(matrix):
+    """Mean of the lower triangle with the diagonal: every task after each task since its own.
+
+    Args:
+        matrix: R, T rows of T scores in percent. Cells above the diagonal may be None or NaN.
+    Returns:
+        float in [0, 100].
+    Raises:
+        ValueError: no square matrix, or a cell of the lower triangle is missing.
+    Source: "All Average" of inference/collect_results.py, Artificer-AI-Lab/MoRAM.
+    """
+    size = _check(matrix, lambda t, i, size: i <= t)
+    return sum(sum(matrix[t][: t + 1]) for t in range(size)) / (size * (size + 1) / 2)
+
+
+def transfer(matrix):
+    """X-TAIL: how well tasks are solved before they are learned.
+
+    Mean over the tasks after the first of the mean score on each over all times before it.
+
+    Args:
+        matrix: R, T >= 2 rows of T scores in percent. Only cells above the diagonal matter.
+    Returns:
+        float in [0, 100].
+    Raises:
+        ValueError: no square matrix, one task alone, or a cell above the diagonal is missing.
+    Source: Xu et al., RAIL, NeurIPS 2024; XTAIL/main.py of Artificer-AI-Lab/MoRAM, which also
+        leaves out scores of exactly 0.
+    """
+    size = _check(matrix, lambda t, i, size: t < i)
+    if size < 2:
+        raise ValueError("matrix must have at least 2 tasks, got 1: nothing precedes the first")
+    columns = [sum(matrix[t][i] for t in range(i)) / i for i in range(1, size)]
+    return sum(columns) / len(columns)
+
+
+def average(matrix):
+    """X-TAIL: mean score over all tasks and all times, of all cells.
+
+    Args:
+        matrix: R, T rows of T scores in percent.
+    Returns:
+        float in [0, 100].
+    Raises:
+        ValueError: no square matrix, or a cell is missing.
+    Source: as `transfer`.
+    """
+    size = _check(matrix, lambda t, i, size: True)
+    return sum(map(sum, matrix)) / size**2
+
+
+def last(matrix):
+    """X-TAIL: mean score over all tasks after the last one; the same as `overall_performance`.
+
+    Args:
+        matrix: R, T rows of T scores in percent. Only the last row matters.
+    Returns:
+        float in [0, 100].
+    Raises:
+        ValueError: no square matrix, or a cell of the last row is missing.
+    Source: as `transfer`.
+    """
+    _check(matrix, lambda t, i, size: t == size - 1)
+    return overall_performance(matrix)
+
+
+def _check(matrix, needs):
+    """The number of tasks; ValueError unless the matrix is square and has the cells it needs."""
+    size, widths = len(matrix), [len(row) for row in matrix]
+    if not size or widths != [size] * size:
+        raise ValueError(
+            "matrix must be square, a row after each task and a column for each, got "
+            f"{size} rows of {', '.join(map(str, widths)) or 'no'} scores"
+        )
+    for t, row in enumerate(matrix):
+        for i, score in enumerate(row):
+            if needs(t, i, size) and (score is None or math.isnan(score)):
+                raise ValueError(
+                    f"matrix[{t}][{i}] must be a score, got {score}: evaluate task {i} after "
+                    f"task {t} as well (counted from 0)"
+                )
+    return size
 
 
 def majority_accuracy(examples):

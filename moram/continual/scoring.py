@@ -67,13 +67,18 @@ def encode(tokenizer, examples, max_length=192, multiple=16):
 
 
 def answer_logits(model, input_ids, attention_mask, tail):
-    """Logits that predict the last `tail` positions [B, tail, V]; the others are not computed."""
+    """Logits that predict the last `tail` positions [B, tail, V]; the others are not computed.
+
+    Args:
+        input_ids: token ids [B, L], or embeddings [B, L, D] in their place.
+    """
     length = input_ids.shape[1]
     # Positions as a tensor: their hidden states are then gathered into whole rows. A slice would
     # reach the head with gaps, and torch would copy the head's weight once per example.
     positions = torch.arange(length - tail - 1, length - 1, device=input_ids.device)
+    name = "inputs_embeds" if input_ids.is_floating_point() else "input_ids"
     output = model(
-        input_ids=input_ids,
+        **{name: input_ids},
         attention_mask=attention_mask,
         logits_to_keep=positions,
         use_cache=False,

@@ -89,3 +89,18 @@ def load_model(folder, dtype):
     # On CPU and for short texts the plain attention is the faster one.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
     return model.eval(), tokenizer
+
+
+def pick_dtype(name, device="cpu"):
+    """The torch dtype for "auto", "bfloat16" or "float32".
+
+    "auto" is bfloat16 where the device multiplies it natively, else float32.
+    """
+    import torch
+
+    if name == "auto":
+        native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        return torch.bfloat16 if native or torch.device(device).type != "cpu" else torch.float32
+    if name not in ("bfloat16", "float32"):
+        raise ValueError(f"dtype must be auto, bfloat16 or float32, got {name!r}")
+    return getattr(torch, name)

@@ -15,7 +15,7 @@ from ..continual import load_stream
 from ..inject import adapters
 from ..methods import MoRAM, SequentialLoRA, TrainSettings, run_stream
 from ..methods.stream import encode_stream, num_examples, score
-from .model import NAME, fetch_weights, load_model
+from .model import NAME, fetch_weights, load_model, pick_dtype
 from .report import format_report
 
 DATA = Path(__file__).with_name("data")
@@ -128,16 +128,6 @@ def run_demo(settings, log=print):
 def _write(results, out):
     text = json.dumps(results, indent=1) + "\n"
     (out / "results.json").write_text(text, encoding="utf-8")
-
-
-def pick_dtype(name):
-    """The torch dtype for "auto", "bfloat16" or "float32"."""
-    if name == "auto":
-        native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-        return torch.bfloat16 if native else torch.float32
-    if name not in ("bfloat16", "float32"):
-        raise ValueError(f"dtype must be auto, bfloat16 or float32, got {name!r}")
-    return getattr(torch, name)
 
 
 def _methods(settings):

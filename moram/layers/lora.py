@@ -16,25 +16,42 @@ class LoRALinear(AdapterLinear):
         base_layer: see `AdapterLinear`.
         rank: rows of A [rank, D], columns of B [O, rank].
         alpha: scale of the update; the default, 2 rank, is the common one.
+        dropout: probability of dropping an input feature before A sees it, in [0, 1).
         dtype: of A and B; float32 keeps small updates that bfloat16 loses.
         generator: for the initial A.
     Source: Hu et al., ICLR 2022, arXiv 2106.09685.
     """
 
-    def __init__(self, base_layer, rank, alpha=None, *, dtype=torch.float32, generator=None):
+    def __init__(
+        self, base_layer, rank, alpha=None, *, dropout=0.0, dtype=torch.float32, generator=None
+    ):
         super().__init__(base_layer)
         if rank < 1:
             raise ValueError(f"rank must be >= 1, got {rank}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.scale = (2 * rank if alpha is None else alpha) / rank
+        self.dropout = dropout
         like = {"device": base_layer.weight.device, "dtype": dtype}
-        device = like["device"] if generator is None else generator.device
-        bound = 1 / math.sqrt(self.in_features)
-        down = torch.empty(rank, self.in_features, dtype=dtype, device=device)
-        down.uniform_(-bound, bound, generator=generator)
-        self.lora_A = nn.Parameter(down.to(like["device"]))
+        self.lora_A = nn.Parameter(torch.empty(0, self.in_features, **like))
+        self.lora_A = nn.Parameter(self.new_down(rank, generator))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, **like))
+
+    def new_down(self, rows, generator=None):
+        """Initial rows of A [rows, D], uniform in +-1/sqrt(D) (Kaiming with a = sqrt(5))."""
+        like = self.lora_A
+        # Drawn where the generator lives: a CPU generator gives the same rows on every device.
+        device = like.device if generator is None else generator.device
+        bound = 1 / math.sqrt(self.in_features)
+        down = torch.empty(rows, self.in_features, dtype=like.dtype, device=device)
+        return down.uniform_(-bound, bound, generator=generator).to(like.device)
+
+    def dropped(self, x):
+        """The input as A sees it: in the adapter's dtype, with features dropped in training."""
+        x = x.to(self.lora_A.dtype)
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
     def forward(self, x):
         base = self.base_layer(x)
-        down = F.linear(x.to(self.lora_A.dtype), self.lora_A)
+        down = F.linear(self.dropped(x), self.lora_A)
         return base + (F.linear(down, self.lora_B) * self.scale).to(base.dtype)

@@ -78,7 +78,7 @@ class MoRAMLinear(AdapterLinear):
         if torch.compiler.is_compiling():
             # Whole buffers and a count that is data: nothing to recompile when a task is added.
             keys, values, call["num_frozen"] = bank.frozen_keys, bank.frozen_values, bank.live
-            call["current_keys"], call["current_values"] = bank.current_keys, bank.scaled_values()
+            call["current_keys"], call["current_values"] = bank.acting_keys(), bank.scaled_values()
             whole = False
         else:
             keys, values, call["current_keys"], call["current_values"] = bank.segments()

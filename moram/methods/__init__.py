@@ -1,9 +1,39 @@
 """Methods of continual learning, one file each, with the same hooks."""
 
 from .base import Method
+from .codyra import CoDyRA
+from .ewc import EWC
+from .hide_lora import HiDeLoRA
+from .in_context import InContext
+from .joint import JointLoRA
 from .lora import SequentialLoRA
+from .moe_lora import MoELoRA
 from .moram import MoRAM
+from .o_lora import OLoRA
+from .registry import METHODS, accepted_arguments, make_method
 from .stream import run_stream
+from .task_lora import TaskLoRA
 from .train import TrainSettings
+from .tree_lora import TreeLoRA
+from .zero_shot import ZeroShot
 
-__all__ = ["Method", "MoRAM", "SequentialLoRA", "TrainSettings", "run_stream"]
+__all__ = [
+    "EWC",
+    "METHODS",
+    "CoDyRA",
+    "HiDeLoRA",
+    "InContext",
+    "JointLoRA",
+    "Method",
+    "MoELoRA",
+    "MoRAM",
+    "OLoRA",
+    "SequentialLoRA",
+    "TaskLoRA",
+    "TrainSettings",
+    "TreeLoRA",
+    "ZeroShot",
+    "accepted_arguments",
+    "make_method",
+    "run_stream",
+]

@@ -47,8 +47,12 @@ class Method:
         """
         return [(index,) for index in range(count)]
 
-    def begin_task(self, model, index):
-        """Called before training task `index`; the trainable parameters are read after it."""
+    def begin_task(self, model, index, stage):
+        """Called before training task `index`; the trainable parameters are read after it.
+
+        Args:
+            stage: `moram.methods.train.Stage`, the task's training data.
+        """
 
     def auxiliary(self, model):
         """A loss from the last forward pass of a micro-batch (a scalar with graph), or None."""
@@ -63,11 +67,7 @@ class Method:
         """Called after the optimiser changed the parameters."""
 
     def end_task(self, model, index, stage):
-        """Called after training task `index`.
-
-        Args:
-            stage: `moram.methods.train.Stage`, for a further pass over the task's training data.
-        """
+        """Called after training task `index`; the arguments are those of `begin_task`."""
 
     def select(self, model, index):
         """Called before task `index` is scored; only methods with needs_task_id may use it."""

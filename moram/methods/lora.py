@@ -2,28 +2,52 @@
 
 import torch
 
-from ..inject import inject_with
+from ..config import check_count
+from ..inject import adapters, inject_with
 from ..layers import LoRALinear
 from .base import Method
 
 
-class SequentialLoRA(Method):
-    """One LoRA trained on task after task; nothing is frozen between them.
+class LoRAMethod(Method):
+    """What all methods on LoRA share: their settings, and putting the layers in.
 
     Args:
-        rank: equal to MoRAM's atoms per task for as many trained parameters.
-        alpha: scale, see `LoRALinear`.
+        rank: trained per task; equal to MoRAM's atoms per task for as many trained parameters.
+        alpha: the scale of an update is alpha / rank; None = 2 rank.
         targets, exclude: as in `MoRAMConfig`.
+        seed: of the initial factors and of whatever else the method draws.
+        dropout: probability of dropping an input feature before A sees it, in training.
     """
 
-    name = "sequential LoRA"
+    layer = LoRALinear
 
-    def __init__(self, rank=8, alpha=None, targets="auto", exclude=(), seed=0):
+    def __init__(self, rank=8, alpha=None, targets="auto", exclude=(), seed=0, dropout=0.0):
+        check_count("rank", rank, 1)
         self.rank, self.alpha, self.targets, self.exclude = rank, alpha, targets, exclude
+        self.dropout = dropout
         self.generator = torch.Generator().manual_seed(seed)
 
     def setup(self, model):
-        def wrap(linear):
-            return LoRALinear(linear, self.rank, self.alpha, generator=self.generator)
+        inject_with(model, self.targets, self.exclude, self.wrap)
 
-        inject_with(model, self.targets, self.exclude, wrap)
+    def wrap(self, linear, **settings):
+        """The layer to put around a Linear."""
+        settings |= {"dropout": self.dropout, "generator": self.generator}
+        return self.layer(linear, self.rank, self.alpha, **settings)
+
+    def layers(self, model):
+        """This method's layers by path, in the order of the model."""
+        return adapters(model, self.layer)
+
+
+class SequentialLoRA(LoRAMethod):
+    """One LoRA trained on task after task; nothing is frozen between them.
+
+    Needs no task id. Stores one LoRA, whatever the number of tasks.
+
+    Args:
+        rank, alpha, targets, exclude, seed, dropout: see `LoRAMethod`.
+    Source: Hu et al., ICLR 2022, arXiv 2106.09685 (the adapter).
+    """
+
+    name = "sequential LoRA"

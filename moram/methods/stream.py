@@ -44,7 +44,8 @@ def run_stream(model, tokenizer, stream, method, settings, step=lambda count: No
     result.untrained = untrained or score(model, data, settings, step)[0]
     method.setup(model)
     for index, (train, _) in enumerate(data):
-        method.begin_task(model, index)
+        stage = Stage(model, train, settings)
+        method.begin_task(model, index, stage)
         trainer = TaskTrainer(model, method, train, settings, index)
         result.trained.append(sum(p.numel() for p in trainer.parameters))
         losses, start = [], time.perf_counter()
@@ -56,7 +57,7 @@ def run_stream(model, tokenizer, stream, method, settings, step=lambda count: No
         trainer.run(note)
         result.seconds.append(time.perf_counter() - start)
         result.losses.append(losses)
-        method.end_task(model, index, Stage(model, train, settings))
+        method.end_task(model, index, stage)
         row, result.predictions = score(model, data, settings, step)
         result.matrix.append(row)
     return result

@@ -172,7 +172,7 @@ def test_hooks_are_called_once_around_each_task():
             model.requires_grad_(False)
             model.lm_head.weight.requires_grad_(True)
 
-        def begin_task(self, model, index):
+        def begin_task(self, model, index, stage):
             calls.append(("begin", index))
 
         def end_task(self, model, index, stage):

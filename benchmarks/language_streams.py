@@ -1,0 +1,99 @@
+"""Runs every method over language streams with a small real model, and writes the tables.
+
+    python benchmarks/language_streams.py search --data DIR --out DIR
+    python benchmarks/language_streams.py textcls --data DIR --out DIR
+    python benchmarks/language_streams.py trace --data DIR --out DIR
+
+Each finished run stays in its folder below --out; the same command goes on with what is missing.
+`--shard 0/2` and `--shard 1/2` share the runs out over two processes. The table of a part is
+written when all its runs are there.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from moram.trace.report import read_results, write_report
+from moram.trace.run import run_trace
+from moram.trace.settings import make_settings
+
+ORDERS = {
+    "order1": ("agnews", "dbpedia", "yelp", "SST-2"),
+    "order2": ("SST-2", "yelp", "dbpedia", "agnews"),
+}
+SEEDS = (0, 1, 2)
+PROTECTED = {"protect": 0.95}
+
+# Four settings for every method, tried on the first two tasks, scored on held-out training data.
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+_PAIRS = [(lr, weight) for lr in (1e-3, 2e-3) for weight in (0, 1)]
+SEARCH = {
+    "moram": ("moram", [(lr, {}) for lr in RATES]),
+    "moram-protected": ("moram", [(lr, PROTECTED) for lr in RATES]),
+    "lora": ("lora", [(lr, {}) for lr in RATES]),
+    "moe-lora": ("moe-lora", [(lr, {}) for lr in RATES]),
+    "codyra": ("codyra", [(lr, {}) for lr in RATES]),
+    "hide-lora": ("hide-lora", [(lr, {}) for lr in RATES]),
+    "o-lora": ("o-lora", [(lr, {"lambda1": (0.05, 0.5)[w]}) for lr, w in _PAIRS]),
+    "ewc": ("ewc", [(lr, {"lam": (400.0, 4000.0)[w]}) for lr, w in _PAIRS]),
+    "tree-lora": ("tree-lora", [(lr, {"reg": (0.1, 0.5)[w]}) for lr, w in _PAIRS]),
+}
+
+
+def search_runs():
+    """Name and changes of each run of the search."""
+    for label, (method, options) in SEARCH.items():
+        for lr, arguments in options:
+            shown = "".join(f"-{k}{v:g}" for k, v in arguments.items() if k != "protect")
+            yield (
+                f"search/{label}-lr{lr:g}{shown}",
+                method,
+                {
+                    "tasks": ORDERS["order1"][:2],
+                    "eval_split": "held-out",
+                    "lr": lr,
+                    **{f"method_args.{k}": v for k, v in arguments.items()},
+                },
+            )
+
+
+PARTS = {"search": search_runs}
+
+
+def main():
+    """Run one part, or this process's share of it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--data", required=True, help="folder of the tasks, in TRACE's format")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shard", default="0/1", help="which share of the runs: INDEX/COUNT")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    index, count = map(int, arguments.shard.split("/"))
+    runs, cached = list(PARTS[arguments.part]()), {}
+    for name, method, changes in runs[index::count]:
+        folder = arguments.out / name
+        if finished(folder):
+            continue
+        start = time.perf_counter()
+        common = {"data": arguments.data, "out": str(folder), "threads": arguments.threads}
+        settings = make_settings("small", method, changes=[common | {"quiet": True} | changes])
+        results = run_trace(settings, cached=cached)
+        summary = {key: round(value, 1) for key, value in results["summary"].items()}
+        print(f"{name}: {summary}, {time.perf_counter() - start:.0f} s", flush=True)
+        # What a finished run needs no more.
+        (folder / "state.pt").unlink()
+    folders = [arguments.out / name for name, _, _ in runs]
+    if all(finished(folder) for folder in folders):
+        write_report(read_results(folders), arguments.out / arguments.part)
+
+
+def finished(folder):
+    """Whether a run in that folder is complete."""
+    path = folder / "results.json"
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["complete"]
+
+
+if __name__ == "__main__":
+    main()

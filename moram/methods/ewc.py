@@ -1,0 +1,96 @@
+"""EWC on LoRA: parameters that earlier tasks need are held where those tasks left them."""
+
+from dataclasses import replace
+
+import torch
+
+from .lora import LoRAMethod
+from .train import Stage
+
+
+class EWC(LoRAMethod):
+    """One continuing LoRA with  0.5 * lam * sum F (theta - theta*)^2  over A and B of all modules.
+
+    After each task F <- gamma F + F_task and theta* <- theta: the Fisher information of the tasks
+    is summed (gamma = 1) or decays (online EWC), around the last task's optimum alone.
+    F_task is the empirical diagonal: the mean over training examples of the squared gradient of
+    the example's loss (the mean over its answer tokens), dropout off.
+
+    Deviations: the published method regularises all weights of the model, here those of the LoRA;
+    the comparison code of TRACE squares gradients of batches during training, which include the
+    penalty's, here they are single examples' after the task.
+
+    Needs no task id. Stores one LoRA and twice as much beside it (F and theta*).
+
+    Args:
+        rank, alpha, targets, exclude, seed, dropout: see `LoRAMethod`.
+        lam: weight of the penalty, >= 0.
+        gamma: what is left of the earlier tasks' Fisher information, in [0, 1].
+        fisher_examples: training examples to pass over, the first ones; None = all.
+    Source: Kirkpatrick et al., PNAS 2017, arXiv 1612.00796; Huszar, arXiv 1712.03847 (one anchor);
+        Schwarz et al., ICML 2018, arXiv 1805.06370 (gamma).
+    Cost: one forward and backward pass per example after the task; in each step as much as the
+        optimiser.
+    """
+
+    name = "EWC"
+
+    def __init__(
+        self,
+        rank=8,
+        alpha=None,
+        targets="auto",
+        exclude=(),
+        seed=0,
+        dropout=0.0,
+        lam=400.0,
+        gamma=1.0,
+        fisher_examples=None,
+    ):
+        super().__init__(rank, alpha, targets, exclude, seed, dropout)
+        if lam < 0 or not 0 <= gamma <= 1:
+            raise ValueError(f"lam must be >= 0 and gamma in [0, 1], got {lam} and {gamma}")
+        if fisher_examples is not None and fisher_examples < 1:
+            raise ValueError(f"fisher_examples must be >= 1 or None, got {fisher_examples}")
+        self.lam, self.gamma, self.fisher_examples = lam, gamma, fisher_examples
+        self.fisher, self.anchor = {}, {}
+
+    def penalty(self, model, step):
+        if not self.fisher:
+            return None
+        total = 0.0
+        for name, parameter in self._parameters(model).items():
+            for held in (self.fisher, self.anchor):
+                # After a restart they may still lie on the CPU.
+                held[name] = held[name].to(parameter.device)
+            total = total + (self.fisher[name] * (parameter - self.anchor[name]).square()).sum()
+        return 0.5 * self.lam * total
+
+    def end_task(self, model, index, stage):
+        parameters = self._parameters(model)
+        fresh = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        count = 0
+        # One example at a time, so that the memory setting changes nothing.
+        single = Stage(stage.model, stage.data, replace(stage.settings, micro_batch=1))
+        for loss, examples in single.losses(self.fisher_examples):
+            gradients = torch.autograd.grad(loss, list(parameters.values()))
+            for square, gradient in zip(fresh.values(), gradients, strict=True):
+                square += gradient.square()
+            count += examples
+        for name, parameter in parameters.items():
+            task = fresh[name] / max(1, count)
+            before = self.fisher.get(name)
+            self.fisher[name] = (
+                task if before is None else self.gamma * before.to(task.device) + task
+            )
+            self.anchor[name] = parameter.detach().clone()
+
+    def state_dict(self):
+        return super().state_dict() | {"fisher": dict(self.fisher), "anchor": dict(self.anchor)}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.fisher, self.anchor = dict(state["fisher"]), dict(state["anchor"])
+
+    def _parameters(self, model):
+        return {name: p for name, p in model.named_parameters() if p.requires_grad}

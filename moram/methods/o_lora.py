@@ -1,0 +1,56 @@
+"""O-LoRA: each task learns in a subspace orthogonal to those of the earlier tasks."""
+
+from ..layers import StackedLoRALinear
+from .lora import LoRAMethod
+
+
+class OLoRA(LoRAMethod):
+    """A new LoRA per task beside the frozen earlier ones; all of them act, weighted alike.
+
+    penalty = lambda1 * sum over modules and earlier tasks t of sum |A_t A^T|
+            + lambda2 * sum over the current A and B of their L2 norm (not squared)
+
+    The first term is zero in the first task and positive from the second on. Needs no task id.
+    Stores one LoRA per task.
+
+    Args:
+        rank, alpha, targets, exclude, seed, dropout: see `LoRAMethod`.
+        lambda1: weight of orthogonality, >= 0; the authors advise 0 to 5.
+        lambda2: weight of the norms, >= 0; the authors advise 0 to 0.5.
+    Source: Wang et al., EMNLP Findings 2023, arXiv 2310.14152.
+    Cost: 2 T rank^2 D FLOPs a module and step for T earlier tasks, besides the stack's own.
+    """
+
+    name = "O-LoRA"
+    layer = StackedLoRALinear
+
+    def __init__(
+        self,
+        rank=8,
+        alpha=None,
+        targets="auto",
+        exclude=(),
+        seed=0,
+        dropout=0.0,
+        lambda1=0.5,
+        lambda2=0.0,
+    ):
+        super().__init__(rank, alpha, targets, exclude, seed, dropout)
+        if lambda1 < 0 or lambda2 < 0:
+            raise ValueError(f"lambda1 and lambda2 must be >= 0, got {lambda1} and {lambda2}")
+        self.lambda1, self.lambda2 = lambda1, lambda2
+
+    def begin_task(self, model, index, stage):
+        if index:
+            for layer in self.layers(model).values():
+                layer.grow(self.generator)
+
+    def penalty(self, model, step):
+        terms = []
+        for layer in self.layers(model).values():
+            if self.lambda1 and layer.num_frozen:
+                overlap = layer.frozen_A.flatten(0, 1) @ layer.lora_A.T
+                terms.append(self.lambda1 * overlap.abs().sum())
+            if self.lambda2:
+                terms.append(self.lambda2 * (layer.lora_A.norm() + layer.lora_B.norm()))
+        return sum(terms) if terms else None

@@ -1,0 +1,153 @@
+"""Keeps the keys of new atoms out of the directions that earlier tasks' inputs occupy."""
+
+import torch
+
+
+class InputSketch:
+    """The uncentred second moment of a layer's inputs, as its leading directions.
+
+    Args:
+        size: directions kept at most.
+    """
+
+    def __init__(self, size):
+        self.size = size
+        # Row i is the square root of an eigenvalue times its eigenvector; total is the trace.
+        self.rows = self.total = None
+
+    def add(self, moment):
+        """Add a second moment [D, D], such as the mean of x x^T over a task's inputs."""
+        total = moment.trace()
+        if self.rows is not None:
+            moment = moment + self.rows.T @ self.rows
+            total = total + self.total
+        values, vectors = torch.linalg.eigh(moment)
+        values, vectors = values.flip(0)[: self.size], vectors.flip(1)[:, : self.size]
+        self.rows, self.total = (vectors * values.clamp_min(0).sqrt()).T.contiguous(), total
+
+    def basis(self, energy):
+        """Orthonormal rows [k, D]: the fewest that hold that part of the trace, or all kept."""
+        values = self.rows.square().sum(1)
+        short = values.cumsum(0) / self.total.clamp_min(1e-30) < energy
+        count = min(int(short.sum()) + 1, len(values))
+        return self.rows[:count] / values[:count, None].sqrt().clamp_min(1e-30)
+
+
+class KeyProtection:
+    """What earlier tasks' inputs look like, and how the keys of new atoms avoid them.
+
+    Before a task: with U [k, D] the leading directions of the inputs of all earlier tasks, the new
+    keys K act as g (K - K U^T U), in training too. The gain g lets them compete: with it, the root
+    mean square of their first scores on the new task's inputs is that of the frozen atoms'. So new
+    atoms score near zero on what lies in the protected directions, whatever the optimiser does, and
+    write next to nothing there: earlier tasks' outputs remain.
+
+    No inputs are kept, and no task id is needed. Layers that read the same tensor share a sketch.
+
+    Args:
+        energy: the part of the inputs' second moment to protect, in (0, 1).
+        size: directions kept per layer at most.
+        examples: training examples per task that the moments are measured on.
+    """
+
+    def __init__(self, energy=0.95, size=128, examples=80):
+        if not 0 < energy < 1:
+            raise ValueError(f"energy must be in (0, 1), got {energy}")
+        self.energy, self.size, self.examples = energy, size, examples
+        self.sketches, self.guards = {}, {}
+
+    @torch.no_grad()
+    def begin(self, found, stage):
+        """Keep the new keys out of the protected directions from now on.
+
+        Args:
+            found: `MoRAMLinear`s by path. stage: `Stage` of the new task.
+        """
+        moments, leader = measure(stage, found, self.examples)
+        bases = {path: sketch.basis(self.energy) for path, sketch in self.sketches.items()}
+        self.guards = {}
+        for path, adapter in found.items():
+            moment, bank = moments[leader[path]], adapter.bank
+            basis = bases[leader[path]]
+            bank.guard_keys(basis)
+            old = _rms_scores(bank.frozen_keys[: bank.num_frozen], moment).mean()
+            new = _rms_scores(bank.acting_keys(), moment).mean().clamp_min(1e-12)
+            self.guards[path] = (basis, float(old / new))
+        self.resume(found)
+
+    def resume(self, found):
+        """Guard the current keys, as `begin` did before the state was saved."""
+        for path, (basis, gain) in self.guards.items():
+            bank = found[path].bank
+            bank.guard_keys(basis.to(bank.current_keys.device), gain)
+
+    @torch.no_grad()
+    def end(self, found, stage):
+        """Remember the inputs of the task that was just learned, and let its keys be plain ones."""
+        self.guards = {}
+        for adapter in found.values():
+            adapter.bank.fold_keys()
+        moments, _ = measure(stage, found, self.examples)
+        for path, moment in moments.items():
+            self.sketches.setdefault(path, InputSketch(self.size)).add(moment)
+
+    def state_dict(self):
+        """Sketches and guards, by path."""
+        return {
+            "rows": {path: s.rows for path, s in self.sketches.items()},
+            "total": {path: s.total for path, s in self.sketches.items()},
+            "guards": {path: list(guard) for path, guard in self.guards.items()},
+        }
+
+    def load_state_dict(self, state):
+        """Inverse of `state_dict`."""
+        self.guards = {path: tuple(guard) for path, guard in state["guards"].items()}
+        self.sketches = {path: InputSketch(self.size) for path in state["rows"]}
+        for path, sketch in self.sketches.items():
+            sketch.rows, sketch.total = state["rows"][path], state["total"][path]
+
+
+def _rms_scores(keys, moment):
+    """sqrt(k^T C k) for each key: the root mean square of its scores on inputs of moment C."""
+    keys = keys.to(moment.dtype)
+    return ((keys @ moment) * keys).sum(1).clamp_min(0).sqrt()
+
+
+@torch.no_grad()
+def measure(stage, found, examples=None):
+    """Mean x x^T over the non-padding inputs of each adapter, in one pass over training examples.
+
+    Args:
+        stage: `Stage`. found: adapters by path. examples: at most; None = all.
+    Returns:
+        (moments, leader): float32 or wider [D, D] by path, and for every path the path of the
+        first adapter that reads the same tensor, under which its moment is found.
+    """
+    sums, leader, now, count = {}, {}, {}, 0
+
+    def note_mask(_, arguments, named):
+        mask = named["attention_mask"].bool()
+        now.update(mask=mask, last=(None, None))
+
+    def note_input(adapter, arguments):
+        nonlocal count
+        x, path = arguments[0], paths[adapter]
+        seen, first = now["last"]
+        if x is seen:
+            leader[path] = first
+            return
+        now["last"] = (x, path)
+        leader[path] = path
+        rows = x[now["mask"]].to(torch.promote_types(x.dtype, torch.float32))
+        sums[path] = sums.get(path, 0) + rows.T @ rows
+
+    paths = {adapter: path for path, adapter in found.items()}
+    hooks = [adapter.register_forward_pre_hook(note_input) for adapter in paths]
+    hooks.append(stage.model.register_forward_pre_hook(note_mask, with_kwargs=True))
+    try:
+        for _ in stage.losses(examples):
+            count += int(now["mask"].sum())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {path: total / count for path, total in sums.items()}, leader

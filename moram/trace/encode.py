@@ -1,0 +1,138 @@
+"""Text to tokens and batches: what is cut, what is learned, how batches are padded.
+
+Two ways of joining prompt and answer. "separate" is the published one: prompt and answer are
+tokenised as one text, and as many final tokens are learned as the answer has when it is tokenised
+alone. "joined" tokenises both apart, with a space between them where the prompt ends in none, so
+that what is learned is the answer exactly. Both end in the end-of-text token.
+"""
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from ..continual.scoring import IGNORED
+
+
+class Rows:
+    """Examples as token lists, with how many final tokens of each are the answer.
+
+    Args:
+        ids: list of token lists. answers: answer tokens of each, 0 where nothing is learned.
+        pad: id of the padding token. multiple: batches are padded, on the left, up to a multiple.
+    """
+
+    def __init__(self, ids, answers, pad, multiple=8):
+        self.ids, self.answers, self.pad, self.multiple = ids, answers, pad, multiple
+
+    @classmethod
+    def join(cls, parts):
+        """The examples of several `Rows` as one."""
+        ids = [row for part in parts for row in part.ids]
+        answers = [count for part in parts for count in part.answers]
+        return cls(ids, answers, parts[0].pad, parts[0].multiple)
+
+    def __len__(self):
+        return len(self.ids)
+
+    def batch(self, rows):
+        """(input_ids, attention_mask, labels), each [B, L], of some examples."""
+        rows = [int(row) for row in rows]
+        ids = [torch.tensor(self.ids[row]) for row in rows]
+        ones = [torch.ones_like(row) for row in ids]
+        labels = [row.clone() for row in ids]
+        for label, row in zip(labels, rows, strict=True):
+            label[: len(label) - self.answers[row]] = IGNORED
+        return tuple(
+            self._pad(part, value)
+            for part, value in ((ids, self.pad), (ones, 0), (labels, IGNORED))
+        )
+
+    def length(self, row):
+        """Tokens of an example."""
+        return len(self.ids[row])
+
+    def num_labels(self, rows):
+        """Answer tokens of some examples together."""
+        return sum(self.answers[int(row)] for row in rows)
+
+    def _pad(self, rows, value):
+        batch = pad_sequence(rows, batch_first=True, padding_value=value, padding_side="left")
+        short = -batch.shape[1] % self.multiple
+        return torch.nn.functional.pad(batch, (short, 0), value=value)
+
+
+class Encoder:
+    """Turns a task's examples into `Rows`.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        settings: `TraceSettings`.
+    """
+
+    def __init__(self, tokenizer, settings):
+        self.tokenizer, self.settings = tokenizer, settings
+        self.eos = tokenizer.eos_token_id
+        if self.eos is None:
+            raise ValueError("the tokenizer has no end-of-text token")
+        self.bos = self.eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        # The published choice: unknown, else end, else beginning of text.
+        options = (tokenizer.pad_token_id, tokenizer.unk_token_id, self.eos)
+        self.pad = next(token for token in options if token is not None)
+
+    def tokens(self, text):
+        """The ids of a text, without special tokens."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def prompts(self, task, texts):
+        """`Rows` of prompts alone, to be continued."""
+        limit = self.settings.of("max_prompt", task)
+        rows = []
+        for text in texts:
+            ids = self._cut(self.tokens(text), task, limit)
+            if self.settings.labels == "separate" and len(ids) < limit:
+                ids = [self.bos, *ids]
+            rows.append(ids)
+        return Rows(rows, [0] * len(rows), self.pad, self.settings.pad_multiple)
+
+    def examples(self, task, examples):
+        """`Rows` of prompts with their answers."""
+        make = self._joined if self.settings.labels == "joined" else self._separate
+        rows = [make(task, prompt, answer) for prompt, answer in examples]
+        return Rows(
+            [ids for ids, _ in rows], [n for _, n in rows], self.pad, self.settings.pad_multiple
+        )
+
+    def num_cut(self, task, examples):
+        """How many prompts, and how many answers, are longer than they may be."""
+        prompt, answer = self.settings.of("max_prompt", task), self.settings.max_answer
+        return (
+            sum(len(self.tokens(e.prompt)) > prompt for e in examples),
+            sum(len(self.tokens(e.answer)) > answer for e in examples),
+        )
+
+    def _cut(self, ids, task, limit):
+        if len(ids) <= limit:
+            return ids
+        return ids[:limit] if task in self.settings.truncate_right else ids[-limit:]
+
+    def _joined(self, task, prompt, answer):
+        spaced = answer if prompt[-1:].isspace() else f" {answer}"
+        tail = [*self.tokens(spaced)[: self.settings.max_answer - 1], self.eos]
+        head = self._cut(self.tokens(prompt), task, self.settings.of("max_prompt", task))
+        return head + tail, len(tail)
+
+    def _separate(self, task, prompt, answer):
+        limit, room = self.settings.of("max_prompt", task), self.settings.max_answer
+        if task in self.settings.truncate_right:
+            # The answer first, with room for both special tokens; the prompt takes what is left.
+            label = [*self.tokens(answer)[: room + 1], self.eos]
+            head = self.tokens(prompt)[: limit + room - len(label) - 1]
+            return [self.bos, *head, *label], len(label)
+        length = limit + room
+        ids = self.tokens(prompt + answer)[-length:]
+        count = len(self.tokens(answer)) + 1
+        # As published: without room for it there is no end of text, and the count stays.
+        if len(ids) < length:
+            ids = [*ids, self.eos]
+        if len(ids) < length:
+            ids = [self.bos, *ids]
+        return ids, min(count, len(ids) - 1)

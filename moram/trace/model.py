@@ -1,0 +1,98 @@
+"""The model of a run: loaded, quantised, sharded."""
+
+from ..demo.model import fetch_weights, pick_dtype
+from ..inject import adapters
+from ..layers import AdapterLinear
+from .prefix import check_layers
+
+SMOLLM2 = "smollm2"
+
+
+def load(settings, device, log):
+    """The base model in eval mode on the device, its tokenizer, and its name.
+
+    Args:
+        settings: `TraceSettings`. device: a torch device. log: called with lines of text.
+    Raises:
+        OSError, ValueError: there is no such model, or the settings do not fit it.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    name = settings.model
+    folder = fetch_weights(None, log) if name == SMOLLM2 else name
+    dtype = pick_dtype(settings.dtype, device)
+    more = {}
+    if settings.quantize:
+        from transformers import BitsAndBytesConfig
+
+        more["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+        more["device_map"] = {"": device}
+    # On the CPU and for short texts the plain attention is the faster one.
+    attention = "eager" if device.type == "cpu" else "sdpa"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=attention, **more
+    )
+    if not settings.quantize:
+        model.to(device)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    check_layers(model, settings.first_layer)
+    _check_context(model, settings)
+    return model.eval(), tokenizer
+
+
+def excluded(settings):
+    """`exclude` for the methods: the setting's own, and the layers below first_layer."""
+    below = [f"*layers.{layer}.*" for layer in range(settings.first_layer)]
+    return (*settings.exclude, *below)
+
+
+def compile_parts(model):
+    """Let torch.compile fuse what lies between the adapters: MLPs and norms, usually."""
+    for layer in model.model.layers:
+        for part in layer.children():
+            if not adapters(part, AdapterLinear):
+                part.compile(dynamic=False)
+
+
+def shard(model):
+    """Share the base's parameters out over the processes (FSDP2); adapters stay whole everywhere.
+
+    Their gradients are summed by the trainer, so banks may grow and methods may replace their
+    parameters.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    whole = {p for a in adapters(model, AdapterLinear).values() for p in _own_parameters(a)}
+    for layer in model.model.layers:
+        fully_shard(layer, ignored_params=whole)
+    fully_shard(model, ignored_params=whole)
+    model.is_sharded = True
+
+
+def _own_parameters(adapter):
+    return [p for n, p in adapter.named_parameters() if not n.startswith("base_layer.")]
+
+
+def _check_context(model, settings):
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is None:
+        return
+    for task in settings.tasks:
+        prompt = settings.of("max_prompt", task)
+        answer = max(
+            settings.max_answer,
+            settings.of("max_new_tokens", task)
+            if settings.of("decoding", task) == "generate"
+            else 0,
+        )
+        if prompt + answer > context:
+            raise ValueError(
+                f"max_prompt {prompt} and {answer} tokens of answer for {task} do not fit the "
+                f"model's context of {context}: lower max_prompt, max_answer or max_new_tokens"
+            )

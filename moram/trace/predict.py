@@ -1,0 +1,91 @@
+"""Answers of a model: generated, or decided in one pass over the true answer."""
+
+import torch
+
+from ..continual.scoring import IGNORED, answer_logits
+
+
+@torch.no_grad()
+def generate(model, tokenizer, rows, settings, task, processes, step=lambda count: None):
+    """Greedy continuations of prompts, as text, without special tokens.
+
+    Prompts are padded on the left, and those of equal length go together, so that what a batch
+    holds besides an example changes its answer by rounding at most.
+
+    Args:
+        rows: `Rows` of prompts. settings: `TraceSettings`. processes: `Processes`; each answers its
+            share, and all get all answers.
+        step: called with the number of examples done.
+    """
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=settings.of("max_new_tokens", task),
+        repetition_penalty=settings.repetition_penalty,
+        no_repeat_ngram_size=settings.no_repeat_ngram,
+        pad_token_id=rows.pad,
+        eos_token_id=_stops(model, tokenizer),
+        use_cache=True,
+    )
+    device = next(model.parameters()).device
+    order = by_length(rows)
+    # Every process makes as many calls as the others: a sharded model answers together.
+    order += order[: -len(order) % processes.world]
+    answers = []
+    for start in range(0, len(processes.share(order)), settings.eval_batch):
+        part = processes.share(order)[start : start + settings.eval_batch]
+        ids, mask, _ = (t.to(device) for t in rows.batch(part))
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            synced_gpus=processes.world > 1 and getattr(model, "is_sharded", False),
+        )
+        texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+        answers += zip(part, texts, strict=True)
+        step(len(part) * processes.world)
+    found = dict(processes.gather(answers))
+    return [found[row] for row in range(len(rows))]
+
+
+def _stops(model, tokenizer):
+    own = getattr(model.generation_config, "eos_token_id", None)
+    own = own if isinstance(own, list) else [own]
+    return sorted({t for t in (*own, tokenizer.eos_token_id) if t is not None})
+
+
+@torch.no_grad()
+def forced(model, tokenizer, rows, settings, processes, step=lambda count: None):
+    """What greedy decoding writes, as far as it agrees with the true answer, as text.
+
+    One pass over prompt and true answer gives the most likely token at each place. Up to and with
+    the first one that differs from the answer, these are the tokens that greedy decoding writes;
+    the text ends there. So a text begins with the answer where greedy decoding begins so.
+
+    Args:
+        rows: `Rows` or `CachedRows` of prompts with answers; the rest as for `generate`.
+    """
+    device = next(model.parameters()).device
+    everyone = by_length(rows)
+    everyone += everyone[: -len(everyone) % processes.world]
+    mine, answers = processes.share(everyone), []
+    for start in range(0, len(mine), settings.eval_batch):
+        part = mine[start : start + settings.eval_batch]
+        ids, mask, labels = (t.to(device) for t in rows.batch(part))
+        tail = int(labels.ne(IGNORED).sum(1).max())
+        best = answer_logits(model, ids, mask, tail).argmax(-1)
+        for row, found, wanted in zip(part, best.cpu(), labels[:, -tail:].cpu(), strict=True):
+            known = wanted.ne(IGNORED)
+            found, wanted = found[known], wanted[known]
+            wrong = found.ne(wanted).nonzero()
+            end = len(found) if not len(wrong) else int(wrong[0]) + 1
+            answers.append((row, tokenizer.decode(found[:end], skip_special_tokens=True)))
+        step(len(part) * processes.world)
+    found = dict(processes.gather(answers))
+    return [found[row] for row in range(len(rows))]
+
+
+def by_length(rows):
+    """The places of examples, short ones first: batches of equal lengths need little padding."""
+    return sorted(range(len(rows)), key=rows.length)

@@ -1,0 +1,56 @@
+"""Named starting points: the published protocol, and one that fits a small model on a CPU."""
+
+from .protocol import PAPER_EPOCHS
+
+# The TRACE run of arXiv 2506.21035 (its released runner): sections on data, optimiser, decoding.
+# Rates and epochs of the baselines are those of the TreeLoRA code base, which compares them.
+_LONG_EPOCHS = dict(
+    zip(PAPER_EPOCHS, (5, 3, 7, 5, 3, 5, 5, 7), strict=True),
+)
+_LORA = {"lr": 1e-4, "epochs": {**_LONG_EPOCHS, "*": 1}, "method_args": {"alpha": 32}}
+_PAPER = {
+    "*": {
+        "lr": 5e-4,
+        "epochs": {**PAPER_EPOCHS, "*": 1},
+        "dropout": 0.1,
+        "max_prompt": {"MeetingBank": 4096, "*": 1024},
+        "truncate_right": ("MeetingBank",),
+        "repetition_penalty": 1.2,
+        "no_repeat_ngram": 3,
+    },
+    "moram": {"method_args": {"value_scale": 2.0, "temperature": 0.03, "threshold": 0.2}},
+    "lora": _LORA,
+    "o-lora": _LORA,
+    "hide-lora": _LORA,
+    "tree-lora": {"lr": 1e-4, "method_args": {"alpha": 32}},
+}
+
+_SMALL = {
+    "*": {
+        "model": "smollm2",
+        "first_layer": 20,
+        "cache_prefix": True,
+        "lr": 2e-3,
+        "epochs": 1,
+        "batch_size": 8,
+        "micro_batch": None,
+        "schedule": "linear",
+        "betas": (0.9, 0.999),
+        "average": "token",
+        "drop_last": True,
+        "seed": 0,
+        "max_prompt": 112,
+        "max_answer": 16,
+        "labels": "joined",
+        "pad_multiple": 32,
+        "decoding": "forced",
+        "max_new_tokens": 24,
+        "eval_batch": 8,
+        "train_limit": 256,
+        "untrained": False,
+    },
+    "moram": {"method_args": {"value_scale": 8.0}},
+    "ewc": {"method_args": {"fisher_examples": 64}},
+}
+
+PRESETS = {"paper": _PAPER, "small": _SMALL}

@@ -1,0 +1,177 @@
+"""Results as numbers and tables: Markdown, CSV, LaTeX. The picture is drawn by `plot`."""
+
+import csv
+import io
+import json
+from collections import Counter
+from pathlib import Path
+from statistics import mean, stdev
+
+from ..continual import metrics
+from .files import write_text
+
+# name in results.json: (column title, function of R, decimals)
+SUMMARY = {
+    "overall_performance": ("OP", metrics.overall_performance),
+    "plasticity": ("just learned", metrics.plasticity),
+    "backward_transfer": ("BWT (unclipped, T-1)", metrics.backward_transfer),
+    "trace_backward_transfer": ("BWT (unclipped, T)", metrics.trace_backward_transfer),
+    "trace_forgetting": ("BWT (TRACE: clipped, T, sign flipped)", metrics.trace_forgetting),
+    "forgetting": ("forgetting (from best)", metrics.forgetting),
+}
+
+
+def summarise(results):
+    """The scores that follow from R, those that are defined, by name.
+
+    Args:
+        results: what results.json holds. One stage (zero-shot, joint training) has no change over
+            time, hence only its overall performance.
+    """
+    matrix = results["matrix"]
+    if len(results["stages"]) == 1:
+        return {"overall_performance": mean(matrix[0])} if matrix else {}
+    if len(matrix) < len(results["stages"]):
+        return {}
+    return {name: function(matrix) for name, (_, function) in SUMMARY.items()}
+
+
+def majority_row(stream, scorers):
+    """What always giving a task's most frequent answer scores, by the task's own scorer."""
+    row = []
+    for task, scorer in zip(stream, scorers, strict=True):
+        answers = [example.answer for example in task.test]
+        (most, _), *_ = Counter(answers).most_common(1)
+        prompts = [example.prompt for example in task.test]
+        row.append(scorer.function(prompts, [most] * len(answers), answers))
+    return row
+
+
+def read_results(folders):
+    """results.json of several runs.
+
+    Raises:
+        FileNotFoundError, ValueError: a folder holds none, or a run that is not complete.
+    """
+    found = []
+    for folder in folders:
+        path = Path(folder) / "results.json" if Path(folder).is_dir() else Path(folder)
+        results = json.loads(path.read_text(encoding="utf-8"))
+        if not results.get("complete"):
+            raise ValueError(f"{path}: the run is not complete")
+        found.append(results)
+    return found
+
+
+def table(runs):
+    """One row a method: means over its runs, with the standard deviation where there are several.
+
+    Args:
+        runs: list of results. Runs of one method (same name) may differ in order and seed; all must
+            have the same tasks.
+    Returns:
+        (titles, rows of text); the first rows are the majority class and the untrained model.
+    """
+    tasks = list(runs[0]["tasks"])
+    for run in runs:
+        if sorted(run["tasks"]) != sorted(tasks):
+            raise ValueError(f"runs must share their tasks, got {tasks} and {run['tasks']}")
+    titles = ["method", "runs", *tasks, *(title for title, _ in SUMMARY.values())]
+    titles += ["trained / task", "stored MiB", "seconds / task", "peak MiB", "task id"]
+    rows = [["majority class", "", *_over_tasks(runs[:1], tasks, "majority")]]
+    untrained = [run for run in runs if run["untrained"]]
+    if untrained:
+        rows.append(["untrained", "", *_over_tasks(untrained[:1], tasks, "untrained")])
+    groups = {}
+    for run in runs:
+        groups.setdefault(run["name"], []).append(run)
+    for name, group in groups.items():
+        last = [dict(zip(run["tasks"], run["matrix"][-1], strict=True)) for run in group]
+        costs = [cost for run in group for cost in run["costs"]]
+        row = [name, str(len(group)), *(spread([row[task] for row in last]) for task in tasks)]
+        row += [
+            spread([run["summary"][key] for run in group if key in run["summary"]])
+            for key in SUMMARY
+        ]
+        row.append(f"{max(cost['trained'] for cost in costs):,}")
+        row.append(f"{max(c.get('stored_bytes', 0) for c in costs) / 2**20:.1f}")
+        row.append(f"{mean(cost['seconds'] for cost in costs):.0f}")
+        row.append(f"{max(cost['peak_mib'] for cost in costs):.0f}")
+        row.append("yes" if group[0]["needs_task_id"] else "no")
+        rows.append(row)
+    return titles, [row + [""] * (len(titles) - len(row)) for row in rows]
+
+
+def _over_tasks(runs, tasks, key):
+    found = dict(zip(runs[0]["tasks"], runs[0][key], strict=True))
+    return [f"{found[task]:.1f}" for task in tasks]
+
+
+def spread(values):
+    """Mean, and standard deviation where there are several values."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "-"
+    text = f"{mean(values):.1f}"
+    return text if len(values) == 1 else f"{text} ± {stdev(values):.1f}"
+
+
+def matrix_lines(results):
+    """R as a Markdown table: rows are time, columns the tested tasks."""
+    tasks = results["tasks"]
+    after = [", ".join(stage) if len(stage) <= 1 else "all" for stage in results["stages"]]
+    rows = [(f"after {name}" if name else "score") for name in after]
+    lines = ["| | " + " | ".join(tasks) + " |", "| --- " * (len(tasks) + 1) + "|"]
+    for name, row in zip(rows, results["matrix"], strict=True):
+        cells = ("" if value is None else f"{value:.1f}" for value in row)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def markdown(titles, rows):
+    """A table as Markdown."""
+    lines = ["| " + " | ".join(titles) + " |", "| --- " * len(titles) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+def latex(titles, rows):
+    """A table as LaTeX, for the booktabs package."""
+    escapes = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$"}
+
+    def line(cells):
+        return " & ".join("".join(escapes.get(c, c) for c in cell) for cell in cells) + r" \\"
+
+    body = "\n".join(map(line, rows))
+    columns = "l" + "r" * (len(titles) - 1)
+    return (
+        f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{line(titles)}\n\\midrule\n{body}\n"
+        "\\bottomrule\n\\end{tabular}\n"
+    )
+
+
+def write_report(runs, out):
+    """Write table.md, table.csv, table.tex and matrix.png into a folder.
+
+    Args:
+        runs: list of results, see `table`.
+    """
+    from .plot import draw_matrices
+
+    out = Path(out)
+    titles, rows = table(runs)
+    notes = [
+        f"- {task}: {metric}, decoding {decoding}"
+        for task, metric, decoding in zip(
+            runs[0]["tasks"], runs[0]["metrics"], runs[0]["decoding"], strict=True
+        )
+    ]
+    text = markdown(titles, rows)
+    if len(runs) == 1:
+        text += "\nR[t, i], score on task i after training task t:\n\n"
+        text += "\n".join(matrix_lines(runs[0])) + "\n"
+    write_text(out / "table.md", text + "\nScores in percent:\n\n" + "\n".join(notes) + "\n")
+    sheet = io.StringIO()
+    csv.writer(sheet).writerows([titles, *rows])
+    write_text(out / "table.csv", sheet.getvalue())
+    write_text(out / "table.tex", latex(titles, rows))
+    draw_matrices(runs, out / "matrix.png")

@@ -1,0 +1,372 @@
+"""A run over a stream: train, score, write, and go on after a stop at any point."""
+
+import time
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+
+import torch
+
+from .. import checkpoint
+from ..continual import load_stream
+from ..continual.data import Task
+from ..continual.scorers import scorer_for
+from ..inject import adapters
+from ..layers import AdapterLinear
+from ..methods.processes import Processes
+from ..methods.registry import accepted_arguments, make_method
+from ..methods.train import Stage, TaskTrainer
+from .encode import Encoder
+from .files import check_space, read_json, read_state, write_json, write_state
+from .memory import peak_mib, reset_peak
+from .model import compile_parts, excluded, load, shard
+from .predict import forced, generate
+from .prefix import CachedRows, Prefix
+from .progress import Progress
+from .report import majority_row, summarise, write_report
+from .settings import HELD_OUT, differences
+
+STATE, CONFIG, RESULTS = "state.pt", "config.json", "results.json"
+UNTRAINED = "untrained"
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and saved what it had."""
+
+
+def run_trace(settings, log=print, stop=lambda: False, cached=None):
+    """Learn the tasks one after the other and score them after each; go on where a run stopped.
+
+    Args:
+        settings: `TraceSettings`.
+        log: called with lines of text, in the first process only.
+        stop: asked after every step; if it returns true, the state is saved and `Stopped` raised.
+        cached: a dict in which runs in one process share what cache_prefix keeps.
+    Returns:
+        What was written to results.json.
+    Raises:
+        ValueError, OSError: bad settings, data, model or folder, named before any training.
+        Stopped: see `stop`.
+    """
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    processes = Processes()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    quiet = settings.quiet or not processes.is_first
+    log = (lambda line: None) if quiet else log
+    return Run(settings, processes, accelerator, log, stop, cached).execute()
+
+
+def read_stream(settings):
+    """The tasks of a run, cut to its limits.
+
+    Raises:
+        ValueError, OSError: see `load_stream`; or held-out examples leave nothing to train on.
+    """
+    held_out = settings.eval_split == HELD_OUT
+    scored = "train" if held_out else settings.eval_split
+    stream = []
+    for task in load_stream(settings.data, settings.tasks, settings.train_split, scored):
+        train, test = task.train, task.test
+        if held_out:
+            train, test = train[: -settings.held_out], train[-settings.held_out :]
+            if not train:
+                raise ValueError(f"{task.name} has no more than held_out={settings.held_out} rows")
+        stream.append(Task(task.name, train[: settings.train_limit], test[: settings.eval_limit]))
+    return stream
+
+
+class Run:
+    """One run. Everything that can be wrong is found by `prepare`, before any training."""
+
+    def __init__(self, settings, processes, accelerator, log, stop, cached=None):
+        self.settings, self.processes, self.log, self.stop = settings, processes, log, stop
+        self.device = accelerator.device
+        self.sharded = "FSDP" in str(accelerator.distributed_type)
+        self.out = Path(settings.out)
+        self.costs = []
+        self.cached = {} if cached is None else cached
+
+    def execute(self):
+        """See `run_trace`."""
+        self.prepare()
+        with ExitStack() as stack:
+            stack.enter_context(self.upper())
+            # Methods know adapters by their paths in the model as it is trained.
+            self.restore()
+            if self.settings.untrained:
+                self.score(UNTRAINED, range(len(self.stream)))
+            for number, members in enumerate(self.stages):
+                self.learn(number, members)
+                last = len(self.stream) if self.settings.full_matrix else number + 1
+                seen = range(last) if len(self.stages) > 1 else range(len(self.stream))
+                self.score(number, seen)
+                self.write(number)
+        results = self.write(len(self.stages) - 1, complete=True)
+        if self.processes.is_first and adapters(self.model):
+            tasks = [task.name for task in self.stream]
+            checkpoint.save(
+                self.model, self.out / "adapters", tasks=tasks, base_model=self.settings.model
+            )
+        self.progress.close()
+        self.processes.wait()
+        return results
+
+    def prepare(self):
+        """Read and check everything."""
+        settings = self.settings
+        if self.sharded and settings.cache_prefix:
+            raise ValueError("cache_prefix and a sharded model do not go together")
+        self.stream = read_stream(settings)
+        common = {"targets": settings.targets, "exclude": excluded(settings)}
+        common |= {"rank": settings.rank, "dropout": settings.dropout, "seed": settings.seed}
+        accepted = accepted_arguments(settings.method)
+        common = {name: value for name, value in common.items() if name in accepted}
+        self.method = make_method(settings.method, **(common | settings.method_args))
+        variants = {"rouge": settings.rouge, "similarity": settings.similarity}
+        self.scorers = [scorer_for(task.name, **variants) for task in self.stream]
+        self.stages = self.method.stages(len(self.stream))
+        for members in self.stages:
+            count = sum(len(self.stream[i].train) for i in members)
+            if members and not self.train_settings(members).steps(count):
+                raise ValueError(f"{count} training examples are less than one batch")
+        self.open_folder()
+        self.model, self.tokenizer = load(settings, self.device, self.log)
+        needed = 3 * sum(p.numel() for p in self.model.parameters()) // 10
+        check_space(self.out, needed)
+        self.encoder = Encoder(self.tokenizer, settings)
+        for task in self.stream:
+            prompts, answers = self.encoder.num_cut(task.name, task.train + task.test)
+            self.log(
+                f"{task.name}: {len(task.train)} train, {len(task.test)} {settings.eval_split} "
+                f"examples; longer than allowed: {prompts} prompts, {answers} answers"
+            )
+        self.method.setup(self.model)
+        # By their paths in the whole model, whichever part of it runs later.
+        self.adapters = adapters(self.model, AdapterLinear)
+        if settings.compile:
+            compile_parts(self.model)
+        if self.sharded:
+            shard(self.model)
+        self.progress = Progress(self.work(), settings, self.out, self.processes)
+        self.encode()
+
+    def open_folder(self):
+        """Make the folder, or check that what it holds is of this very run."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        saved = read_json(self.out / CONFIG)
+        if saved is None and any(self.out.glob("*.json")):
+            raise ValueError(f"{self.out} holds files of something else: name another out folder")
+        changed = differences(self.settings, saved) if saved else []
+        if changed:
+            raise ValueError(
+                f"{self.out} holds a run with other settings; name another out folder, or go back "
+                f"to its settings: {'; '.join(changed)}"
+            )
+        if self.processes.is_first:
+            write_json(self.out / CONFIG, self.settings.to_dict())
+        self.processes.wait()
+
+    def encode(self):
+        """Tokens of all that is trained on and scored."""
+        self.train = [self.encoder.examples(task.name, task.train) for task in self.stream]
+        self.test = []
+        for task in self.stream:
+            prompts = self.method.prompts(task, lambda text: len(self.encoder.tokens(text)))
+            prompts = [e.prompt for e in task.test] if prompts is None else prompts
+            if self.settings.of("decoding", task.name) == "generate":
+                self.test.append(self.encoder.prompts(task.name, prompts))
+            else:
+                pairs = [(p, e.answer) for p, e in zip(prompts, task.test, strict=True)]
+                self.test.append(self.encoder.examples(task.name, pairs))
+        self.upper = nullcontext
+        if self.settings.cache_prefix:
+            prefix = Prefix(self.model, self.settings.first_layer)
+            if any(self.stages):
+                self.train = [self.cache(prefix, rows) for rows in self.train]
+            self.test = [self.cache(prefix, rows) for rows in self.test]
+            self.upper = prefix.upper
+
+    def cache(self, prefix, rows):
+        """`CachedRows`, those of an earlier run where they are of the same tokens."""
+        settings = self.settings
+        key = (settings.model, settings.dtype, prefix.first, tuple(map(tuple, rows.ids)))
+        if key not in self.cached:
+            self.cached[key] = prefix.cache(rows, settings.eval_batch)
+        return CachedRows(rows, self.cached[key])
+
+    def restore(self):
+        """Take over the state of an earlier run, if there is one."""
+        state = read_state(self.out / STATE)
+        self.state = {"stage": -1, "finished": True} if state is None else state
+        self.costs = self.state.get("costs", [])
+        if state is None:
+            return
+        for path, tensors in state["adapters"].items():
+            self.adapters[path].load_adapter_state(tensors)
+        self.method.load_state_dict(state["method"])
+        self.log(f"going on: stage {state['stage'] + 1} of {len(self.stages)}")
+
+    def learn(self, number, members):
+        """Train one stage, or what is left of it."""
+        state = self.state
+        if number < state["stage"] or (number == state["stage"] and state["finished"]):
+            return
+        fresh = number > state["stage"]
+        if fresh:
+            self.costs.append({"seconds": 0.0, "peak_mib": 0.0, "trained": 0})
+        if members:
+            parts = [self.train[i] for i in members]
+            data, settings = type(parts[0]).join(parts), self.train_settings(members)
+            stage = Stage(self.model, data, settings)
+            if fresh:
+                self.method.begin_task(self.model, number, stage)
+            trainer = TaskTrainer(self.model, self.method, data, settings, number, self.processes)
+            self.costs[-1]["trained"] = sum(p.numel() for p in trainer.parameters)
+            if not fresh:
+                trainer.load_state_dict(state["trainer"])
+            self.progress.start_stage(number, trainer.done)
+            reset_peak(self.device)
+            self.saved = self.noted = time.perf_counter()
+            trainer.run(self.after_step)
+            self.progress.end_stage()
+            self.method.end_task(self.model, number, stage)
+            self.note_costs()
+        self.state = {"stage": number, "finished": True}
+        self.save()
+
+    def train_settings(self, members):
+        """`TrainSettings` of a stage; several tasks at once take the longest training of them."""
+        candidates = [self.settings.train_settings(self.stream[i].name) for i in members]
+        return max(candidates, key=lambda s: s.epochs)
+
+    def after_step(self, trainer, loss):
+        """Log, and save now and then, or when asked to stop."""
+        self.progress.step(trainer, loss)
+        stop = self.processes.broadcast(self.stop()) if self.processes.world > 1 else self.stop()
+        due = time.perf_counter() - self.saved > self.settings.save_seconds
+        if stop or due:
+            self.note_costs()
+            self.state = {"stage": trainer.index, "finished": False}
+            self.state["trainer"] = trainer.state_dict()
+            self.save()
+        if stop:
+            raise Stopped(
+                f"stopped in task {trainer.index + 1}, step {trainer.done}; the same "
+                "command goes on from here"
+            )
+
+    def note_costs(self):
+        """Add up what this stage has cost since the last note."""
+        now = time.perf_counter()
+        self.costs[-1]["seconds"] += now - self.noted
+        self.costs[-1]["peak_mib"] = max(self.costs[-1]["peak_mib"], peak_mib(self.device))
+        self.noted = now
+
+    def save(self):
+        """Write the state: everything a run needs to go on."""
+        self.saved = time.perf_counter()
+        if not self.processes.is_first:
+            return
+        self.costs[-1]["stored_bytes"] = self.method.stored_bytes(self.model)
+        write_state(
+            self.out / STATE,
+            self.state
+            | {
+                "adapters": {path: a.adapter_state() for path, a in self.adapters.items()},
+                "method": self.method.state_dict(),
+                "costs": self.costs,
+            },
+        )
+
+    def score(self, number, members):
+        """Answer and score some tasks, each once and for all."""
+        for i in members:
+            path = self.prediction(number, i)
+            task = self.stream[i]
+            if self.processes.broadcast(path.is_file()):
+                self.progress.answered(len(task.test))
+                continue
+            if self.stop():
+                raise Stopped("stopped between two tasks; the same command goes on from here")
+            if number != UNTRAINED:
+                self.method.select(self.model, i)
+            texts = self.answer(i)
+            prompts, labels = [e.prompt for e in task.test], [e.answer for e in task.test]
+            score = self.scorers[i].function(prompts, texts, labels)
+            if self.processes.is_first:
+                found = {"score": score, "metric": self.scorers[i].variant}
+                write_json(
+                    path, {"eval": found, "prompts": prompts, "results": texts, "labels": labels}
+                )
+            self.processes.wait()
+
+    def answer(self, i):
+        """The model's answers to a task."""
+        name, step = self.stream[i].name, self.progress.answered
+        if self.settings.of("decoding", name) == "generate":
+            rows, task = self.test[i], name
+            return generate(
+                self.model, self.tokenizer, rows, self.settings, task, self.processes, step
+            )
+        return forced(self.model, self.tokenizer, self.test[i], self.settings, self.processes, step)
+
+    def prediction(self, number, i):
+        """Where the answers of a stage to a task are kept."""
+        return self.out / "predictions" / f"results-{number}-{i}-{self.stream[i].name}.json"
+
+    def scores(self, number):
+        """A row of R: a score for each task, None where there is none."""
+        found = [read_json(self.prediction(number, i)) for i in range(len(self.stream))]
+        return [None if f is None else f["eval"]["score"] for f in found]
+
+    def write(self, number, complete=False):
+        """Write results.json and, at the end, the tables and the picture."""
+        settings = self.settings
+        results = {
+            "format": 1,
+            "complete": complete,
+            "method": settings.method,
+            "name": self.method.name,
+            "tasks": [task.name for task in self.stream],
+            "stages": [[self.stream[i].name for i in members] for members in self.stages],
+            "matrix": [self.scores(t) for t in range(number + 1)],
+            "untrained": self.scores(UNTRAINED) if settings.untrained else None,
+            "majority": majority_row(self.stream, self.scorers),
+            "metrics": [scorer.variant for scorer in self.scorers],
+            "decoding": [settings.of("decoding", task.name) for task in self.stream],
+            "needs_task_id": self.method.needs_task_id,
+            "costs": self.costs,
+            "processes": self.processes.world,
+            "settings": settings.to_dict(),
+            "versions": versions(),
+        }
+        results["summary"] = summarise(results)
+        if self.processes.is_first:
+            write_json(self.out / RESULTS, results)
+            if complete:
+                write_report([results], self.out)
+                self.log((self.out / "table.md").read_text(encoding="utf-8"))
+        return results
+
+    def work(self):
+        """Examples to train on and to answer, all in all."""
+        trained = 0
+        for members in self.stages:
+            if members:
+                settings = self.train_settings(members)
+                count = sum(len(self.stream[i].train) for i in members)
+                trained += settings.steps(count) * settings.batch_size
+        tests = [len(task.test) for task in self.stream]
+        rows = range(len(self.stages))
+        whole = self.settings.full_matrix or len(self.stages) == 1
+        answered = sum(sum(tests) if whole else sum(tests[: t + 1]) for t in rows)
+        return trained + answered + (sum(tests) if self.settings.untrained else 0)
+
+
+def versions():
+    """Versions of what the numbers depend on."""
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__}

