@@ -12,8 +12,8 @@ epochs, decoding, MeetingBank's context and the scoring of NumGLUE and multiple 
 
 X-TAIL: the same MoRAM page; 10 datasets in the order they are learned, 16 shots, CLIP ViT-B/16, one
 label space of 1,100 classes. "LoRA" (rank 16, sequential) and the forgetting are from CoDyRA's
-page, which gives no formula for the latter. LwF's Last is identical to iCaRL's, and so, by the
-design notes, is its whole row on the page: likely a copying error there.
+page, which gives no formula for the latter. LwF's row of Last is identical to iCaRL's there:
+likely a copying error of the page.
 """
 
 from typing import NamedTuple
