@@ -102,6 +102,6 @@ def imbalance(gates, mask=None):
         gates: [B, T, N]. mask: [B, T], 0 where a token is padding; None = no padding.
     """
     if mask is not None and mask.shape == gates.shape[:2]:
-        gates = gates * mask.unsqueeze(-1).to(gates.dtype)
+        gates = gates * mask.unsqueeze(-1).to(gates)
     importance = gates.sum(-2)
     return (importance.var(-1, correction=0) / importance.mean(-1).square()).mean()

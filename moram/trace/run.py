@@ -21,11 +21,13 @@ from .memory import peak_mib, reset_peak
 from .model import compile_parts, excluded, load, shard
 from .predict import forced, generate
 from .prefix import CachedRows, Prefix
-from .progress import Progress
-from .report import majority_row, summarise, write_report
+from .progress import STEPS, Progress
+from .report import FORMAT, majority_row, summarise, write_report
 from .settings import HELD_OUT, differences
 
 STATE, CONFIG, RESULTS = "state.pt", "config.json", "results.json"
+# What a run writes besides JSON: a folder that holds one of them without CONFIG is not its own.
+OWN = (STATE, STEPS, "predictions", "adapters", "table.md", "table.csv", "table.tex", "matrix.png")
 UNTRAINED = "untrained"
 
 
@@ -65,12 +67,15 @@ def read_stream(settings):
         ValueError, OSError: see `load_stream`; or held-out examples leave nothing to train on.
     """
     held_out = settings.eval_split == HELD_OUT
-    scored = "train" if held_out else settings.eval_split
+    split = None if held_out else settings.eval_split
     stream = []
-    for task in load_stream(settings.data, settings.tasks, settings.train_split, scored):
+    for task in load_stream(settings.data, settings.tasks, settings.train_split, split):
         train, test = task.train, task.test
         if held_out:
             train, test = train[: -settings.held_out], train[-settings.held_out :]
+            # A data set may hold an example twice.
+            scored = set(test)
+            train = tuple(example for example in train if example not in scored)
             if not train:
                 raise ValueError(f"{task.name} has no more than held_out={settings.held_out} rows")
         stream.append(Task(task.name, train[: settings.train_limit], test[: settings.eval_limit]))
@@ -83,7 +88,7 @@ class Run:
     def __init__(self, settings, processes, accelerator, log, stop, cached=None):
         self.settings, self.processes, self.log, self.stop = settings, processes, log, stop
         self.device = accelerator.device
-        self.sharded = "FSDP" in str(accelerator.distributed_type)
+        self.sharded = settings.shard or "FSDP" in str(accelerator.distributed_type)
         self.out = Path(settings.out)
         self.costs = []
         self.cached = {} if cached is None else cached
@@ -130,7 +135,11 @@ class Run:
         for members in self.stages:
             count = sum(len(self.stream[i].train) for i in members)
             if members and not self.train_settings(members).steps(count):
-                raise ValueError(f"{count} training examples are less than one batch")
+                names = ", ".join(self.stream[i].name for i in members)
+                raise ValueError(
+                    f"{names}: {count} training examples are less than one batch of "
+                    f"{settings.batch_size}"
+                )
         self.open_folder()
         self.model, self.tokenizer = load(settings, self.device, self.log)
         needed = 3 * sum(p.numel() for p in self.model.parameters()) // 10
@@ -151,12 +160,17 @@ class Run:
             shard(self.model)
         self.progress = Progress(self.work(), settings, self.out, self.processes)
         self.encode()
+        # Last, so that a folder whose run could not begin is free for a corrected command.
+        if self.processes.is_first:
+            write_json(self.out / CONFIG, settings.to_dict())
+        self.processes.wait()
 
     def open_folder(self):
         """Make the folder, or check that what it holds is of this very run."""
         self.out.mkdir(parents=True, exist_ok=True)
         saved = read_json(self.out / CONFIG)
-        if saved is None and any(self.out.glob("*.json")):
+        foreign = any(self.out.glob("*.json")) or any((self.out / name).exists() for name in OWN)
+        if (saved is None and foreign) or not isinstance(saved, dict | None):
             raise ValueError(f"{self.out} holds files of something else: name another out folder")
         changed = differences(self.settings, saved) if saved else []
         if changed:
@@ -164,8 +178,6 @@ class Run:
                 f"{self.out} holds a run with other settings; name another out folder, or go back "
                 f"to its settings: {'; '.join(changed)}"
             )
-        if self.processes.is_first:
-            write_json(self.out / CONFIG, self.settings.to_dict())
         self.processes.wait()
 
     def encode(self):
@@ -179,7 +191,7 @@ class Run:
                 self.test.append(self.encoder.prompts(task.name, prompts))
             else:
                 pairs = [(p, e.answer) for p, e in zip(prompts, task.test, strict=True)]
-                self.test.append(self.encoder.examples(task.name, pairs))
+                self.test.append(self.encoder.scored(task.name, pairs))
         self.upper = nullcontext
         if self.settings.cache_prefix:
             prefix = Prefix(self.model, self.settings.first_layer)
@@ -325,7 +337,7 @@ class Run:
         """Write results.json and, at the end, the tables and the picture."""
         settings = self.settings
         results = {
-            "format": 1,
+            "format": FORMAT,
             "complete": complete,
             "method": settings.method,
             "name": self.method.name,

@@ -2,20 +2,37 @@
 
 import contextlib
 import difflib
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from ..config import check_count
 from ..methods.train import TrainSettings
 from .presets import PRESETS
-from .protocol import tasks_of
+from .protocol import SUITES, TRACE, tasks_of
+from .yaml_values import read_yaml
 
 DECODINGS = ("generate", "forced")
-LABELS = ("joined", "separate")
 SPLITS = ("train", "eval", "test")
 HELD_OUT = "held-out"
+_CHOICES = {
+    "eval_split": (*SPLITS, HELD_OUT),
+    "labels": ("joined", "separate"),
+    "dtype": ("auto", "bfloat16", "float32"),
+    "quantize": (None, "nf4"),
+    "rouge": ("rouge", "rouge_score"),
+    "similarity": ("difflib", "rapidfuzz"),
+}
+_NAMES = ("tasks", "exclude", "truncate_right")
+_TEXTS = ("model", "data", "out", "suite", "method", "preset", "schedule", "average")
+_FLAGS = ("cache_prefix", "drop_last", "full_matrix", "untrained", "gradient_checkpointing")
+_FLAGS += ("compile", "quiet", "tensorboard", "shard")
+_NUMBERS = ("lr", "clip", "dropout", "repetition_penalty", "save_seconds")
+# Whole numbers, and the least each may be.
+_COUNTS = {"rank": 1, "batch_size": 1, "eval_batch": 1, "pad_multiple": 1, "max_answer": 1}
+_COUNTS |= {"held_out": 1, "first_layer": 0, "seed": 0, "no_repeat_ngram": 0}
+_BY_TASK = ("epochs", "max_prompt", "max_new_tokens", "decoding")
 # What may differ when a run goes on: nothing that changes a result.
-FREE = ("threads", "quiet", "save_seconds", "tensorboard", "eval_batch", "micro_batch")
+FREE = ("threads", "quiet", "save_seconds", "tensorboard", "eval_batch", "micro_batch", "shard")
 
 
 @dataclass(frozen=True)
@@ -57,6 +74,8 @@ class TraceSettings:
         eval_batch: examples scored at once, per process.
         dtype: "auto", "bfloat16" or "float32". quantize: "nf4" (bitsandbytes), or None.
         compile: torch.compile for the parts of the layers that hold no adapter (MLP, norms).
+        shard: share the base's parameters out over the processes (FSDP2); also where accelerate's
+            launcher asks for FSDP. On GPUs; CPU processes must ask here.
         gradient_checkpointing, threads, quiet, tensorboard: as named.
         save_seconds: how often the state is written within a task.
         out: folder for everything the run writes.
@@ -108,6 +127,7 @@ class TraceSettings:
     eval_batch: int = 1
     dtype: str = "auto"
     quantize: str | None = None
+    shard: bool = False
     gradient_checkpointing: bool = False
     compile: bool = False
     threads: int | None = None
@@ -116,45 +136,46 @@ class TraceSettings:
     save_seconds: float = 120.0
 
     def __post_init__(self):
-        for name in ("tasks", "exclude", "truncate_right", "betas"):
-            value = getattr(self, name)
-            value = value.split(",") if isinstance(value, str) else value
-            object.__setattr__(self, name, tuple(value))
-        if isinstance(self.targets, list):
-            object.__setattr__(self, "targets", tuple(self.targets))
+        for name in _NAMES:
+            object.__setattr__(self, name, _names(name, getattr(self, name)))
+        if self.targets != "auto":
+            object.__setattr__(self, "targets", _names("targets", self.targets))
+        betas = self.betas.split(",") if isinstance(self.betas, str) else self.betas
+        if not isinstance(betas, (tuple, list)):
+            raise TypeError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
+        object.__setattr__(self, "betas", tuple(map(_to_beta, betas)))
         for name in ("model", "data", "out"):
-            if not str(getattr(self, name)):
+            if isinstance(getattr(self, name), Path):
+                object.__setattr__(self, name, str(getattr(self, name)))
+        self._check_types()
+        for name in ("model", "data", "out"):
+            if not getattr(self, name):
                 raise ValueError(f"{name} must be given")
-            object.__setattr__(self, name, str(getattr(self, name)))
+        _among("suite", self.suite, tuple(SUITES))
+        if self.tasks and self.order is not None:
+            expected = tasks_of(self.suite, self.order)
+            if self.tasks != expected:
+                raise ValueError(
+                    f"order {self.order} of suite {self.suite} is {', '.join(expected)}: give "
+                    f"either order or tasks, got {', '.join(self.tasks)}"
+                )
         if not self.tasks:
             object.__setattr__(self, "tasks", tasks_of(self.suite, self.order))
-        for name in ("rank", "eval_batch", "pad_multiple", "max_answer", "held_out"):
-            check_count(name, getattr(self, name), 1)
-        check_count("first_layer", self.first_layer, 0)
-        for name in ("train_limit", "eval_limit", "threads"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name), 1)
-        for name in ("epochs", "max_prompt", "max_new_tokens"):
-            for task in self.tasks:
-                check_count(f"{name} of {task}", self.of(name, task), 1)
-        for task in self.tasks:
-            _among("decoding", self.of("decoding", task), DECODINGS)
-            _among("train_split", self.train_split.get(task, "train"), SPLITS)
-        for name in ("epochs", "max_prompt", "max_new_tokens", "decoding", "train_split"):
-            value = getattr(self, name)
-            unknown = sorted(set(value) - {*self.tasks, "*"}) if isinstance(value, dict) else ()
-            # A preset speaks of TRACE's tasks, whatever the stream.
-            unknown = [task for task in unknown if task not in tasks_of("trace")]
-            if unknown:
-                raise ValueError(f"{name} names tasks that are not in the stream: {unknown}")
-        _among("eval_split", self.eval_split, (*SPLITS, HELD_OUT))
-        _among("labels", self.labels, LABELS)
-        _among("dtype", self.dtype, ("auto", "bfloat16", "float32"))
-        _among("quantize", self.quantize, (None, "nf4"))
-        _among("rouge", self.rouge, ("rouge", "rouge_score"))
-        _among("similarity", self.similarity, ("difflib", "rapidfuzz"))
+        if len(set(self.tasks)) != len(self.tasks):
+            raise ValueError(f"tasks must differ, got {', '.join(self.tasks)}")
+        self._check_by_task()
+        for name, allowed in _CHOICES.items():
+            _among(name, getattr(self, name), allowed)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ValueError(
+                f"repetition_penalty must be finite and > 0, got {self.repetition_penalty}"
+            )
+        if not self.save_seconds >= 0:
+            raise ValueError(f"save_seconds must be >= 0, got {self.save_seconds}")
+        if self.labels == "joined" and self.max_answer < 2:
+            raise ValueError('labels "joined" need max_answer >= 2, for the answer and its end')
         if self.cache_prefix and (
             any(self.of("decoding", task) != "forced" for task in self.tasks)
             or self.gradient_checkpointing
@@ -166,6 +187,46 @@ class TraceSettings:
             )
         for task in self.tasks:
             _ = self.train_settings(task)
+
+    def _check_types(self):
+        for name in _TEXTS:
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} must be text, got {getattr(self, name)!r}")
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        for name in _NUMBERS:
+            _check_number(name, getattr(self, name))
+        for beta in self.betas:
+            _check_number("betas", beta)
+        for name, least in _COUNTS.items():
+            check_count(name, getattr(self, name), least)
+        for name in ("train_limit", "eval_limit", "threads", "micro_batch", "order"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), 1)
+        for name in ("method_args", "train_split", *_BY_TASK):
+            value = getattr(self, name)
+            if name not in _BY_TASK and not isinstance(value, dict):
+                raise TypeError(f"{name} must be a mapping, got {value!r}")
+            if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+                raise TypeError(f"the keys of {name} must be text, got {value!r}")
+
+    def _check_by_task(self):
+        for task in self.tasks:
+            for name in ("epochs", "max_prompt", "max_new_tokens"):
+                check_count(f"{name} of {task}", self.of(name, task), 1)
+            _among(f"decoding of {task}", self.of("decoding", task), DECODINGS)
+            _among(f"train_split of {task}", self.train_split.get(task, "train"), SPLITS)
+        for name in ("truncate_right", "train_split", *_BY_TASK):
+            value = getattr(self, name)
+            named = set(value) if isinstance(value, (dict, tuple)) else set()
+            named -= {"*"} if name in _BY_TASK else set()
+            # A preset speaks of TRACE's tasks, whatever the stream.
+            unknown = sorted(named - {*self.tasks, *TRACE})
+            if unknown:
+                raise ValueError(
+                    f"{name} names tasks that are not in the stream: {', '.join(unknown)}"
+                )
 
     def of(self, name, task):
         """The value of a setting for a task."""
@@ -221,7 +282,7 @@ def make_settings(preset="paper", method="moram", files=(), changes=()):
         method = layer.get("method", method)
     start = PRESETS[preset]
     values = {"preset": preset, "method": method, **start["*"], **start.get(method, {})}
-    known = [item.name for item in fields(TraceSettings)]
+    known = {item.name: item for item in fields(TraceSettings)}
     for layer in layers:
         for key, value in layer.items():
             name, _, inner = key.partition(".")
@@ -232,47 +293,11 @@ def make_settings(preset="paper", method="moram", files=(), changes=()):
                     + (f"; close: {', '.join(close)}" if close else "")
                 )
             if inner:
-                before = values.get(name, {})
+                before = values.get(name, _default(known[name]))
                 before = before if isinstance(before, dict) else {"*": before}
                 value = {**before, inner: value}
             values[name] = value
     return TraceSettings(**values)
-
-
-def read_yaml(path):
-    """The mapping in a YAML file.
-
-    Raises:
-        ValueError: it is no YAML, or no mapping.
-    """
-    import yaml
-
-    try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
-        raise ValueError(f"{path} must hold a mapping from setting to value")
-    return found
-
-
-def parse_change(text):
-    """("key", value) of "key=value", the value read as YAML.
-
-    Raises:
-        ValueError: the text has no "=".
-    """
-    import yaml
-
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ValueError(f"--set takes key=value, got {text!r}")
-    value = yaml.safe_load(value)
-    if isinstance(value, str):
-        # YAML 1.1 reads 1e-3, without a dot, as text.
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    return key, value
 
 
 def differences(settings, saved):
@@ -294,3 +319,27 @@ def differences(settings, saved):
 def _among(name, value, allowed):
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+
+
+def _names(name, value):
+    """A tuple of names, which may come as one text with commas."""
+    value = value.split(",") if isinstance(value, str) else value
+    if not isinstance(value, (tuple, list)) or not all(isinstance(v, str) for v in value):
+        raise TypeError(f"{name} must be a list of names, got {value!r}")
+    return tuple(v.strip() for v in value if v.strip())
+
+
+def _to_beta(value):
+    """A number that came in a text with commas."""
+    with contextlib.suppress(ValueError):
+        value = float(value) if isinstance(value, str) else value
+    return value
+
+
+def _check_number(name, value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def _default(item):
+    return item.default if item.default_factory is MISSING else item.default_factory()

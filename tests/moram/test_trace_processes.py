@@ -1,0 +1,90 @@
+"""Two processes, with a whole and with a sharded base, give the numbers of one."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from trace_support import settings_for, write_data, write_model
+
+from moram.methods.processes import Processes
+from moram.trace.run import run_trace
+
+WORKER = Path(__file__).with_name("trace_worker.py")
+# A soft selection: rounding in another order must not change which atoms fire.
+CHANGES = {
+    "method_args": {"protect": 0.9, "protect_size": 8, "value_scale": 8.0, "temperature": 0.3},
+    "decoding": {"letters": "generate", "*": "forced"},
+    "full_matrix": True,
+    "epochs": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Settings of a run, by its folder, and what one process gave."""
+    folder = tmp_path_factory.mktemp("processes")
+    model, data = write_model(folder / "model"), write_data(folder / "data", examples=18)
+
+    def make(out, **changes):
+        return settings_for(model, data, folder / out, **CHANGES | changes)
+
+    run_trace(make("alone"))
+    return make, read(folder / "alone"), folder
+
+
+def read(out):
+    """R, the answers, and the losses of a run."""
+    results = json.loads((out / "results.json").read_text())
+    answers = {p.name: json.loads(p.read_text())["results"] for p in out.glob("predictions/*")}
+    with open(out / "steps.csv", encoding="utf-8") as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    return results, answers, torch.tensor(losses)
+
+
+def launch(settings, folder):
+    """Run in two processes on this machine."""
+    path = folder / "settings.json"
+    path.write_text(json.dumps(settings.to_dict()))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(WORKER), str(path)]
+    variables = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=variables, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
+def test_two_processes_give_the_numbers_of_one(alone, shard):
+    make, (expected, answers, losses), folder = alone
+    # 18 answers in batches of 4 do not share out evenly, which must not matter.
+    out = f"shard{shard}"
+    done = launch(make(out, shard=shard), folder)
+    assert done.returncode == 0, done.stderr[-2000:]
+    # 2 layers of 9 tensors, the embedding, the head and the last norm.
+    assert ("sharded 21 of 21" in done.stdout) == shard, done.stdout
+    results, found, steps = read(folder / out)
+    assert results["processes"] == 2 and expected["processes"] == 1
+    assert results["matrix"] == expected["matrix"]
+    assert max(max(row) for row in results["matrix"]) > 50, "something must have been learned"
+    assert found == answers
+    torch.testing.assert_close(steps, losses, rtol=1e-3, atol=1e-4)
+
+
+def test_a_sharded_base_refuses_a_cached_prefix(alone):
+    make, _, _ = alone
+    changes = {"cache_prefix": True, "first_layer": 1, "decoding": "forced", "shard": True}
+    with pytest.raises(ValueError, match="cache_prefix and a sharded model do not go together"):
+        run_trace(make("refused", **changes))
+
+
+def test_one_process_shares_and_sums_with_nobody():
+    processes = Processes()
+    assert processes.is_first and processes.world == 1
+    assert processes.share([1, 2, 3]) == processes.gather([1, 2, 3]) == [1, 2, 3]
+    tensors = [torch.ones(2), torch.ones(3)]
+    processes.sum(tensors)
+    assert all(t.eq(1).all() for t in tensors)
+    assert processes.broadcast("x") == "x"
