@@ -25,6 +25,7 @@ setup(
         "llm": ["transformers>=4.57"],
         "clip": ["open_clip_torch>=2.30", "torchvision"],
         "demo": ["transformers>=4.57", "accelerate", "gguf>=0.10", "matplotlib", "numpy"],
+        "trace": ["transformers>=4.57", "accelerate", "gguf>=0.10", "matplotlib", "numpy", "pyyaml"],
         "bench": ["matplotlib", "pytest-benchmark"],
         "dev": [
             "transformers>=4.57",
@@ -36,6 +37,8 @@ setup(
             "gguf>=0.10",
             "matplotlib",
             "numpy",
+            "pyyaml",
+            "tensorboard",
             "pytest",
             "pytest-benchmark",
             "ruff",

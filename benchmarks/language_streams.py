@@ -26,22 +26,22 @@ SEEDS = (0, 1, 2)
 
 # What is compared: a name, its method, and what the small preset does not say already.
 METHODS = {
-    "moram-protected": ("moram", {"method_args.protect": 0.95}),
     "lora": ("lora", {}),
     "moram": ("moram", {}),
     "o-lora": ("o-lora", {}),
     "ewc": ("ewc", {}),
     "moe-lora": ("moe-lora", {}),
     "tree-lora": ("tree-lora", {}),
+    "moram-protected": ("moram", {"method_args.protect": 0.95}),
 }
 # The same three rates for every method, on the first two tasks, scored on held-out training data.
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (1e-3, 2e-3, 3e-3)
 
 
 def search_runs():
     """Name, method and changes of each run of the search."""
-    for lr in RATES:
-        for label, (method, changes) in METHODS.items():
+    for label, (method, changes) in METHODS.items():
+        for lr in RATES:
             held_out = {"tasks": ORDERS["order1"][:2], "eval_split": "held-out", "lr": lr}
             yield f"search/{label}-lr{lr:g}", method, held_out | changes
 

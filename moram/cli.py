@@ -25,8 +25,17 @@ def main(argv=None):
     table = commands.add_parser("table", help="one table of several finished runs of moram trace")
     table.add_argument("runs", nargs="+", type=Path, help="folders that moram trace wrote")
     table.add_argument("--out", type=Path, required=True, help="folder for the tables")
+    inspect = commands.add_parser(
+        "inspect", help="which atoms fire for which task, in a finished run of moram trace"
+    )
+    _add_inspect_arguments(inspect)
     arguments = parser.parse_args(argv)
-    run = {"demo": _run_demo, "trace": _run_trace, "table": _run_table}[arguments.command]
+    run = {
+        "demo": _run_demo,
+        "trace": _run_trace,
+        "table": _run_table,
+        "inspect": _run_inspect,
+    }[arguments.command]
     try:
         return run(arguments, commands.choices[arguments.command])
     except ImportError as error:
@@ -34,7 +43,8 @@ def main(argv=None):
         advice = f"install it with: pip install 'moram[{extra}]'"
         print(f"moram {arguments.command}: {error}; {advice}", file=sys.stderr)
     except (OSError, TypeError, ValueError, RuntimeError) as error:
-        print(f"moram {arguments.command}: {error}", file=sys.stderr)
+        # Libraries write errors over several lines.
+        print(f"moram {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
     return 1
 
 
@@ -107,7 +117,8 @@ def _add_trace_arguments(parser):
 
 def _run_trace(arguments, parser):
     from .trace.run import Stopped, run_trace
-    from .trace.settings import make_settings, parse_change
+    from .trace.settings import make_settings
+    from .trace.yaml_values import parse_change
 
     names = ("model", "data", "tasks", "suite", "order", "method", "out", "full_matrix", "quiet")
     given = {n: getattr(arguments, n) for n in names if getattr(arguments, n) is not None}
@@ -137,7 +148,32 @@ def _run_trace(arguments, parser):
 def _run_table(arguments, parser):
     from .trace.report import read_results, write_report
 
-    arguments.out.mkdir(parents=True, exist_ok=True)
     write_report(read_results(arguments.runs), arguments.out)
     print((arguments.out / "table.md").read_text(encoding="utf-8"))
+    return 0
+
+
+def _add_inspect_arguments(parser):
+    from .trace.settings import SPLITS
+
+    add = parser.add_argument
+    add("run", type=Path, help="folder that moram trace wrote with method moram")
+    add("--data", type=Path, help="folder in TRACE's format (default: the run's)")
+    add("--tasks", help="whose inputs to look at, separated by commas (default: all of the run)")
+    add("--split", choices=SPLITS, default="test", help="which examples (default: test)")
+    add("--limit", type=int, default=32, help="at most so many examples a task (default: 32)")
+    add("--last", type=int, metavar="N", help="only the last N tokens of each (default: all)")
+    add("--adapter", help="path of the adapter to draw (default: that separates the tasks best)")
+    add("--text", help="also show which of its atoms fire at each token of this text")
+    add("--out", type=Path, help="folder for inspect.{json,md,png} (default: RUN/inspect)")
+
+
+def _run_inspect(arguments, parser):
+    from .trace.inspect_run import inspect_run
+
+    names = ("run", "data", "split", "limit", "last", "adapter", "text", "out")
+    given = {name: getattr(arguments, name) for name in names}
+    tasks = arguments.tasks
+    tasks = None if tasks is None else tuple(name for name in tasks.split(",") if name)
+    inspect_run(tasks=tasks, **given)
     return 0

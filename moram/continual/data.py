@@ -28,7 +28,7 @@ def load_stream(directory, names, train_split=None, test_split="test"):
             {"prompt": str, "answer": str}.
         names: the tasks, in the order they are learned.
         train_split: dict from task to the file it is trained on, where that is not "train".
-        test_split: the file that is scored: "test" or "eval".
+        test_split: the file that is scored: "test" or "eval"; None = the one trained on.
     Returns:
         A list of `Task`.
     Raises:
@@ -55,7 +55,7 @@ def load_stream(directory, names, train_split=None, test_split="test"):
         Task(
             name,
             _read(directory / name / f"{split}.json"),
-            _read(directory / name / f"{test_split}.json"),
+            _read(directory / name / f"{test_split or split}.json"),
         )
         for name, split in splits.items()
     ]
@@ -66,7 +66,7 @@ def _read(path):
         raise FileNotFoundError(f"{path} does not exist")
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{path} must hold a non-empty list, got {type(rows).__name__}")

@@ -3,7 +3,6 @@
 import json
 import time
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from tqdm import tqdm
 from .. import checkpoint
 from ..config import MoRAMConfig, check_count
 from ..continual import load_stream
-from ..inject import adapters
+from ..inspection import inspect_atoms
 from ..methods import MoRAM, SequentialLoRA, TrainSettings, run_stream
 from ..methods.stream import encode_stream, num_examples, score
 from .model import NAME, fetch_weights, load_model, pick_dtype
@@ -147,7 +146,6 @@ def _methods(settings):
     )
 
 
-@torch.no_grad()
 def firing(model, data, batch_size):
     """Which atoms write for which task: mean mixture weights over one test batch of each task.
 
@@ -156,23 +154,14 @@ def firing(model, data, batch_size):
         path, weights: the adapter whose weights differ most from task to task, and its mean
         weights [input task][atom]. Padding is left out.
     """
-    found = adapters(model)
-    means = {path: [] for path in found}
-    for _, test in data:
-        mask = test.attention_mask[:batch_size].bool()
-
-        def collect(adapter, inputs, path, mask=mask):
-            means[path].append(adapter.mixture_weights(inputs[0])[mask].mean(0))
-
-        hooks = [
-            adapter.register_forward_pre_hook(partial(collect, path=path))
-            for path, adapter in found.items()
-        ]
-        model(input_ids=test.input_ids[:batch_size], attention_mask=mask.long(), use_cache=False)
-        for hook in hooks:
-            hook.remove()
-    weights = {path: torch.stack(rows) for path, rows in means.items()}
-    per_task = [w.unflatten(1, (len(data), -1)).sum(-1) for w in weights.values()]
-    share = sum(100 * w / w.sum(1, keepdim=True).clamp_min(1e-9) for w in per_task) / len(per_task)
-    path = max(weights, key=lambda path: weights[path].std(0).sum())
-    return {"share": share.tolist(), "path": path, "weights": weights[path].tolist()}
+    batches = {
+        str(i): [(test.input_ids[:batch_size], test.attention_mask[:batch_size])]
+        for i, (_, test) in enumerate(data)
+    }
+    report = inspect_atoms(model, batches, list(batches))
+    path = max(report.paths, key=lambda path: report.weights[path].std(0).sum())
+    return {
+        "share": report.share().tolist(),
+        "path": path,
+        "weights": report.weights[path].tolist(),
+    }

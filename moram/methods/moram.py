@@ -17,18 +17,28 @@ class MoRAM(Method):
         protect: None is the published rule. A number in (0, 1) is this project's addition, see
             `moram.methods.protection.KeyProtection`: new keys stay out of the directions that hold
             this part of the second moment of earlier tasks' inputs.
-        protect_size, protect_examples: directions per layer at most; examples per task that they
-            are measured on.
+        protect_size, protect_examples, protect_strength: directions per layer at most; examples
+            per task that they are measured on; of the new atoms' first scores.
     Source: Lu et al., ICML 2026, arXiv 2506.21035. The projection is that of gradient projection
         memory (Saha et al., ICLR 2021, arXiv 2103.09762), here for keys, and not for gradients.
     """
 
-    def __init__(self, config=None, seed=0, protect=None, protect_size=128, protect_examples=80):
+    def __init__(
+        self,
+        config=None,
+        seed=0,
+        protect=None,
+        protect_size=256,
+        protect_examples=80,
+        protect_strength=0.5,
+    ):
         self.config = MoRAMConfig() if config is None else config
         self.generator = torch.Generator().manual_seed(seed)
         self.protection = None
         if protect is not None:
-            self.protection = KeyProtection(protect, protect_size, protect_examples)
+            self.protection = KeyProtection(
+                protect, protect_size, protect_examples, protect_strength
+            )
 
     @property
     def name(self):

@@ -2,6 +2,8 @@
 
 import torch
 
+from ..config import check_count
+
 
 class InputSketch:
     """The uncentred second moment of a layer's inputs, as its leading directions.
@@ -38,9 +40,9 @@ class KeyProtection:
 
     Before a task: with U [k, D] the leading directions of the inputs of all earlier tasks, the new
     keys K act as g (K - K U^T U), in training too. The gain g lets them compete: with it, the root
-    mean square of their first scores on the new task's inputs is that of the frozen atoms'. So new
-    atoms score near zero on what lies in the protected directions, whatever the optimiser does, and
-    write next to nothing there: earlier tasks' outputs remain.
+    mean square of their first scores on the new task's inputs is `strength` times that of the
+    frozen atoms'. So new atoms score near zero on what lies in the protected directions, whatever
+    the optimiser does, and write next to nothing there: earlier tasks' outputs remain.
 
     No inputs are kept, and no task id is needed. Layers that read the same tensor share a sketch.
 
@@ -48,12 +50,18 @@ class KeyProtection:
         energy: the part of the inputs' second moment to protect, in (0, 1).
         size: directions kept per layer at most.
         examples: training examples per task that the moments are measured on.
+        strength: of the new atoms' first scores, > 0. A full one (1) amplifies what earlier inputs
+            have outside the protected directions, and was seen to destroy earlier tasks.
     """
 
-    def __init__(self, energy=0.95, size=128, examples=80):
+    def __init__(self, energy=0.95, size=256, examples=80, strength=0.5):
         if not 0 < energy < 1:
             raise ValueError(f"energy must be in (0, 1), got {energy}")
-        self.energy, self.size, self.examples = energy, size, examples
+        if not 0 < strength < float("inf"):
+            raise ValueError(f"strength must be finite and > 0, got {strength}")
+        check_count("size", size, 1)
+        check_count("examples", examples, 1)
+        self.energy, self.size, self.examples, self.strength = energy, size, examples, strength
         self.sketches, self.guards = {}, {}
 
     @torch.no_grad()
@@ -72,7 +80,7 @@ class KeyProtection:
             bank.guard_keys(basis)
             old = _rms_scores(bank.frozen_keys[: bank.num_frozen], moment).mean()
             new = _rms_scores(bank.acting_keys(), moment).mean().clamp_min(1e-12)
-            self.guards[path] = (basis, float(old / new))
+            self.guards[path] = (basis, float(self.strength * old / new))
         self.resume(found)
 
     def resume(self, found):

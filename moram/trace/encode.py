@@ -101,12 +101,27 @@ class Encoder:
             [ids for ids, _ in rows], [n for _, n in rows], self.pad, self.settings.pad_multiple
         )
 
+    def scored(self, task, examples):
+        """`Rows` of prompts as they are continued, with their answers: for decoding "forced"."""
+        if self.settings.labels == "joined":
+            return self.examples(task, examples)
+        rows = self.prompts(task, [prompt for prompt, _ in examples])
+        for place, (prompt, answer) in enumerate(examples):
+            whole, head = self.tokens(prompt + answer), self.tokens(prompt)
+            # The answer's tokens after its prompt, unless one token reaches over both.
+            tail = whole[len(head) :] if whole[: len(head)] == head else self.tokens(answer)
+            tail = [*tail[: self.settings.max_answer], self.eos]
+            rows.ids[place], rows.answers[place] = [*rows.ids[place], *tail], len(tail)
+        return rows
+
     def num_cut(self, task, examples):
         """How many prompts, and how many answers, are longer than they may be."""
         prompt, answer = self.settings.of("max_prompt", task), self.settings.max_answer
+        joined = self.settings.labels == "joined"
+        answers = [_spaced(e.prompt, e.answer) if joined else e.answer for e in examples]
         return (
             sum(len(self.tokens(e.prompt)) > prompt for e in examples),
-            sum(len(self.tokens(e.answer)) > answer for e in examples),
+            sum(len(self.tokens(text)) + joined > answer for text in answers),
         )
 
     def _cut(self, ids, task, limit):
@@ -115,8 +130,8 @@ class Encoder:
         return ids[:limit] if task in self.settings.truncate_right else ids[-limit:]
 
     def _joined(self, task, prompt, answer):
-        spaced = answer if prompt[-1:].isspace() else f" {answer}"
-        tail = [*self.tokens(spaced)[: self.settings.max_answer - 1], self.eos]
+        spaced = self.tokens(_spaced(prompt, answer))
+        tail = [*spaced[: self.settings.max_answer - 1], self.eos]
         head = self._cut(self.tokens(prompt), task, self.settings.of("max_prompt", task))
         return head + tail, len(tail)
 
@@ -125,7 +140,7 @@ class Encoder:
         if task in self.settings.truncate_right:
             # The answer first, with room for both special tokens; the prompt takes what is left.
             label = [*self.tokens(answer)[: room + 1], self.eos]
-            head = self.tokens(prompt)[: limit + room - len(label) - 1]
+            head = self.tokens(prompt)[: max(0, limit + room - len(label) - 1)]
             return [self.bos, *head, *label], len(label)
         length = limit + room
         ids = self.tokens(prompt + answer)[-length:]
@@ -136,3 +151,8 @@ class Encoder:
         if len(ids) < length:
             ids = [self.bos, *ids]
         return ids, min(count, len(ids) - 1)
+
+
+def _spaced(prompt, answer):
+    """The answer with a space before it, where the prompt ends in none."""
+    return answer if prompt[-1:].isspace() else f" {answer}"

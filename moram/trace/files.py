@@ -10,9 +10,14 @@ import torch
 
 def write_text(path, text):
     """Write a file in one step: a crash or a full disk leaves the old one, or none."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path, content):
+    """`write_text` of bytes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, lambda file: file.write(text.encode()))
+    _replace(path, lambda file: file.write(content))
 
 
 def write_json(path, value):

@@ -1,5 +1,7 @@
 """The model of a run: loaded, quantised, sharded."""
 
+from pathlib import Path
+
 from ..demo.model import fetch_weights, pick_dtype
 from ..inject import adapters
 from ..layers import AdapterLinear
@@ -22,6 +24,10 @@ def load(settings, device, log):
     logging.disable_progress_bar()
     name = settings.model
     folder = fetch_weights(None, log) if name == SMOLLM2 else name
+    # What looks like a folder is not looked for on the hub.
+    is_path = name.startswith((".", "/", "~")) or Path(name).is_dir()
+    if is_path and not (Path(name) / "config.json").is_file():
+        raise FileNotFoundError(f"model {name} is no folder with a config.json")
     dtype = pick_dtype(settings.dtype, device)
     more = {}
     if settings.quantize:

@@ -22,7 +22,6 @@ def generate(model, tokenizer, rows, settings, task, processes, step=lambda coun
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=settings.of("max_new_tokens", task),
-        repetition_penalty=settings.repetition_penalty,
         no_repeat_ngram_size=settings.no_repeat_ngram,
         pad_token_id=rows.pad,
         eos_token_id=_stops(model, tokenizer),
@@ -40,6 +39,7 @@ def generate(model, tokenizer, rows, settings, task, processes, step=lambda coun
             input_ids=ids,
             attention_mask=mask,
             generation_config=config,
+            logits_processor=_penalty(settings.repetition_penalty, mask),
             synced_gpus=processes.world > 1 and getattr(model, "is_sharded", False),
         )
         texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
@@ -47,6 +47,21 @@ def generate(model, tokenizer, rows, settings, task, processes, step=lambda coun
         step(len(part) * processes.world)
     found = dict(processes.gather(answers))
     return [found[row] for row in range(len(rows))]
+
+
+def _penalty(penalty, mask):
+    """Hugging Face's repetition penalty without padding, which may be the end-of-text token."""
+    from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+
+    class Penalty(RepetitionPenaltyLogitsProcessor):
+        def __call__(self, input_ids, scores):
+            places = torch.arange(input_ids.shape[1], device=input_ids.device)
+            # The prompt's first token is penalised anyway.
+            own = input_ids.gather(1, starts).where(places < starts, input_ids)
+            return super().__call__(own, scores)
+
+    starts = mask.argmax(1, keepdim=True)
+    return LogitsProcessorList([] if penalty == 1 else [Penalty(penalty)])
 
 
 def _stops(model, tokenizer):

@@ -32,7 +32,7 @@ _SMALL = {
         "cache_prefix": True,
         "lr": 2e-3,
         "epochs": 1,
-        "batch_size": 8,
+        "batch_size": 4,
         "micro_batch": None,
         "schedule": "linear",
         "betas": (0.9, 0.999),

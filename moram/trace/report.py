@@ -8,7 +8,10 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from ..continual import metrics
-from .files import write_text
+from .files import read_json, write_text
+from .settings import FREE
+
+FORMAT = 1
 
 # name in results.json: (column title, function of R, decimals)
 SUMMARY = {
@@ -56,7 +59,11 @@ def read_results(folders):
     found = []
     for folder in folders:
         path = Path(folder) / "results.json" if Path(folder).is_dir() else Path(folder)
-        results = json.loads(path.read_text(encoding="utf-8"))
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: no run of moram trace ended there")
+        results = read_json(path)
+        if not isinstance(results, dict) or results.get("format") != FORMAT:
+            raise ValueError(f"{path} was not written by moram trace")
         if not results.get("complete"):
             raise ValueError(f"{path}: the run is not complete")
         found.append(results)
@@ -67,25 +74,23 @@ def table(runs):
     """One row a method: means over its runs, with the standard deviation where there are several.
 
     Args:
-        runs: list of results. Runs of one method (same name) may differ in order and seed; all must
-            have the same tasks.
+        runs: list of results. Runs of one method that differ in order and seed alone are one row;
+            where other settings differ, each has a row that names them. All must have the same
+            tasks, scored alike.
     Returns:
         (titles, rows of text); the first rows are the majority class and the untrained model.
+    Raises:
+        ValueError: tasks, metrics, decoding or the scored examples' most frequent answers differ.
     """
     tasks = list(runs[0]["tasks"])
-    for run in runs:
-        if sorted(run["tasks"]) != sorted(tasks):
-            raise ValueError(f"runs must share their tasks, got {tasks} and {run['tasks']}")
+    _check_alike(runs)
     titles = ["method", "runs", *tasks, *(title for title, _ in SUMMARY.values())]
     titles += ["trained / task", "stored MiB", "seconds / task", "peak MiB", "task id"]
     rows = [["majority class", "", *_over_tasks(runs[:1], tasks, "majority")]]
     untrained = [run for run in runs if run["untrained"]]
     if untrained:
         rows.append(["untrained", "", *_over_tasks(untrained[:1], tasks, "untrained")])
-    groups = {}
-    for run in runs:
-        groups.setdefault(run["name"], []).append(run)
-    for name, group in groups.items():
+    for name, group in _groups(runs).items():
         last = [dict(zip(run["tasks"], run["matrix"][-1], strict=True)) for run in group]
         costs = [cost for run in group for cost in run["costs"]]
         row = [name, str(len(group)), *(spread([row[task] for row in last]) for task in tasks)]
@@ -100,6 +105,46 @@ def table(runs):
         row.append("yes" if group[0]["needs_task_id"] else "no")
         rows.append(row)
     return titles, [row + [""] * (len(titles) - len(row)) for row in rows]
+
+
+def _check_alike(runs):
+    first = runs[0]
+    for run in runs:
+        if sorted(run["tasks"]) != sorted(first["tasks"]):
+            names = f"{first['tasks']} and {run['tasks']}"
+            raise ValueError(f"runs must share their tasks, got {names}")
+        for key in ("metrics", "decoding", "majority"):
+            one, other = (dict(zip(r["tasks"], r[key], strict=True)) for r in (first, run))
+            for task in one:
+                if one[task] != other[task]:
+                    raise ValueError(
+                        f"runs must be scored alike, got {key} {one[task]} and {other[task]} "
+                        f"for {task}"
+                    )
+
+
+def _groups(runs):
+    """Runs by name, with the settings that differ among those of one method."""
+    settings = [{k: json.dumps(v) for k, v in _flat(run["settings"])} for run in runs]
+    groups = {}
+    for run, own in zip(runs, settings, strict=True):
+        same = [other for r, other in zip(runs, settings, strict=True) if r["name"] == run["name"]]
+        keys = sorted({key for other in same for key in other})
+        varied = [key for key in keys if len({other.get(key) for other in same}) > 1]
+        label = ", ".join(f"{key} {own.get(key, '-')}" for key in varied)
+        name = f"{run['name']} ({label})" if label else run["name"]
+        groups.setdefault(name, []).append(run)
+    return groups
+
+
+def _flat(settings):
+    for key, value in settings.items():
+        if key in (*FREE, "out", "seed", "tasks", "order", "suite"):
+            continue
+        if isinstance(value, dict):
+            yield from ((f"{key}.{inner}", item) for inner, item in value.items())
+        else:
+            yield key, value
 
 
 def _over_tasks(runs, tasks, key):
@@ -130,13 +175,16 @@ def matrix_lines(results):
 
 def markdown(titles, rows):
     """A table as Markdown."""
+    titles, *rows = [[cell.replace("|", r"\|") for cell in row] for row in (titles, *rows)]
     lines = ["| " + " | ".join(titles) + " |", "| --- " * len(titles) + "|"]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
 
 
 def latex(titles, rows):
     """A table as LaTeX, for the booktabs package."""
-    escapes = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "±": r"$\pm$"}
+    escapes = {c: f"\\{c}" for c in "&%_#${}"}
+    escapes |= {"±": r"$\pm$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    escapes["\\"] = r"\textbackslash{}"
 
     def line(cells):
         return " & ".join("".join(escapes.get(c, c) for c in cell) for cell in cells) + r" \\"

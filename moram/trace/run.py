@@ -232,6 +232,8 @@ class Run:
             parts = [self.train[i] for i in members]
             data, settings = type(parts[0]).join(parts), self.train_settings(members)
             stage = Stage(self.model, data, settings)
+            reset_peak(self.device)
+            self.saved = self.noted = time.perf_counter()
             if fresh:
                 self.method.begin_task(self.model, number, stage)
             trainer = TaskTrainer(self.model, self.method, data, settings, number, self.processes)
@@ -239,8 +241,6 @@ class Run:
             if not fresh:
                 trainer.load_state_dict(state["trainer"])
             self.progress.start_stage(number, trainer.done)
-            reset_peak(self.device)
-            self.saved = self.noted = time.perf_counter()
             trainer.run(self.after_step)
             self.progress.end_stage()
             self.method.end_task(self.model, number, stage)
