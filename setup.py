@@ -25,7 +25,14 @@ setup(
         "llm": ["transformers>=4.57"],
         "clip": ["open_clip_torch>=2.30", "torchvision"],
         "demo": ["transformers>=4.57", "accelerate", "gguf>=0.10", "matplotlib", "numpy"],
-        "trace": ["transformers>=4.57", "accelerate", "gguf>=0.10", "matplotlib", "numpy", "pyyaml"],
+        "trace": [
+            "transformers>=4.57",
+            "accelerate",
+            "gguf>=0.10",
+            "matplotlib",
+            "numpy",
+            "pyyaml",
+        ],
         "bench": ["matplotlib", "pytest-benchmark"],
         "dev": [
             "transformers>=4.57",

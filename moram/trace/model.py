@@ -43,10 +43,18 @@ def load(settings, device, log):
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation=attention, **more
     )
-    if not settings.quantize:
+    if settings.quantize:
+        for module in model.modules():
+            # On CPUs with AVX512-BF16, bitsandbytes would repack the weights when the model is
+            # first scored, and no gradient passes through repacked weights afterwards.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+    else:
         model.to(device)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # The name that newer versions of transformers use, where there is one.
+        old = model.gradient_checkpointing_enable
+        getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
     check_layers(model, settings.first_layer)
     _check_context(model, settings)
     return model.eval(), tokenizer

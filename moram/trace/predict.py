@@ -1,8 +1,12 @@
 """Answers of a model: generated, or decided in one pass over the true answer."""
 
+from contextlib import contextmanager
+
 import torch
 
 from ..continual.scoring import IGNORED, answer_logits
+
+_AS_WRITTEN = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 
 
 @torch.no_grad()
@@ -35,18 +39,31 @@ def generate(model, tokenizer, rows, settings, task, processes, step=lambda coun
     for start in range(0, len(processes.share(order)), settings.eval_batch):
         part = processes.share(order)[start : start + settings.eval_batch]
         ids, mask, _ = (t.to(device) for t in rows.batch(part))
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=config,
-            logits_processor=_penalty(settings.repetition_penalty, mask),
-            synced_gpus=processes.world > 1 and getattr(model, "is_sharded", False),
-        )
-        texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+        with _without_habits(model):
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                logits_processor=_penalty(settings.repetition_penalty, mask),
+                synced_gpus=processes.world > 1 and getattr(model, "is_sharded", False),
+            )
+        texts = tokenizer.batch_decode(out[:, ids.shape[1] :], **_AS_WRITTEN)
         answers += zip(part, texts, strict=True)
         step(len(part) * processes.world)
     found = dict(processes.gather(answers))
     return [found[row] for row in range(len(rows))]
+
+
+@contextmanager
+def _without_habits(model):
+    """Hugging Face fills what a call leaves open from the model's own generation_config.json."""
+    from transformers import GenerationConfig
+
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _penalty(penalty, mask):
@@ -95,7 +112,7 @@ def forced(model, tokenizer, rows, settings, processes, step=lambda count: None)
             found, wanted = found[known], wanted[known]
             wrong = found.ne(wanted).nonzero()
             end = len(found) if not len(wrong) else int(wrong[0]) + 1
-            answers.append((row, tokenizer.decode(found[:end], skip_special_tokens=True)))
+            answers.append((row, tokenizer.decode(found[:end], **_AS_WRITTEN)))
         step(len(part) * processes.world)
     found = dict(processes.gather(answers))
     return [found[row] for row in range(len(rows))]

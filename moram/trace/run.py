@@ -1,7 +1,7 @@
 """A run over a stream: train, score, write, and go on after a stop at any point."""
 
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -96,18 +96,18 @@ class Run:
     def execute(self):
         """See `run_trace`."""
         self.prepare()
-        with ExitStack() as stack:
-            stack.enter_context(self.upper())
-            # Methods know adapters by their paths in the model as it is trained.
+        # Methods know adapters by their paths in the model as it is trained.
+        with self.upper():
             self.restore()
-            if self.settings.untrained:
-                self.score(UNTRAINED, range(len(self.stream)))
-            for number, members in enumerate(self.stages):
+        if self.settings.untrained:
+            self.score(UNTRAINED, range(len(self.stream)))
+        for number, members in enumerate(self.stages):
+            with self.upper():
                 self.learn(number, members)
-                last = len(self.stream) if self.settings.full_matrix else number + 1
-                seen = range(last) if len(self.stages) > 1 else range(len(self.stream))
-                self.score(number, seen)
-                self.write(number)
+            last = len(self.stream) if self.settings.full_matrix else number + 1
+            seen = range(last) if len(self.stages) > 1 else range(len(self.stream))
+            self.score(number, seen)
+            self.write(number)
         results = self.write(len(self.stages) - 1, complete=True)
         if self.processes.is_first and adapters(self.model):
             tasks = [task.name for task in self.stream]
@@ -197,7 +197,10 @@ class Run:
             prefix = Prefix(self.model, self.settings.first_layer)
             if any(self.stages):
                 self.train = [self.cache(prefix, rows) for rows in self.train]
-            self.test = [self.cache(prefix, rows) for rows in self.test]
+            self.test = [
+                self.cache(prefix, rows) if self.is_forced(task) else rows
+                for task, rows in zip(self.stream, self.test, strict=True)
+            ]
             self.upper = prefix.upper
 
     def cache(self, prefix, rows):
@@ -314,15 +317,18 @@ class Run:
                 )
             self.processes.wait()
 
+    def is_forced(self, task):
+        """Whether a task is scored in one pass over the true answers."""
+        return self.settings.of("decoding", task.name) == "forced"
+
     def answer(self, i):
         """The model's answers to a task."""
-        name, step = self.stream[i].name, self.progress.answered
-        if self.settings.of("decoding", name) == "generate":
-            rows, task = self.test[i], name
-            return generate(
-                self.model, self.tokenizer, rows, self.settings, task, self.processes, step
-            )
-        return forced(self.model, self.tokenizer, self.test[i], self.settings, self.processes, step)
+        task, step = self.stream[i], self.progress.answered
+        common = (self.model, self.tokenizer, self.test[i], self.settings)
+        if not self.is_forced(task):
+            return generate(*common, task.name, self.processes, step)
+        with self.upper():
+            return forced(*common, self.processes, step)
 
     def prediction(self, number, i):
         """Where the answers of a stage to a task are kept."""
@@ -340,7 +346,7 @@ class Run:
             "format": FORMAT,
             "complete": complete,
             "method": settings.method,
-            "name": self.method.name,
+            "name": settings.label or self.method.name,
             "tasks": [task.name for task in self.stream],
             "stages": [[self.stream[i].name for i in members] for members in self.stages],
             "matrix": [self.scores(t) for t in range(number + 1)],

@@ -23,7 +23,7 @@ _CHOICES = {
     "similarity": ("difflib", "rapidfuzz"),
 }
 _NAMES = ("tasks", "exclude", "truncate_right")
-_TEXTS = ("model", "data", "out", "suite", "method", "preset", "schedule", "average")
+_TEXTS = ("model", "data", "out", "suite", "method", "label", "preset", "schedule", "average")
 _FLAGS = ("cache_prefix", "drop_last", "full_matrix", "untrained", "gradient_checkpointing")
 _FLAGS += ("compile", "quiet", "tensorboard", "shard")
 _NUMBERS = ("lr", "clip", "dropout", "repetition_penalty", "save_seconds")
@@ -32,7 +32,16 @@ _COUNTS = {"rank": 1, "batch_size": 1, "eval_batch": 1, "pad_multiple": 1, "max_
 _COUNTS |= {"held_out": 1, "first_layer": 0, "seed": 0, "no_repeat_ngram": 0}
 _BY_TASK = ("epochs", "max_prompt", "max_new_tokens", "decoding")
 # What may differ when a run goes on: nothing that changes a result.
-FREE = ("threads", "quiet", "save_seconds", "tensorboard", "eval_batch", "micro_batch", "shard")
+FREE = (
+    "label",
+    "threads",
+    "quiet",
+    "save_seconds",
+    "tensorboard",
+    "eval_batch",
+    "micro_batch",
+    "shard",
+)
 
 
 @dataclass(frozen=True)
@@ -47,12 +56,13 @@ class TraceSettings:
         tasks: names, in the order they are learned; empty = those of `suite`.
         suite, order: see `moram.trace.protocol.tasks_of`.
         method, method_args: see `moram.methods.registry`.
+        label: the name that tables show, by which they group runs; empty = the method's own.
         preset: the settings that this one started from, for the record.
         targets, exclude: as in `MoRAMConfig`, for every method.
         first_layer: decoder layers below this one are not adapted.
         cache_prefix: keep the hidden states that enter first_layer, which no method changes,
-            instead of computing them in every step. Llama and Qwen2 without dropout; decoding
-            "forced".
+            instead of computing them in every step and in scoring with decoding "forced". Llama and
+            Qwen2 without dropout.
         rank: of LoRA, atoms a task of MoRAM: equal trained parameters for all methods.
         dropout: of the adapters' inputs in training.
         lr, epochs*, batch_size, micro_batch, schedule, betas, clip, average, drop_last, seed:
@@ -89,6 +99,7 @@ class TraceSettings:
     order: int | None = None
     method: str = "moram"
     method_args: dict = field(default_factory=dict)
+    label: str = ""
     preset: str = "paper"
     targets: str | tuple = "auto"
     exclude: tuple = ()
@@ -176,15 +187,8 @@ class TraceSettings:
             raise ValueError(f"save_seconds must be >= 0, got {self.save_seconds}")
         if self.labels == "joined" and self.max_answer < 2:
             raise ValueError('labels "joined" need max_answer >= 2, for the answer and its end')
-        if self.cache_prefix and (
-            any(self.of("decoding", task) != "forced" for task in self.tasks)
-            or self.gradient_checkpointing
-            or not self.first_layer
-        ):
-            raise ValueError(
-                'cache_prefix needs decoding "forced" for every task, first_layer > 0 and no '
-                "gradient_checkpointing"
-            )
+        if self.cache_prefix and (self.gradient_checkpointing or not self.first_layer):
+            raise ValueError("cache_prefix needs first_layer > 0 and no gradient_checkpointing")
         for task in self.tasks:
             _ = self.train_settings(task)
 

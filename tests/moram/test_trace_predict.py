@@ -1,6 +1,7 @@
 """Answers of a model: against greedy decoding written out plainly, without cache and padding."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,6 +118,30 @@ def test_generation_stops_at_every_end_that_model_or_tokenizer_name(model):
     assert found[1] != before[1]
 
 
+@pytest.mark.parametrize(
+    "habit",
+    [
+        {"do_sample": True, "temperature": 9.0},
+        {"num_beams": 3},
+        {"repetition_penalty": 3.0},
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": list(range(4, 10))},
+    ],
+    ids=lambda habit: next(iter(habit)),
+)
+def test_what_a_model_folder_asks_of_generation_changes_no_answer(model, habit):
+    from transformers import GenerationConfig
+
+    own, model.generation_config = model.generation_config, GenerationConfig(**habit)
+    tokenizer = make_tokenizer()
+    try:
+        ids, found = answers(model, tokenizer, settings(eval_batch=3))
+        assert model.generation_config.to_diff_dict().items() >= habit.items()
+    finally:
+        model.generation_config = own
+    assert found == texts_of(tokenizer, [plain_greedy(model, row, 12) for row in ids])
+
+
 def test_generation_writes_as_many_tokens_as_a_task_allows(model):
     tokenizer = make_tokenizer()
     own = settings(max_new_tokens={"letters": 2, "*": 12})
@@ -155,6 +180,33 @@ def test_forced_decoding_agrees_with_generation(model, batch, labels):
         assert whole.startswith(text)
         lead = " " if labels == "joined" else ""
         assert text.startswith(lead + answer) == whole.startswith(lead + answer), answer
+
+
+class Knows(torch.nn.Module):
+    """A model that finds the next token of its input the most likely, whatever it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids, logits_to_keep, **_):
+        chosen = torch.nn.functional.one_hot(input_ids[:, logits_to_keep + 1], 264)
+        return SimpleNamespace(logits=chosen.float())
+
+
+def test_texts_keep_the_spaces_that_some_tokenizers_clean_away():
+    tokenizer = make_tokenizer()
+    tokenizer.clean_up_tokenization_spaces = True
+    tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
+    assert tokenizer.decode(tokenizer("a .").input_ids) == "a."
+    answer = "x = f ( a , 'b' ) . é"
+    own = settings(max_answer=64)
+    rows = Encoder(tokenizer, own).scored("letters", [("code: ", answer), ("c: ", "b !")])
+    assert forced(Knows(), tokenizer, rows, own, Processes()) == [answer, "b !"]
+    text = torch.tensor([tokenizer(answer, add_special_tokens=False).input_ids])
+    model = language_model(vocab_size=264)
+    model.generate = lambda input_ids, **_: torch.cat([input_ids, text], 1)
+    assert answers(model, tokenizer, settings(eval_batch=1), ["p"])[1] == [answer]
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen2"])
@@ -196,14 +248,16 @@ def test_cached_batches_hold_the_states_where_the_tokens_were():
     assert not states[mask == 0].any()
 
 
-@pytest.mark.parametrize("method", ["moram", "lora"])
-def test_a_run_with_cached_prefixes_ends_as_one_without(tmp_path, method):
+@pytest.mark.parametrize("method", ["moram", "lora", "task-lora"])
+@pytest.mark.parametrize("decoding", ["forced", {"colours": "generate", "*": "forced"}])
+def test_a_run_with_cached_prefixes_ends_as_one_without(tmp_path, method, decoding):
     folder = write_model(tmp_path / "model", num_hidden_layers=3)
     data = write_data(tmp_path / "data")
     found = {}
     for cache in (False, True):
         out = tmp_path / str(cache)
         changes = {"first_layer": 2, "cache_prefix": cache, "full_matrix": True}
+        changes["decoding"] = decoding
         results = run_trace(settings_for(folder, data, out, method, **changes))
         answers = {p.name: json.loads(p.read_text()) for p in (out / "predictions").iterdir()}
         losses = [line.split(",")[2] for line in (out / "steps.csv").read_text().splitlines()[1:]]

@@ -267,7 +267,10 @@ def test_every_setting_is_tried_with_a_wrong_type():
         ({"data": ""}, "data must be given"),
         ({"labels": "joined", "max_answer": 1}, "need max_answer >= 2"),
         ({"cache_prefix": True, "decoding": "forced"}, "cache_prefix needs .*first_layer > 0"),
-        ({"cache_prefix": True, "first_layer": 2}, 'cache_prefix needs decoding "forced"'),
+        (
+            {"cache_prefix": True, "first_layer": 2, "gradient_checkpointing": True},
+            "cache_prefix needs .* no gradient_checkpointing",
+        ),
         ({"suite": "glue"}, "suite must be one of trace, standard, large, got 'glue'"),
         ({"suite": "glue", "tasks": ["a"]}, "suite must be one of trace, standard, large"),
     ],
