@@ -125,6 +125,8 @@ class Encoder:
         )
 
     def _cut(self, ids, task, limit):
+        # Something must come before the answer's first token, to predict it.
+        ids = ids or [self.bos]
         if len(ids) <= limit:
             return ids
         return ids[:limit] if task in self.settings.truncate_right else ids[-limit:]

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import torch
@@ -46,9 +47,17 @@ def write_state(path, state):
 
 
 def read_state(path):
-    """What `write_state` wrote, on the CPU, or None where there is none."""
+    """What `write_state` wrote, on the CPU, or None where there is none.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     path = Path(path)
-    return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
+    if not path.is_file():
+        return None
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is damaged: torch writes archives, and it is none")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def check_space(folder, needed):

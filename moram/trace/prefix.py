@@ -60,7 +60,8 @@ class Prefix:
     Args:
         model: a Llama or Qwen2 causal language model. first_layer: the first layer that may change.
     Raises:
-        ValueError: of another family, whose layers need to know their place; or too few layers.
+        ValueError: of another family, whose layers need to know their place; with dropout; or too
+            few layers.
     """
 
     def __init__(self, model, first_layer):
@@ -69,6 +70,9 @@ class Prefix:
             raise ValueError(
                 f"cache_prefix works for {', '.join(FAMILIES)} without sliding windows, got {kind}"
             )
+        dropout = getattr(model.config, "attention_dropout", 0.0)
+        if dropout:
+            raise ValueError(f"cache_prefix needs a model without dropout, got {dropout}")
         check_layers(model, first_layer)
         self.model, self.first = model, first_layer
 

@@ -206,7 +206,8 @@ class Run:
     def cache(self, prefix, rows):
         """`CachedRows`, those of an earlier run where they are of the same tokens."""
         settings = self.settings
-        key = (settings.model, settings.dtype, prefix.first, tuple(map(tuple, rows.ids)))
+        base = (settings.model, settings.dtype, settings.quantize)
+        key = (*base, prefix.first, tuple(map(tuple, rows.ids)))
         if key not in self.cached:
             self.cached[key] = prefix.cache(rows, settings.eval_batch)
         return CachedRows(rows, self.cached[key])

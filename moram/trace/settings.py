@@ -1,6 +1,7 @@
 """Every setting of a run in one checked dataclass; presets, YAML files and key=value changes."""
 
 import contextlib
+import copy
 import difflib
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -284,7 +285,7 @@ def make_settings(preset="paper", method="moram", files=(), changes=()):
         if layer.get("preset", preset) != preset:
             raise ValueError(f"preset is {preset!r}, and a file asks for {layer['preset']!r}")
         method = layer.get("method", method)
-    start = PRESETS[preset]
+    start = copy.deepcopy(PRESETS[preset])
     values = {"preset": preset, "method": method, **start["*"], **start.get(method, {})}
     known = {item.name: item for item in fields(TraceSettings)}
     for layer in layers:

@@ -179,6 +179,18 @@ def test_as_many_tokens_are_learned_as_the_answer_has_alone(encoder):
     assert (ids, count) == ([2, *map(ord, "abxy"), 1], 3)
 
 
+def test_a_prompt_without_tokens_begins_with_the_beginning(encoder):
+    class Strips(Pairs):
+        def __call__(self, text, add_special_tokens):
+            return super().__call__(text.strip(), add_special_tokens)
+
+    own = encoder("joined", own=Strips())
+    assert own.prompts("plain", [" "]).ids == [[BOS]]
+    # What is learned never begins a text: nothing would predict it.
+    for rows in (own.examples("plain", [(" ", "x")]), own.scored("plain", [(" ", "x")])):
+        assert only(rows) == ([BOS, ord("x"), EOS], 2)
+
+
 def test_special_tokens_that_are_missing_have_the_published_substitutes(encoder):
     class Own(Pairs):
         bos_token_id = pad_token_id = None

@@ -10,7 +10,7 @@ from trace_support import TASKS, settings_for, write_data, write_model
 from moram.cli import main
 from moram.methods.train import TaskTrainer
 from moram.trace import files
-from moram.trace.run import run_trace
+from moram.trace.run import Run, run_trace
 
 QUICK = {"cache_prefix": False, "first_layer": 0, "rank": 4, "epochs": 2, "batch_size": 4}
 QUICK |= {"train_limit": None, "max_prompt": 24, "max_answer": 4, "dtype": "float32", "threads": 1}
@@ -127,6 +127,16 @@ def test_a_damaged_config_is_named(refused, tmp_path, content, message):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text(content)
     assert message in refused()
+
+
+@pytest.mark.parametrize("content", [b"", b"half", b"PK\x03\x04half"])
+def test_a_damaged_state_is_named(refused, tmp_path, monkeypatch, content):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "restore", lambda run: (_ for _ in ()).throw(ValueError("far enough")))
+        assert refused() == "far enough"
+    (out / "state.pt").write_bytes(content)
+    assert refused().startswith(f"{out / 'state.pt'} is damaged: ")
 
 
 def test_an_out_that_is_a_file(refused, tmp_path):

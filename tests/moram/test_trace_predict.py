@@ -274,6 +274,12 @@ def test_prefixes_of_families_whose_layers_know_their_place_are_refused(family):
         Prefix(model, 1)
 
 
+def test_prefixes_of_models_with_dropout_are_refused():
+    model = language_model(attention_dropout=0.1)
+    with pytest.raises(ValueError, match=r"needs a model without dropout, got 0\.1"):
+        Prefix(model, 1)
+
+
 @pytest.mark.parametrize("layer", [2, 7])
 def test_a_first_layer_that_the_model_lacks_is_refused(layer):
     with pytest.raises(ValueError, match=f"below the model's 2 layers, got {layer}"):

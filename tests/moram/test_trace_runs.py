@@ -45,8 +45,9 @@ def prompts(examples):
     return [example.prompt for example in examples]
 
 
-def test_a_quiet_run_prints_nothing(inputs, tmp_path, capfd):
-    quick = {"epochs": 1, "eval_limit": 4}
+@pytest.mark.parametrize("decoding", ["forced", "generate"])
+def test_a_quiet_run_prints_nothing(inputs, tmp_path, capfd, decoding):
+    quick = {"epochs": 1, "eval_limit": 4, "decoding": decoding}
     run_trace(settings_for(*inputs, tmp_path / "out", **quick))
     said = capfd.readouterr()
     lines = [line for line in said.err.splitlines() if "torch/utils/_pytree.py" not in line]
@@ -253,6 +254,20 @@ def test_a_four_bit_base_trains_and_scores_as_its_dequantised_weights_do(inputs,
     assert found["4"][0] == found["32"][0]
     run_trace(settings_for(*inputs, tmp_path / "whole", method, untrained=True))
     assert losses_of(tmp_path / "whole")[0] != pytest.approx(found["4"][1][0], rel=1e-3)
+
+
+def test_runs_share_hidden_states_only_where_their_bases_are_the_same(inputs, tmp_path):
+    folder, data = write_model(tmp_path / "model", num_hidden_layers=3), inputs[1]
+    cached, counts = {}, []
+    for name, quantize in (("a", None), ("b", "nf4"), ("c", None)):
+        changes = {"first_layer": 2, "cache_prefix": True, "quantize": quantize, "epochs": 1}
+        run_trace(settings_for(folder, data, tmp_path / name, **changes), cached=cached)
+        counts.append(len(cached))
+        alone = tmp_path / f"{name} alone"
+        run_trace(settings_for(folder, data, alone, **changes))
+        assert losses_of(tmp_path / name) == losses_of(alone)
+    # Train and test files hold the same texts here, one set a task.
+    assert counts == [3, 6, 6]
 
 
 def test_the_commands_work_end_to_end(inputs, tmp_path):

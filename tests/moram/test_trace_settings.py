@@ -116,8 +116,10 @@ def test_a_dotted_key_of_a_single_value_leaves_it_to_the_other_tasks(key, inner,
 
 
 def test_presets_do_not_change_when_settings_made_from_them_do():
-    settings = paper(**{"method_args.top_k": 4})
-    settings.method_args["threshold"] = 0.9
+    for settings in (paper(**{"method_args.top_k": 4}), paper()):
+        settings.method_args["threshold"] = 0.9
+        settings.epochs["FOMC"] = 9
+    assert paper().of("epochs", "FOMC") == 1
     assert paper().method_args == {"value_scale": 2.0, "temperature": 0.03, "threshold": 0.2}
 
 
@@ -211,7 +213,7 @@ WRONG_TYPES = {
     },
     "text": {
         "values": [3, None, ["a"], {"a": 1}, True],
-        "names": ("model", "data", "out", "suite", "schedule", "average"),
+        "names": ("model", "data", "out", "label", "suite", "schedule", "average"),
     },
     "choice": {
         "values": [3, ["a"], "x", True, {"*": "x"}],
