@@ -137,7 +137,7 @@ def _run_trace(arguments, parser):
     try:
         run_trace(settings, stop=lambda: bool(asked))
     except (Stopped, KeyboardInterrupt) as stopped:
-        print(f"moram trace: {stopped or 'interrupted'}", file=sys.stderr)
+        print(f"moram trace: {str(stopped) or 'interrupted'}", file=sys.stderr)
         return INTERRUPTED
     finally:
         for number, handler in before.items():

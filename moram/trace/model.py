@@ -18,6 +18,7 @@ def load(settings, device, log):
     Raises:
         OSError, ValueError: there is no such model, or the settings do not fit it.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -40,9 +41,12 @@ def load(settings, device, log):
     # On the CPU and for short texts the plain attention is the faster one.
     attention = "eager" if device.type == "cpu" else "sdpa"
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention, **more
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=attention, **more
+        )
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {folder} cannot be read: {error}") from error
     if settings.quantize:
         for module in model.modules():
             # On CPUs with AVX512-BF16, bitsandbytes would repack the weights when the model is

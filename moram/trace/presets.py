@@ -23,6 +23,8 @@ _PAPER = {
     "o-lora": _LORA,
     "hide-lora": _LORA,
     "tree-lora": {"lr": 1e-4, "method_args": {"alpha": 32}},
+    # Room for the demonstrations.
+    "in-context": {"max_prompt": {"MeetingBank": 4096, "*": 3584}},
 }
 
 _SMALL = {
@@ -51,6 +53,7 @@ _SMALL = {
     },
     "moram": {"method_args": {"value_scale": 8.0}},
     "ewc": {"method_args": {"fisher_examples": 64}},
+    "in-context": {"max_prompt": 1024, "method_args": {"max_length": 1024}},
 }
 
 PRESETS = {"paper": _PAPER, "small": _SMALL}

@@ -227,6 +227,23 @@ def test_a_model_folder_without_a_model(refused, tmp_path):
     assert refused(model=str(folder))
 
 
+def test_a_model_whose_weights_are_damaged(refused, inputs, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(inputs[0], folder)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert refused(model=str(folder)).startswith(f"the weights in {folder} cannot be read: ")
+
+
+def test_an_interrupt_that_does_not_wait_is_status_130(inputs, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moram.trace.run.run_trace", interrupt)
+    assert main(["trace", "--model", inputs[0], "--data", inputs[1], "--tasks", "letters"]) == 130
+    assert capsys.readouterr().err == "moram trace: interrupted\n"
+
+
 @pytest.mark.parametrize("method", ["moram", "lora"])
 def test_targets_that_no_layer_has(refused, method):
     assert "z_proj" in refused("--method", method, targets=["z_proj"])

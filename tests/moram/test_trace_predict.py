@@ -74,6 +74,14 @@ def test_generation_is_plain_greedy_decoding_in_any_batch(model, batch, labels):
     assert len(set(found)) > 5, "the case should tell answers apart"
 
 
+@pytest.mark.parametrize("family", ["Mistral", "Gemma", "Gemma2", "Gemma3", "Qwen2", "Qwen3"])
+def test_generation_is_plain_greedy_decoding_for_every_family(family):
+    model = language_model(family, vocab_size=264, max_position_embeddings=128)
+    tokenizer = make_tokenizer()
+    ids, found = answers(model, tokenizer, settings(eval_batch=8, max_new_tokens=6))
+    assert found == texts_of(tokenizer, [plain_greedy(model, row, 6) for row in ids])
+
+
 @pytest.mark.parametrize("batch", [1, 3, 8])
 @pytest.mark.parametrize("pad", ["<pad>", "<eos>"])
 def test_penalty_and_ngrams_reach_generation_and_do_not_see_padding(model, batch, pad):

@@ -58,7 +58,7 @@ def run_quietly(settings):
 
 
 def test_ten_kills_at_random_points_end_in_the_same_r(inputs, tmp_path):
-    changes = {"dropout": 0.1, "save_seconds": 0.0, "epochs": 8, **PROTECTED}
+    changes = {"dropout": 0.1, "save_seconds": 0.0, "epochs": 24, **PROTECTED}
     whole = tmp_path / "whole"
     started = time.perf_counter()
     run_trace(settings_for(*inputs, whole, **changes))

@@ -61,6 +61,14 @@ def test_preset_paper_has_the_published_optimiser_lengths_and_decoding():
     assert settings.eval_batch == 1 and settings.eval_split == "test"
 
 
+def test_demonstrations_have_the_published_room_in_prompts():
+    assert paper("in-context").of("max_prompt", "FOMC") == 3584
+    assert paper("in-context").of("max_prompt", "MeetingBank") == 4096
+    own = small("in-context")
+    # Six examples of the small preset's size and the question fit.
+    assert own.of("max_prompt", "FOMC") == own.method_args["max_length"] >= 6 * (112 + 16) + 112
+
+
 def test_preset_paper_trains_tasks_it_does_not_know_for_one_epoch():
     for method in ("moram", "lora", "ewc"):
         settings = paper(method, tasks=("mine",))
