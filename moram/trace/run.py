@@ -1,14 +1,11 @@
 """A run over a stream: train, score, write, and go on after a stop at any point."""
 
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
 from .. import checkpoint
-from ..continual import load_stream
-from ..continual.data import Task
 from ..continual.scorers import scorer_for
 from ..inject import adapters
 from ..layers import AdapterLinear
@@ -20,10 +17,10 @@ from .files import check_space, read_json, read_state, write_json, write_state
 from .memory import peak_mib, reset_peak
 from .model import compile_parts, excluded, load, shard
 from .predict import forced, generate
-from .prefix import CachedRows, Prefix
 from .progress import STEPS, Progress
 from .report import FORMAT, majority_row, summarise, write_report
-from .settings import HELD_OUT, differences
+from .settings import differences
+from .streams import StreamRows, is_forced, read_stream
 
 STATE, CONFIG, RESULTS = "state.pt", "config.json", "results.json"
 # What a run writes besides JSON: a folder that holds one of them without CONFIG is not its own.
@@ -60,30 +57,8 @@ def run_trace(settings, log=print, stop=lambda: False, cached=None):
     return Run(settings, processes, accelerator, log, stop, cached).execute()
 
 
-def read_stream(settings):
-    """The tasks of a run, cut to its limits.
-
-    Raises:
-        ValueError, OSError: see `load_stream`; or held-out examples leave nothing to train on.
-    """
-    held_out = settings.eval_split == HELD_OUT
-    split = None if held_out else settings.eval_split
-    stream = []
-    for task in load_stream(settings.data, settings.tasks, settings.train_split, split):
-        train, test = task.train, task.test
-        if held_out:
-            train, test = train[: -settings.held_out], train[-settings.held_out :]
-            # A data set may hold an example twice.
-            scored = set(test)
-            train = tuple(example for example in train if example not in scored)
-            if not train:
-                raise ValueError(f"{task.name} has no more than held_out={settings.held_out} rows")
-        stream.append(Task(task.name, train[: settings.train_limit], test[: settings.eval_limit]))
-    return stream
-
-
 class Run:
-    """One run. Everything that can be wrong is found by `prepare`, before any training."""
+    """One run. What can be wrong is found by `check` and `prepare`, before any training."""
 
     def __init__(self, settings, processes, accelerator, log, stop, cached=None):
         self.settings, self.processes, self.log, self.stop = settings, processes, log, stop
@@ -95,31 +70,36 @@ class Run:
 
     def execute(self):
         """See `run_trace`."""
+        self.check()
+        done = read_json(self.out / RESULTS)
+        if done is not None and done["complete"]:
+            self.log(f"{self.out} holds the finished run")
+            return done
         self.prepare()
         # Methods know adapters by their paths in the model as it is trained.
-        with self.upper():
+        with self.rows.upper():
             self.restore()
         if self.settings.untrained:
             self.score(UNTRAINED, range(len(self.stream)))
         for number, members in enumerate(self.stages):
-            with self.upper():
+            with self.rows.upper():
                 self.learn(number, members)
             last = len(self.stream) if self.settings.full_matrix else number + 1
             seen = range(last) if len(self.stages) > 1 else range(len(self.stream))
             self.score(number, seen)
             self.write(number)
-        results = self.write(len(self.stages) - 1, complete=True)
         if self.processes.is_first and adapters(self.model):
             tasks = [task.name for task in self.stream]
             checkpoint.save(
                 self.model, self.out / "adapters", tasks=tasks, base_model=self.settings.model
             )
+        results = self.write(len(self.stages) - 1, complete=True)
         self.progress.close()
         self.processes.wait()
         return results
 
-    def prepare(self):
-        """Read and check everything."""
+    def check(self):
+        """Read and check all that needs no model."""
         settings = self.settings
         if self.sharded and settings.cache_prefix:
             raise ValueError("cache_prefix and a sharded model do not go together")
@@ -141,12 +121,16 @@ class Run:
                     f"{settings.batch_size}"
                 )
         self.open_folder()
+
+    def prepare(self):
+        """Load the model, and make everything ready to train."""
+        settings = self.settings
         self.model, self.tokenizer = load(settings, self.device, self.log)
         needed = 3 * sum(p.numel() for p in self.model.parameters()) // 10
         check_space(self.out, needed)
-        self.encoder = Encoder(self.tokenizer, settings)
+        encoder = Encoder(self.tokenizer, settings)
         for task in self.stream:
-            prompts, answers = self.encoder.num_cut(task.name, task.train + task.test)
+            prompts, answers = encoder.num_cut(task.name, task.train + task.test)
             self.log(
                 f"{task.name}: {len(task.train)} train, {len(task.test)} {settings.eval_split} "
                 f"examples; longer than allowed: {prompts} prompts, {answers} answers"
@@ -159,7 +143,15 @@ class Run:
         if self.sharded:
             shard(self.model)
         self.progress = Progress(self.work(), settings, self.out, self.processes)
-        self.encode()
+        self.rows = StreamRows(
+            self.stream,
+            encoder,
+            self.method,
+            self.model,
+            settings,
+            any(self.stages),
+            self.cached,
+        )
         # Last, so that a folder whose run could not begin is free for a corrected command.
         if self.processes.is_first:
             write_json(self.out / CONFIG, settings.to_dict())
@@ -180,38 +172,6 @@ class Run:
             )
         self.processes.wait()
 
-    def encode(self):
-        """Tokens of all that is trained on and scored."""
-        self.train = [self.encoder.examples(task.name, task.train) for task in self.stream]
-        self.test = []
-        for task in self.stream:
-            prompts = self.method.prompts(task, lambda text: len(self.encoder.tokens(text)))
-            prompts = [e.prompt for e in task.test] if prompts is None else prompts
-            if self.settings.of("decoding", task.name) == "generate":
-                self.test.append(self.encoder.prompts(task.name, prompts))
-            else:
-                pairs = [(p, e.answer) for p, e in zip(prompts, task.test, strict=True)]
-                self.test.append(self.encoder.scored(task.name, pairs))
-        self.upper = nullcontext
-        if self.settings.cache_prefix:
-            prefix = Prefix(self.model, self.settings.first_layer)
-            if any(self.stages):
-                self.train = [self.cache(prefix, rows) for rows in self.train]
-            self.test = [
-                self.cache(prefix, rows) if self.is_forced(task) else rows
-                for task, rows in zip(self.stream, self.test, strict=True)
-            ]
-            self.upper = prefix.upper
-
-    def cache(self, prefix, rows):
-        """`CachedRows`, those of an earlier run where they are of the same tokens."""
-        settings = self.settings
-        base = (settings.model, settings.dtype, settings.quantize)
-        key = (*base, prefix.first, tuple(map(tuple, rows.ids)))
-        if key not in self.cached:
-            self.cached[key] = prefix.cache(rows, settings.eval_batch)
-        return CachedRows(rows, self.cached[key])
-
     def restore(self):
         """Take over the state of an earlier run, if there is one."""
         state = read_state(self.out / STATE)
@@ -228,12 +188,13 @@ class Run:
         """Train one stage, or what is left of it."""
         state = self.state
         if number < state["stage"] or (number == state["stage"] and state["finished"]):
+            self.progress.answered(self.examples(members))
             return
         fresh = number > state["stage"]
         if fresh:
             self.costs.append({"seconds": 0.0, "peak_mib": 0.0, "trained": 0})
         if members:
-            parts = [self.train[i] for i in members]
+            parts = [self.rows.train[i] for i in members]
             data, settings = type(parts[0]).join(parts), self.train_settings(members)
             stage = Stage(self.model, data, settings)
             reset_peak(self.device)
@@ -260,7 +221,7 @@ class Run:
     def after_step(self, trainer, loss):
         """Log, and save now and then, or when asked to stop."""
         self.progress.step(trainer, loss)
-        stop = self.processes.broadcast(self.stop()) if self.processes.world > 1 else self.stop()
+        stop = self.asked_to_stop()
         due = time.perf_counter() - self.saved > self.settings.save_seconds
         if stop or due:
             self.note_costs()
@@ -272,6 +233,10 @@ class Run:
                 f"stopped in task {trainer.index + 1}, step {trainer.done}; the same "
                 "command goes on from here"
             )
+
+    def asked_to_stop(self):
+        """Whether the first process was asked to stop: all of them stop together."""
+        return self.processes.broadcast(self.stop())
 
     def note_costs(self):
         """Add up what this stage has cost since the last note."""
@@ -304,7 +269,7 @@ class Run:
             if self.processes.broadcast(path.is_file()):
                 self.progress.answered(len(task.test))
                 continue
-            if self.stop():
+            if self.asked_to_stop():
                 raise Stopped("stopped between two tasks; the same command goes on from here")
             if number != UNTRAINED:
                 self.method.select(self.model, i)
@@ -318,17 +283,13 @@ class Run:
                 )
             self.processes.wait()
 
-    def is_forced(self, task):
-        """Whether a task is scored in one pass over the true answers."""
-        return self.settings.of("decoding", task.name) == "forced"
-
     def answer(self, i):
         """The model's answers to a task."""
         task, step = self.stream[i], self.progress.answered
-        common = (self.model, self.tokenizer, self.test[i], self.settings)
-        if not self.is_forced(task):
+        common = (self.model, self.tokenizer, self.rows.test[i], self.settings)
+        if not is_forced(self.settings, task.name):
             return generate(*common, task.name, self.processes, step)
-        with self.upper():
+        with self.rows.upper():
             return forced(*common, self.processes, step)
 
     def prediction(self, number, i):
@@ -369,19 +330,22 @@ class Run:
                 self.log((self.out / "table.md").read_text(encoding="utf-8"))
         return results
 
+    def examples(self, members):
+        """Examples that training a stage goes through."""
+        if not members:
+            return 0
+        settings = self.train_settings(members)
+        count = sum(len(self.stream[i].train) for i in members)
+        return settings.steps(count) * settings.batch_size
+
     def work(self):
         """Examples to train on and to answer, all in all."""
-        trained = 0
-        for members in self.stages:
-            if members:
-                settings = self.train_settings(members)
-                count = sum(len(self.stream[i].train) for i in members)
-                trained += settings.steps(count) * settings.batch_size
         tests = [len(task.test) for task in self.stream]
         rows = range(len(self.stages))
         whole = self.settings.full_matrix or len(self.stages) == 1
         answered = sum(sum(tests) if whole else sum(tests[: t + 1]) for t in rows)
-        return trained + answered + (sum(tests) if self.settings.untrained else 0)
+        untrained = sum(tests) if self.settings.untrained else 0
+        return sum(map(self.examples, self.stages)) + answered + untrained
 
 
 def versions():

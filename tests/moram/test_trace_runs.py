@@ -13,7 +13,8 @@ import torch
 from trace_support import TASKS, settings_for, write_data, write_model
 
 from moram.methods.train import TaskTrainer
-from moram.trace.run import read_stream, run_trace
+from moram.trace.run import run_trace
+from moram.trace.streams import read_stream
 
 # 16 examples, batches of 4, two epochs.
 STEPS = 8
