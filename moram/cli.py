@@ -116,6 +116,7 @@ def _add_trace_arguments(parser):
 
 
 def _run_trace(arguments, parser):
+    from .methods.processes import leave
     from .trace.run import Stopped, run_trace
     from .trace.settings import make_settings
     from .trace.yaml_values import parse_change
@@ -140,6 +141,7 @@ def _run_trace(arguments, parser):
         print(f"moram trace: {str(stopped) or 'interrupted'}", file=sys.stderr)
         return INTERRUPTED
     finally:
+        leave()
         for number, handler in before.items():
             signal.signal(number, handler)
     return 0

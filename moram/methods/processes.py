@@ -59,3 +59,9 @@ class Processes:
         """Wait until all processes are here."""
         if self.world > 1:
             dist.barrier()
+
+
+def leave():
+    """End this process's membership; does nothing where it is alone."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

@@ -4,9 +4,8 @@ from .protocol import PAPER_EPOCHS
 
 # The TRACE run of arXiv 2506.21035 (its released runner): sections on data, optimiser, decoding.
 # Rates and epochs of the baselines are those of the TreeLoRA code base, which compares them.
-_LONG_EPOCHS = dict(
-    zip(PAPER_EPOCHS, (5, 3, 7, 5, 3, 5, 5, 7), strict=True),
-)
+_LONG_EPOCHS = dict(zip(PAPER_EPOCHS, (5, 3, 7, 5, 3, 5, 5, 7), strict=True))
+_EWC_EPOCHS = dict(zip(PAPER_EPOCHS, (1, 1, 5, 5, 1, 5, 5, 5), strict=True))
 _LORA = {"lr": 1e-4, "epochs": {**_LONG_EPOCHS, "*": 1}, "method_args": {"alpha": 32}}
 _PAPER = {
     "*": {
@@ -23,6 +22,13 @@ _PAPER = {
     "o-lora": _LORA,
     "hide-lora": _LORA,
     "tree-lora": {"lr": 1e-4, "method_args": {"alpha": 32}},
+    # Published for full parameters at 1e-5; on LoRA, at LoRA's rate.
+    "ewc": {"lr": 1e-4, "epochs": {**_EWC_EPOCHS, "*": 1}, "method_args": {"alpha": 32}},
+    # Not part of that comparison: as sequential LoRA.
+    "moe-lora": _LORA,
+    "codyra": _LORA,
+    "task-lora": _LORA,
+    "joint": _LORA,
     # Room for the demonstrations.
     "in-context": {"max_prompt": {"MeetingBank": 4096, "*": 3584}},
 }

@@ -33,6 +33,8 @@ def small(method="moram", **changes):
         ("o-lora", 1e-4, LONG, {"alpha": 32}),
         ("hide-lora", 1e-4, LONG, {"alpha": 32}),
         ("tree-lora", 1e-4, SHORT, {"alpha": 32}),
+        ("ewc", 1e-4, (1, 1, 5, 5, 1, 5, 5, 5), {"alpha": 32}),
+        ("joint", 1e-4, LONG, {"alpha": 32}),
     ],
 )
 def test_preset_paper_has_the_published_rates_and_epochs(method, lr, epochs, arguments):
