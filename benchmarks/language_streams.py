@@ -14,6 +14,7 @@ import json
 import time
 from pathlib import Path
 
+from moram.trace.files import write_json
 from moram.trace.protocol import TRACE
 from moram.trace.report import read_results, write_report
 from moram.trace.run import run_trace
@@ -140,7 +141,9 @@ def main():
         (folder / "state.pt").unlink()
     folders = [arguments.out / name for name, _, _ in runs]
     if all(finished(folder) for folder in folders):
-        write_report(read_results(folders), arguments.out / arguments.part)
+        results = read_results(folders)
+        write_report(results, arguments.out / arguments.part)
+        write_json(arguments.out / arguments.part / "runs.json", results)
 
 
 def finished(folder):

@@ -87,7 +87,8 @@ class AtomBank(nn.Module):
         """From now on the current keys K act as gain (K - K basis^T basis), and are trained so.
 
         Keeps them, whatever the optimiser does, out of the directions that basis spans. Neither is
-        part of `state_dict`: `fold_keys` ends it and leaves keys that act as they are.
+        part of `state_dict`, and loading one ends it; `fold_keys` ends it and leaves keys that act
+        as these do.
 
         Args:
             basis: orthonormal rows [k, D], on the bank's device. gain: a number.
@@ -196,6 +197,7 @@ class AtomBank(nn.Module):
         missing_keys.extend(prefix + name for name in names if found[name] is None)
         if any(tensor is None for tensor in found.values()):
             return
+        self.guard = None
         with torch.no_grad():
             live = found["frozen_keys"].shape[0]
             if local_metadata.get("assign_to_params_buffers"):

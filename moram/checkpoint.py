@@ -52,6 +52,8 @@ def save(model, directory, *, tasks=(), base_model=None):
     tensors, layers = {}, {}
     for path, adapter in found.items():
         state = adapter.bank.state_dict()
+        # Guarded keys are saved as they act: what is loaded answers as this model does.
+        state["current_keys"] = adapter.bank.acting_keys()
         for part in _PARTS:
             tensors[_tensor_name(path, part)] = state[part].detach().cpu().contiguous()
         layers[path] = {

@@ -85,7 +85,7 @@ def table(runs):
     tasks = list(runs[0]["tasks"])
     _check_alike(runs)
     titles = ["method", "runs", *tasks, *(title for title, _ in SUMMARY.values())]
-    titles += ["trained / task", "stored MiB", "seconds / task", "peak MiB", "task id"]
+    titles += ["trained / stage", "stored MiB", "seconds / stage", "peak MiB", "task id"]
     rows = [["majority class", "", *_over_tasks(runs[:1], tasks, "majority")]]
     untrained = [run for run in runs if run["untrained"]]
     if untrained:

@@ -8,6 +8,7 @@ from tiny_models import language_model, small_config
 from torch import nn
 from toy_language import WordTokenizer, toy_stream
 
+import moram
 from moram import AtomBank, MoRAMConfig, MoRAMLinear, adapters
 from moram.continual.scoring import encode
 from moram.methods import MoRAM, TrainSettings, run_stream
@@ -60,6 +61,24 @@ def test_folding_and_freezing_leave_the_acting_keys_as_they_are(end):
     keys = torch.cat([bank.segments()[0], bank.segments()[2]])[:5]
     torch.testing.assert_close(keys, expected, rtol=0, atol=0)
     assert bank.guard is None
+
+
+def test_a_checkpoint_of_guarded_keys_answers_as_the_model_does(tmp_path):
+    model = language_model()
+    moram.inject(model, small_config(top_k=4, value_scale=8.0))
+    for adapter in adapters(model).values():
+        with torch.no_grad():
+            adapter.bank.current_values.normal_()
+        adapter.bank.guard_keys(orthonormal(2, adapter.in_features).float(), 3.0)
+    ids = torch.arange(3, 11)[None]
+    expected = model(input_ids=ids).logits
+    moram.save(model, tmp_path)
+    loaded = language_model()
+    moram.load(loaded, tmp_path)
+    torch.testing.assert_close(loaded(input_ids=ids).logits, expected)
+    moram.load(model, tmp_path)
+    assert all(adapter.bank.guard is None for adapter in adapters(model).values())
+    torch.testing.assert_close(model(input_ids=ids).logits, expected)
 
 
 def test_gradients_of_guarded_keys_reach_the_raw_ones_through_the_projection():

@@ -37,7 +37,7 @@ BY_HAND = {
 }
 TITLES = ["method", "runs", "a", "b", "c", "OP", "just learned", "BWT (unclipped, T-1)"]
 TITLES += ["BWT (unclipped, T)", "BWT (TRACE: clipped, T, sign flipped)", "forgetting (from best)"]
-TITLES += ["trained / task", "stored MiB", "seconds / task", "peak MiB", "task id"]
+TITLES += ["trained / stage", "stored MiB", "seconds / stage", "peak MiB", "task id"]
 
 
 def results(matrix=MATRIX, tasks="abc", name="one", **changes):
