@@ -97,12 +97,6 @@ def trace_runs():
         "max_answer": 32,
         "max_new_tokens": 24,
         "eval_batch": 16,
-        "decoding": {
-            "MeetingBank": "generate",
-            "Py150": "generate",
-            "20Minuten": "generate",
-            "*": "forced",
-        },
     }
     for label in METHODS:
         method, changes = chosen(label)

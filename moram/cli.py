@@ -131,6 +131,7 @@ def _run_trace(arguments, parser):
 
     def ask(number, frame):
         # The second time, the usual thing happens.
+        print("moram trace: stopping after this step", file=sys.stderr)
         asked.append(number)
         signal.signal(number, signal.default_int_handler)
 

@@ -71,4 +71,5 @@ def _version(tensor):
 def _bank_version(bank):
     """What changes whenever the keys of a bank do."""
     keys = (bank.frozen_keys, bank.current_keys)
-    return (bank.num_frozen, *((id(t), t.shape[0], _version(t)) for t in keys))
+    found = ((id(t), t.shape[0], _version(t)) for t in keys)
+    return (bank.num_frozen, id(bank.guard), *found)

@@ -4,6 +4,9 @@ import torch
 
 from ..config import check_count
 
+# Above it, a layer's new inputs lie in the protected directions, and rounding would be amplified.
+MAX_GAIN = 100.0
+
 
 class InputSketch:
     """The uncentred second moment of a layer's inputs, as its leading directions.
@@ -21,8 +24,10 @@ class InputSketch:
         """Add a second moment [D, D], such as the mean of x x^T over a task's inputs."""
         total = moment.trace()
         if self.rows is not None:
-            moment = moment + self.rows.T @ self.rows
-            total = total + self.total
+            # After a restart they may still lie on the CPU.
+            rows = self.rows.to(moment)
+            moment = moment + rows.T @ rows
+            total = total + self.total.to(moment)
         values, vectors = torch.linalg.eigh(moment)
         values, vectors = values.flip(0)[: self.size], vectors.flip(1)[:, : self.size]
         self.rows, self.total = (vectors * values.clamp_min(0).sqrt()).T.contiguous(), total
@@ -41,8 +46,9 @@ class KeyProtection:
     Before a task: with U [k, D] the leading directions of the inputs of all earlier tasks, the new
     keys K act as g (K - K U^T U), in training too. The gain g lets them compete: with it, the root
     mean square of their first scores on the new task's inputs is `strength` times that of the
-    frozen atoms'. So new atoms score near zero on what lies in the protected directions, whatever
-    the optimiser does, and write next to nothing there: earlier tasks' outputs remain.
+    frozen atoms'. So new atoms are blind to what lies in the protected directions, whatever the
+    optimiser does. Of what earlier inputs have outside them, new atoms see as much as new inputs
+    have there: how much of the earlier outputs remains is an empirical matter, not a guarantee.
 
     No inputs are kept, and no task id is needed. Layers that read the same tensor share a sketch.
 
@@ -76,11 +82,11 @@ class KeyProtection:
         self.guards = {}
         for path, adapter in found.items():
             moment, bank = moments[leader[path]], adapter.bank
-            basis = bases[leader[path]]
+            basis = bases[leader[path]].to(bank.current_keys.device)
             bank.guard_keys(basis)
             old = _rms_scores(bank.frozen_keys[: bank.num_frozen], moment).mean()
             new = _rms_scores(bank.acting_keys(), moment).mean().clamp_min(1e-12)
-            self.guards[path] = (basis, float(self.strength * old / new))
+            self.guards[path] = (basis, min(MAX_GAIN, float(self.strength * old / new)))
         self.resume(found)
 
     def resume(self, found):

@@ -26,7 +26,7 @@ class TrainSettings:
         clip: gradient norm is clipped to this.
         seed: of the order of the data, and of dropout.
         micro_batch: examples that go through the model at once; None = batch_size. Changes memory,
-            not results.
+            not results, up to rounding; but with dropout other inputs are dropped.
         schedule: "linear": a warm-up over a tenth of the steps, then a linear decay to zero;
             "constant".
         betas: of AdamW. No weight decay.
@@ -166,12 +166,16 @@ class TaskTrainer:
     def _step(self):
         settings, rows = self.settings, self.rows(self.done)
         # Seeded by the step alone, so that a run that goes on draws the same dropout.
-        torch.manual_seed((settings.seed * 1000 + self.index) * 1_000_003 + self.done)
+        seed = (settings.seed * 1000 + self.index) * 1_000_003 + self.done
+        torch.manual_seed(seed * 1009 + self.processes.rank)
         per_example = settings.average == "example"
         total = len(rows) if per_example else self.data.num_labels(rows)
         loss = self.parameters[0].new_zeros((), dtype=torch.float32)
-        mine = self.processes.share(rows)
-        for part in mine.split(settings.micro_batch or len(rows)) if len(mine) else ():
+        for part in self._parts(rows):
+            if part is None:
+                # A sharded base needs as many passes in every process: this one counts nothing.
+                (summed_loss(self.model, self.data, rows[:1])[0] * 0).backward()
+                continue
             summed, _, examples = summed_loss(self.model, self.data, part, per_example)
             share = summed / max(1, total)
             loss += share.detach()
@@ -197,6 +201,16 @@ class TaskTrainer:
         self.method.after_step(self.model, step)
         self.optimizer.zero_grad()
         return loss.item()
+
+    def _parts(self, rows):
+        """This process's micro-batches of a step; None is a pass for the other processes' sake."""
+        size = self.settings.micro_batch or len(rows)
+        mine = self.processes.share(rows)
+        parts = list(mine.split(size)) if len(mine) else []
+        if getattr(self.model, "is_sharded", False):
+            most = -(-len(rows) // self.processes.world)
+            parts += [None] * (-(-most // size) - len(parts))
+        return parts
 
     def _rate(self, number):
         """The rate of a step as a part of the peak."""

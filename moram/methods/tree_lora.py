@@ -168,9 +168,12 @@ def differences(signals):
     Args:
         signals: one list of vectors, one a module, per task.
     """
+    # After a restart some may still lie on the CPU.
+    devices = [g.device for g in signals[-1]]
+    signals = [[g.to(d) for g, d in zip(task, devices, strict=True)] for task in signals]
     before = [[torch.zeros_like(g) for g in signals[0]], *signals]
     return [
-        [after.to(g.device) - g for g, after in zip(old, new, strict=True)]
+        [after - g for g, after in zip(old, new, strict=True)]
         for old, new in zip(before, signals, strict=False)
     ]
 

@@ -1,5 +1,6 @@
 """The model of a run: loaded, quantised, sharded."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from ..demo.model import fetch_weights, pick_dtype
@@ -11,7 +12,7 @@ SMOLLM2 = "smollm2"
 
 
 def load(settings, device, log):
-    """The base model in eval mode on the device, its tokenizer, and its name.
+    """The base model in eval mode on the device, and its tokenizer.
 
     Args:
         settings: `TraceSettings`. device: a torch device. log: called with lines of text.
@@ -60,7 +61,6 @@ def load(settings, device, log):
         old = model.gradient_checkpointing_enable
         getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
     check_layers(model, settings.first_layer)
-    _check_context(model, settings)
     return model.eval(), tokenizer
 
 
@@ -97,20 +97,30 @@ def _own_parameters(adapter):
     return [p for n, p in adapter.named_parameters() if not n.startswith("base_layer.")]
 
 
-def _check_context(model, settings):
+def fit_context(model, settings, log):
+    """Settings whose prompts and answers fit the model's context.
+
+    Returns:
+        The settings, where fit_context says so with a shorter max_prompt for the tasks that need
+        it; each is logged.
+    Raises:
+        ValueError: they do not fit, and may not be cut or cannot be.
+    """
     context = getattr(model.config, "max_position_embeddings", None)
-    if context is None:
-        return
+    limits = {}
     for task in settings.tasks:
-        prompt = settings.of("max_prompt", task)
-        answer = max(
-            settings.max_answer,
-            settings.of("max_new_tokens", task)
-            if settings.of("decoding", task) == "generate"
-            else 0,
-        )
-        if prompt + answer > context:
+        prompt, answer = settings.of("max_prompt", task), settings.max_answer
+        if settings.of("decoding", task) == "generate":
+            answer = max(answer, settings.of("max_new_tokens", task))
+        limits[task] = prompt
+        if context is None or prompt + answer <= context:
+            continue
+        if not settings.fit_context or answer >= context:
             raise ValueError(
                 f"max_prompt {prompt} and {answer} tokens of answer for {task} do not fit the "
-                f"model's context of {context}: lower max_prompt, max_answer or max_new_tokens"
+                f"model's context of {context}: lower max_prompt, max_answer or max_new_tokens, "
+                "or set fit_context"
             )
+        limits[task] = context - answer
+        log(f"{task}: max_prompt {prompt} -> {limits[task]}, to fit the context of {context}")
+    return replace(settings, max_prompt=limits)

@@ -32,12 +32,8 @@ def generate(model, tokenizer, rows, settings, task, processes, step=lambda coun
         use_cache=True,
     )
     device = next(model.parameters()).device
-    order = by_length(rows)
-    # Every process makes as many calls as the others: a sharded model answers together.
-    order += order[: -len(order) % processes.world]
     answers = []
-    for start in range(0, len(processes.share(order)), settings.eval_batch):
-        part = processes.share(order)[start : start + settings.eval_batch]
+    for part in _batches(rows, settings, processes):
         ids, mask, _ = (t.to(device) for t in rows.batch(part))
         with _without_habits(model):
             out = model.generate(
@@ -99,11 +95,8 @@ def forced(model, tokenizer, rows, settings, processes, step=lambda count: None)
         rows: `Rows` or `CachedRows` of prompts with answers; the rest as for `generate`.
     """
     device = next(model.parameters()).device
-    everyone = by_length(rows)
-    everyone += everyone[: -len(everyone) % processes.world]
-    mine, answers = processes.share(everyone), []
-    for start in range(0, len(mine), settings.eval_batch):
-        part = mine[start : start + settings.eval_batch]
+    answers = []
+    for part in _batches(rows, settings, processes):
         ids, mask, labels = (t.to(device) for t in rows.batch(part))
         tail = int(labels.ne(IGNORED).sum(1).max())
         best = answer_logits(model, ids, mask, tail).argmax(-1)
@@ -116,6 +109,15 @@ def forced(model, tokenizer, rows, settings, processes, step=lambda count: None)
         step(len(part) * processes.world)
     found = dict(processes.gather(answers))
     return [found[row] for row in range(len(rows))]
+
+
+def _batches(rows, settings, processes):
+    """This process's batches. All have as many: the processes of a sharded model call together."""
+    order = by_length(rows)
+    order += [order[i % len(order)] for i in range(-len(order) % processes.world)]
+    mine = processes.share(order)
+    for start in range(0, len(mine), settings.eval_batch):
+        yield mine[start : start + settings.eval_batch]
 
 
 def by_length(rows):

@@ -2,18 +2,17 @@
 
 import csv
 import io
-import json
 from collections import Counter
 from pathlib import Path
 from statistics import mean, stdev
 
 from ..continual import metrics
+from .compare import groups
 from .files import read_json, write_text
-from .settings import FREE
 
 FORMAT = 1
 
-# name in results.json: (column title, function of R, decimals)
+# name in results.json: (column title, function of R)
 SUMMARY = {
     "overall_performance": ("OP", metrics.overall_performance),
     "plasticity": ("just learned", metrics.plasticity),
@@ -90,7 +89,7 @@ def table(runs):
     untrained = [run for run in runs if run["untrained"]]
     if untrained:
         rows.append(["untrained", "", *_over_tasks(untrained[:1], tasks, "untrained")])
-    for name, group in _groups(runs).items():
+    for name, group in groups(runs).items():
         last = [dict(zip(run["tasks"], run["matrix"][-1], strict=True)) for run in group]
         costs = [cost for run in group for cost in run["costs"]]
         row = [name, str(len(group)), *(spread([row[task] for row in last]) for task in tasks)]
@@ -113,6 +112,10 @@ def _check_alike(runs):
         if sorted(run["tasks"]) != sorted(first["tasks"]):
             names = f"{first['tasks']} and {run['tasks']}"
             raise ValueError(f"runs must share their tasks, got {names}")
+        for key in ("model", "eval_split", "eval_limit"):
+            one, other = (r["settings"].get(key) for r in (first, run))
+            if one != other:
+                raise ValueError(f"runs must be scored alike, got {key} {one!r} and {other!r}")
         for key in ("metrics", "decoding", "majority"):
             one, other = (dict(zip(r["tasks"], r[key], strict=True)) for r in (first, run))
             for task in one:
@@ -121,30 +124,6 @@ def _check_alike(runs):
                         f"runs must be scored alike, got {key} {one[task]} and {other[task]} "
                         f"for {task}"
                     )
-
-
-def _groups(runs):
-    """Runs by name, with the settings that differ among those of one method."""
-    settings = [{k: json.dumps(v) for k, v in _flat(run["settings"])} for run in runs]
-    groups = {}
-    for run, own in zip(runs, settings, strict=True):
-        same = [other for r, other in zip(runs, settings, strict=True) if r["name"] == run["name"]]
-        keys = sorted({key for other in same for key in other})
-        varied = [key for key in keys if len({other.get(key) for other in same}) > 1]
-        label = ", ".join(f"{key} {own.get(key, '-')}" for key in varied)
-        name = f"{run['name']} ({label})" if label else run["name"]
-        groups.setdefault(name, []).append(run)
-    return groups
-
-
-def _flat(settings):
-    for key, value in settings.items():
-        if key in (*FREE, "out", "seed", "tasks", "order", "suite"):
-            continue
-        if isinstance(value, dict):
-            yield from ((f"{key}.{inner}", item) for inner, item in value.items())
-        else:
-            yield key, value
 
 
 def _over_tasks(runs, tasks, key):

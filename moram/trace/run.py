@@ -6,21 +6,20 @@ from pathlib import Path
 import torch
 
 from .. import checkpoint
-from ..continual.scorers import scorer_for
 from ..inject import adapters
 from ..layers import AdapterLinear
 from ..methods.processes import Processes
-from ..methods.registry import accepted_arguments, make_method
 from ..methods.train import Stage, TaskTrainer
+from .compare import differences
 from .encode import Encoder
 from .files import check_space, read_json, read_state, write_json, write_state
 from .memory import peak_mib, reset_peak
-from .model import compile_parts, excluded, load, shard
+from .model import compile_parts, fit_context, load, shard
+from .plan import Plan
 from .predict import forced, generate
 from .progress import STEPS, Progress
 from .report import FORMAT, majority_row, summarise, write_report
-from .settings import differences
-from .streams import StreamRows, is_forced, read_stream
+from .streams import StreamRows, is_forced
 
 STATE, CONFIG, RESULTS = "state.pt", "config.json", "results.json"
 # What a run writes besides JSON: a folder that holds one of them without CONFIG is not its own.
@@ -79,13 +78,13 @@ class Run:
         # Methods know adapters by their paths in the model as it is trained.
         with self.rows.upper():
             self.restore()
-        if self.settings.untrained:
+        if self.plan.has_untrained:
             self.score(UNTRAINED, range(len(self.stream)))
-        for number, members in enumerate(self.stages):
+        for number, members in enumerate(self.plan.stages):
             with self.rows.upper():
                 self.learn(number, members)
             last = len(self.stream) if self.settings.full_matrix else number + 1
-            seen = range(last) if len(self.stages) > 1 else range(len(self.stream))
+            seen = range(last) if len(self.plan.stages) > 1 else range(len(self.stream))
             self.score(number, seen)
             self.write(number)
         if self.processes.is_first and adapters(self.model):
@@ -93,39 +92,27 @@ class Run:
             checkpoint.save(
                 self.model, self.out / "adapters", tasks=tasks, base_model=self.settings.model
             )
-        results = self.write(len(self.stages) - 1, complete=True)
+        results = self.write(len(self.plan.stages) - 1, complete=True)
         self.progress.close()
         self.processes.wait()
         return results
 
     def check(self):
-        """Read and check all that needs no model."""
-        settings = self.settings
-        if self.sharded and settings.cache_prefix:
+        """Check all that needs no model."""
+        if self.sharded and self.settings.cache_prefix:
             raise ValueError("cache_prefix and a sharded model do not go together")
-        self.stream = read_stream(settings)
-        common = {"targets": settings.targets, "exclude": excluded(settings)}
-        common |= {"rank": settings.rank, "dropout": settings.dropout, "seed": settings.seed}
-        accepted = accepted_arguments(settings.method)
-        common = {name: value for name, value in common.items() if name in accepted}
-        self.method = make_method(settings.method, **(common | settings.method_args))
-        variants = {"rouge": settings.rouge, "similarity": settings.similarity}
-        self.scorers = [scorer_for(task.name, **variants) for task in self.stream]
-        self.stages = self.method.stages(len(self.stream))
-        for members in self.stages:
-            count = sum(len(self.stream[i].train) for i in members)
-            if members and not self.train_settings(members).steps(count):
-                names = ", ".join(self.stream[i].name for i in members)
-                raise ValueError(
-                    f"{names}: {count} training examples are less than one batch of "
-                    f"{settings.batch_size}"
-                )
+        self.plan = Plan(self.settings)
+        self.method, self.stream = self.plan.method, self.plan.stream
+        # For the picture at the end: better missed now than then.
+        import matplotlib  # noqa: F401
+
         self.open_folder()
 
     def prepare(self):
         """Load the model, and make everything ready to train."""
         settings = self.settings
         self.model, self.tokenizer = load(settings, self.device, self.log)
+        settings = fit_context(self.model, settings, self.log)
         needed = 3 * sum(p.numel() for p in self.model.parameters()) // 10
         check_space(self.out, needed)
         encoder = Encoder(self.tokenizer, settings)
@@ -142,19 +129,19 @@ class Run:
             compile_parts(self.model)
         if self.sharded:
             shard(self.model)
-        self.progress = Progress(self.work(), settings, self.out, self.processes)
+        self.progress = Progress(self.plan.work(), settings, self.out, self.processes)
         self.rows = StreamRows(
             self.stream,
             encoder,
             self.method,
             self.model,
             settings,
-            any(self.stages),
+            any(self.plan.stages),
             self.cached,
         )
         # Last, so that a folder whose run could not begin is free for a corrected command.
         if self.processes.is_first:
-            write_json(self.out / CONFIG, settings.to_dict())
+            write_json(self.out / CONFIG, self.settings.to_dict())
         self.processes.wait()
 
     def open_folder(self):
@@ -178,24 +165,31 @@ class Run:
         self.state = {"stage": -1, "finished": True} if state is None else state
         self.costs = self.state.get("costs", [])
         if state is None:
+            if any(self.out.glob("predictions/results-[0-9]*")):
+                raise ValueError(
+                    f"{self.out} holds answers of trained models, but its {STATE} is gone: name "
+                    "another out folder"
+                )
             return
+        if state["examples"] != self.plan.fingerprint():
+            raise ValueError(f"the examples in {self.settings.data} changed since {self.out} began")
         for path, tensors in state["adapters"].items():
             self.adapters[path].load_adapter_state(tensors)
         self.method.load_state_dict(state["method"])
-        self.log(f"going on: stage {state['stage'] + 1} of {len(self.stages)}")
+        self.log(f"going on: stage {state['stage'] + 1} of {len(self.plan.stages)}")
 
     def learn(self, number, members):
         """Train one stage, or what is left of it."""
         state = self.state
         if number < state["stage"] or (number == state["stage"] and state["finished"]):
-            self.progress.answered(self.examples(members))
+            self.progress.answered(self.plan.examples(members))
             return
         fresh = number > state["stage"]
         if fresh:
             self.costs.append({"seconds": 0.0, "peak_mib": 0.0, "trained": 0})
         if members:
             parts = [self.rows.train[i] for i in members]
-            data, settings = type(parts[0]).join(parts), self.train_settings(members)
+            data, settings = type(parts[0]).join(parts), self.plan.train_settings(members)
             stage = Stage(self.model, data, settings)
             reset_peak(self.device)
             self.saved = self.noted = time.perf_counter()
@@ -212,11 +206,6 @@ class Run:
             self.note_costs()
         self.state = {"stage": number, "finished": True}
         self.save()
-
-    def train_settings(self, members):
-        """`TrainSettings` of a stage; several tasks at once take the longest training of them."""
-        candidates = [self.settings.train_settings(self.stream[i].name) for i in members]
-        return max(candidates, key=lambda s: s.epochs)
 
     def after_step(self, trainer, loss):
         """Log, and save now and then, or when asked to stop."""
@@ -258,6 +247,7 @@ class Run:
                 "adapters": {path: a.adapter_state() for path, a in self.adapters.items()},
                 "method": self.method.state_dict(),
                 "costs": self.costs,
+                "examples": self.plan.fingerprint(),
             },
         )
 
@@ -269,15 +259,18 @@ class Run:
             if self.processes.broadcast(path.is_file()):
                 self.progress.answered(len(task.test))
                 continue
+            trained = (self.state["stage"], self.state["finished"])
+            if trained != ((-1, True) if number == UNTRAINED else (number, True)):
+                raise ValueError(f"{path} is gone, and so is the model that gave these answers")
             if self.asked_to_stop():
                 raise Stopped("stopped between two tasks; the same command goes on from here")
             if number != UNTRAINED:
                 self.method.select(self.model, i)
             texts = self.answer(i)
             prompts, labels = [e.prompt for e in task.test], [e.answer for e in task.test]
-            score = self.scorers[i].function(prompts, texts, labels)
+            score = self.plan.scorers[i].function(prompts, texts, labels)
             if self.processes.is_first:
-                found = {"score": score, "metric": self.scorers[i].variant}
+                found = {"score": score, "metric": self.plan.scorers[i].variant}
                 write_json(
                     path, {"eval": found, "prompts": prompts, "results": texts, "labels": labels}
                 )
@@ -310,11 +303,11 @@ class Run:
             "method": settings.method,
             "name": settings.label or self.method.name,
             "tasks": [task.name for task in self.stream],
-            "stages": [[self.stream[i].name for i in members] for members in self.stages],
+            "stages": [[self.stream[i].name for i in members] for members in self.plan.stages],
             "matrix": [self.scores(t) for t in range(number + 1)],
-            "untrained": self.scores(UNTRAINED) if settings.untrained else None,
-            "majority": majority_row(self.stream, self.scorers),
-            "metrics": [scorer.variant for scorer in self.scorers],
+            "untrained": self.scores(UNTRAINED) if self.plan.has_untrained else None,
+            "majority": majority_row(self.stream, self.plan.scorers),
+            "metrics": [scorer.variant for scorer in self.plan.scorers],
             "decoding": [settings.of("decoding", task.name) for task in self.stream],
             "needs_task_id": self.method.needs_task_id,
             "costs": self.costs,
@@ -324,28 +317,12 @@ class Run:
         }
         results["summary"] = summarise(results)
         if self.processes.is_first:
-            write_json(self.out / RESULTS, results)
             if complete:
                 write_report([results], self.out)
                 self.log((self.out / "table.md").read_text(encoding="utf-8"))
+            # Last: what says that it is complete, is.
+            write_json(self.out / RESULTS, results)
         return results
-
-    def examples(self, members):
-        """Examples that training a stage goes through."""
-        if not members:
-            return 0
-        settings = self.train_settings(members)
-        count = sum(len(self.stream[i].train) for i in members)
-        return settings.steps(count) * settings.batch_size
-
-    def work(self):
-        """Examples to train on and to answer, all in all."""
-        tests = [len(task.test) for task in self.stream]
-        rows = range(len(self.stages))
-        whole = self.settings.full_matrix or len(self.stages) == 1
-        answered = sum(sum(tests) if whole else sum(tests[: t + 1]) for t in rows)
-        untrained = sum(tests) if self.settings.untrained else 0
-        return sum(map(self.examples, self.stages)) + answered + untrained
 
 
 def versions():

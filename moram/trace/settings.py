@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import difflib
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
 from ..config import check_count
@@ -26,23 +26,12 @@ _CHOICES = {
 _NAMES = ("tasks", "exclude", "truncate_right")
 _TEXTS = ("model", "data", "out", "suite", "method", "label", "preset", "schedule", "average")
 _FLAGS = ("cache_prefix", "drop_last", "full_matrix", "untrained", "gradient_checkpointing")
-_FLAGS += ("compile", "quiet", "tensorboard", "shard")
+_FLAGS += ("fit_context", "compile", "quiet", "tensorboard", "shard")
 _NUMBERS = ("lr", "clip", "dropout", "repetition_penalty", "save_seconds")
 # Whole numbers, and the least each may be.
 _COUNTS = {"rank": 1, "batch_size": 1, "eval_batch": 1, "pad_multiple": 1, "max_answer": 1}
 _COUNTS |= {"held_out": 1, "first_layer": 0, "seed": 0, "no_repeat_ngram": 0}
 _BY_TASK = ("epochs", "max_prompt", "max_new_tokens", "decoding")
-# What may differ when a run goes on: nothing that changes a result.
-FREE = (
-    "label",
-    "threads",
-    "quiet",
-    "save_seconds",
-    "tensorboard",
-    "eval_batch",
-    "micro_batch",
-    "shard",
-)
 
 
 @dataclass(frozen=True)
@@ -68,6 +57,8 @@ class TraceSettings:
         dropout: of the adapters' inputs in training.
         lr, epochs*, batch_size, micro_batch, schedule, betas, clip, average, drop_last, seed:
             see `TrainSettings`; batch_size counts all processes.
+        fit_context: cut prompts further where they and the answer exceed the model's context,
+            instead of refusing to run.
         max_prompt*, max_answer: tokens at most. labels: how prompt and answer become tokens, see
             `moram.trace.encode`. truncate_right: tasks whose long prompts lose their end; all
             others lose their beginning. pad_multiple: lengths are padded up to a multiple of it.
@@ -120,6 +111,7 @@ class TraceSettings:
     seed: int = 1234
     max_prompt: int | dict = 1024
     max_answer: int = 512
+    fit_context: bool = False
     labels: str = "separate"
     truncate_right: tuple = ()
     pad_multiple: int = 8
@@ -192,6 +184,11 @@ class TraceSettings:
             raise ValueError("cache_prefix needs first_layer > 0 and no gradient_checkpointing")
         for task in self.tasks:
             _ = self.train_settings(task)
+            if self.train_split.get(task, "train") == self.eval_split:
+                raise ValueError(
+                    f"{task} would be trained on what it is scored on, split {self.eval_split}; "
+                    'eval_split "held-out" scores training examples that are not trained on'
+                )
 
     def _check_types(self):
         for name in _TEXTS:
@@ -303,22 +300,6 @@ def make_settings(preset="paper", method="moram", files=(), changes=()):
                 value = {**before, inner: value}
             values[name] = value
     return TraceSettings(**values)
-
-
-def differences(settings, saved):
-    """Settings, among those that change results, in which a run and a saved one differ.
-
-    Args:
-        settings: `TraceSettings`. saved: what `to_dict` gave.
-    Returns:
-        Lines "name: saved value -> value".
-    """
-    now = replace(settings).to_dict()
-    return [
-        f"{name}: {saved.get(name)!r} -> {now.get(name)!r}"
-        for name in sorted(now.keys() | saved.keys())
-        if name not in (*FREE, "out") and saved.get(name) != now.get(name)
-    ]
 
 
 def _among(name, value, allowed):

@@ -21,6 +21,9 @@ CHANGES = {
     "decoding": {"letters": "generate", "*": "forced"},
     "full_matrix": True,
     "epochs": 3,
+    # Three examples for two processes, one at a time: a pass more in one than in the other.
+    "batch_size": 3,
+    "micro_batch": 1,
 }
 
 

@@ -147,7 +147,7 @@ def test_without_a_score_of_the_untrained_model_there_is_no_such_row():
     _, rows = table([results(untrained=None)])
     assert [row[0] for row in rows] == ["majority class", "one"]
     # One run of several is enough: the model is the same.
-    _, rows = table([results(untrained=None), results()])
+    _, rows = table([results(untrained=None), results(name="two")])
     assert row_of(rows, "untrained")[2:5] == ["1.0", "2.0", "3.0"]
 
 
@@ -269,10 +269,25 @@ def test_tables_of_runs_name_the_variants_of_the_metrics(tmp_path, method):
     assert "(rouge-score" in notes["MeetingBank"] and notes["MeetingBank"].endswith("generate")
     assert "difflib" in notes["Py150"] and notes["other"].endswith("decoding forced")
     rows = 3 if method == "moram" else 1
-    assert len(found["matrix"]) == rows and len(found["untrained"]) == 3
+    assert len(found["matrix"]) == rows
+    # Where nothing is trained, the one row is the untrained model's.
+    assert (found["untrained"] is None) == (method == "zero-shot")
     if rows == 1:
         assert found["summary"] == {
             "overall_performance": pytest.approx(sum(found["matrix"][0]) / 3)
         }
         assert "| score |" in text or "| after all |" in text
     assert read_results([tmp_path / "out"]) == [found]
+
+
+def test_two_runs_that_differ_in_nothing_are_refused():
+    with pytest.raises(ValueError, match="two runs of one have the same order and seed"):
+        table([results(), results()])
+
+
+@pytest.mark.parametrize("key", ["model", "eval_split", "eval_limit"])
+def test_runs_scored_on_other_examples_or_models_are_refused(key):
+    other = results(name="two")
+    other["settings"] = other["settings"] | {key: "another"}
+    with pytest.raises(ValueError, match=f"runs must be scored alike, got {key}"):
+        table([results(), other])

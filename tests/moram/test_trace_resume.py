@@ -167,3 +167,53 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(inputs, tmp_path, monkeypatch
     assert "stopped in task 1, step 5" in capsys.readouterr().err
     assert main(command) == 0
     assert_same_end(out, whole)
+
+
+def stop_after(count):
+    """Asks to stop at the count-th question."""
+    asked = []
+    return lambda: asked.append(True) or len(asked) == count
+
+
+def stopped(inputs, out, count=12):
+    """A run that was stopped in its second task, and its settings."""
+    settings = settings_for(*inputs, out, untrained=True)
+    with pytest.raises(Stopped):
+        run_trace(settings, stop=stop_after(count + len(TASKS)))
+    return settings
+
+
+def test_answers_of_a_model_that_is_gone_are_not_given_by_a_later_one(inputs, tmp_path):
+    settings = stopped(inputs, tmp_path / "out")
+    lost = tmp_path / "out" / "predictions" / "results-untrained-1-colours.json"
+    lost.unlink()
+    with pytest.raises(ValueError, match=rf"{lost.name} is gone, and so is the model"):
+        run_trace(settings)
+
+
+def test_a_run_without_its_state_does_not_train_again_beside_old_answers(inputs, tmp_path):
+    settings = stopped(inputs, tmp_path / "out")
+    (tmp_path / "out" / "state.pt").unlink()
+    with pytest.raises(ValueError, match=r"holds answers of trained models, but its state\.pt is"):
+        run_trace(settings)
+
+
+def test_a_run_does_not_go_on_with_other_examples(inputs, tmp_path):
+    data = write_data(tmp_path / "data")
+    settings = stopped((inputs[0], data), tmp_path / "out")
+    write_data(tmp_path / "data", examples=18)
+    with pytest.raises(ValueError, match=r"the examples in .* changed since"):
+        run_trace(settings)
+
+
+def test_no_finished_task_of_an_unfinished_run_is_trained_again(inputs, tmp_path, monkeypatch):
+    settings, trained = stopped(inputs, tmp_path / "out"), []
+    original = TaskTrainer.run
+
+    def note(trainer, on_step):
+        trained.append((trainer.index, trainer.done))
+        original(trainer, on_step)
+
+    monkeypatch.setattr(TaskTrainer, "run", note)
+    run_trace(settings)
+    assert [index for index, _ in trained] == [1, 2] and 0 < trained[0][1] < 8

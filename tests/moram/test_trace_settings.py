@@ -6,8 +6,9 @@ import re
 
 import pytest
 
+from moram.trace.compare import differences
 from moram.trace.protocol import tasks_of
-from moram.trace.settings import TraceSettings, differences, make_settings
+from moram.trace.settings import TraceSettings, make_settings
 from moram.trace.yaml_values import parse_change, read_yaml
 
 GIVEN = {"model": "m", "data": "d"}
@@ -79,7 +80,8 @@ def test_preset_paper_trains_tasks_it_does_not_know_for_one_epoch():
 
 def test_preset_small_needs_no_model_and_scores_in_one_pass():
     settings = make_settings("small", changes=[{"data": "d"}])
-    assert settings.model == "smollm2" and settings.decoding == "forced"
+    assert settings.model == "smollm2" and settings.of("decoding", "FOMC") == "forced"
+    assert settings.of("decoding", "Py150") == "generate", "its score needs free text"
     assert settings.cache_prefix and settings.first_layer == 20
     assert settings.labels == "joined" and settings.lr == 2e-3
     assert settings.method_args == {"value_scale": 8.0}
@@ -203,7 +205,7 @@ COUNTS = ("rank", "batch_size", "eval_batch", "pad_multiple", "max_answer", "hel
 COUNTS += ("first_layer", "seed", "no_repeat_ngram")
 OPTIONAL = ("train_limit", "eval_limit", "threads", "micro_batch")
 FLAGS = ("cache_prefix", "drop_last", "full_matrix", "untrained", "compile", "quiet")
-FLAGS += ("gradient_checkpointing", "tensorboard", "shard")
+FLAGS += ("gradient_checkpointing", "tensorboard", "shard", "fit_context")
 WRONG_TYPES = {
     "number": {
         "values": ["fast", [1], None, True, {"*": 1.0}],
@@ -273,6 +275,7 @@ def test_every_setting_is_tried_with_a_wrong_type():
         ({"epochs": {"FOMD": 1, "*": 1}}, "epochs names tasks that are not in the stream: FOMD"),
         ({"train_split": {"FOMD": "eval"}}, "train_split names tasks that are not in the stream"),
         ({"truncate_right": ["Py15"]}, "truncate_right names tasks that are not in the stream"),
+        ({"train_split": {"FOMC": "test"}}, "FOMC would be trained on what it is scored on"),
         ({"train_split": {"FOMC": "dev"}}, "train_split of FOMC must be one of train, eval, test"),
         ({"tasks": ["a", "b", "a"]}, "tasks must differ, got a, b, a"),
         ({"model": ""}, "model must be given"),
@@ -333,7 +336,13 @@ def test_settings_survive_json():
 def test_differences_name_what_changes_results_and_nothing_else():
     saved = paper().to_dict()
     free = {"out": "o", "threads": 2, "quiet": True, "save_seconds": 5.0, "tensorboard": True}
-    assert differences(paper(**free, eval_batch=7, micro_batch=4), saved) == []
+    assert differences(paper(**free, eval_batch=7), saved) == []
+    whole = paper(dropout=0.0).to_dict()
+    assert differences(paper(dropout=0.0, micro_batch=4), whole) == []
+    # With dropout, another micro-batch drops other inputs.
+    assert differences(paper(micro_batch=4), saved) == ["micro_batch: 1 -> 4"]
+    own = paper(method_args={"targets": ("q_proj",)})
+    assert differences(own, json.loads(json.dumps(own.to_dict()))) == []
     changed = paper(lr=0.25, **{"method_args.threshold": 0.5})
     assert differences(changed, saved) == [
         "lr: 0.0005 -> 0.25",

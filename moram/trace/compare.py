@@ -1,0 +1,70 @@
+"""Which settings make two runs different: for going on with one, and for tables of several."""
+
+import json
+
+# What may differ when a run goes on: nothing that changes a result.
+FREE = (
+    "label",
+    "threads",
+    "quiet",
+    "save_seconds",
+    "tensorboard",
+    "eval_batch",
+    "micro_batch",
+    "shard",
+)
+
+
+def differences(settings, saved):
+    """Settings, among those that change results, in which a run and a saved one differ.
+
+    Args:
+        settings: `TraceSettings`. saved: what `to_dict` gave.
+    Returns:
+        Lines "name: saved value -> value".
+    """
+    # With dropout, other micro-batches drop other inputs.
+    free = [name for name in FREE if name != "micro_batch" or not settings.dropout]
+    # As a file holds them: lists for tuples, also inside.
+    now = json.loads(json.dumps(settings.to_dict()))
+    return [
+        f"{name}: {saved.get(name)!r} -> {now.get(name)!r}"
+        for name in sorted(now.keys() | saved.keys())
+        if name not in (*free, "out") and saved.get(name) != now.get(name)
+    ]
+
+
+def groups(runs):
+    """Runs by name, with the settings that differ among those of one method.
+
+    Args:
+        runs: list of results.
+    Returns:
+        A dict from name to a list of runs, which differ in their order and seed alone.
+    Raises:
+        ValueError: two runs differ in nothing.
+    """
+    settings = [{k: json.dumps(v) for k, v in _flat(run["settings"])} for run in runs]
+    found, seen = {}, set()
+    for run, own in zip(runs, settings, strict=True):
+        same = [other for r, other in zip(runs, settings, strict=True) if r["name"] == run["name"]]
+        keys = sorted({key for other in same for key in other})
+        varied = [key for key in keys if len({other.get(key) for other in same}) > 1]
+        label = ", ".join(f"{key} {own.get(key, '-')}" for key in varied)
+        name = f"{run['name']} ({label})" if label else run["name"]
+        identity = (name, run["settings"].get("seed"), *run["tasks"])
+        if identity in seen:
+            raise ValueError(f"two runs of {name} have the same order and seed: give one of them")
+        seen.add(identity)
+        found.setdefault(name, []).append(run)
+    return found
+
+
+def _flat(settings):
+    for key, value in settings.items():
+        if key in (*FREE, "data", "out", "seed", "tasks", "order", "suite"):
+            continue
+        if isinstance(value, dict):
+            yield from ((f"{key}.{inner}", item) for inner, item in value.items())
+        else:
+            yield key, value
