@@ -182,6 +182,18 @@ def test_new_atoms_score_half_as_high_as_old_ones_on_new_inputs_and_low_on_old_o
         assert rms(current, on_old) < 0.3 * rms(frozen, on_old), path
 
 
+def test_inputs_inside_the_protected_directions_do_not_blow_up_the_gain():
+    model, tokenizer, stream = language_model(), WordTokenizer(), toy_stream(1)
+    method = protected(protect=0.999999, protect_size=31, protect_examples=16)
+    method.setup(model)
+    same = stage_of(model, stream[0], tokenizer)
+    method.end_task(model, 0, same)
+    # The second task has the very inputs of the first: next to nothing is left outside.
+    method.begin_task(model, 1, same)
+    gains = [gain for _, gain in method.protection.guards.values()]
+    assert max(gains) == 100.0 and min(gains) > 0
+
+
 def test_training_keeps_the_projection_and_leaves_plain_keys_behind():
     model, seen = language_model(), []
 

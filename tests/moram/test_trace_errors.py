@@ -91,7 +91,7 @@ def test_a_malformed_file(refused, tmp_path, content, message, split):
 def test_texts_longer_than_the_context(refused):
     line = refused(max_prompt=126)
     assert line.startswith("max_prompt 126 and 4 tokens of answer for letters do not fit")
-    assert line.endswith("context of 128: lower max_prompt, max_answer or max_new_tokens")
+    assert line.endswith("lower max_prompt, max_answer or max_new_tokens, or set fit_context")
     assert "and 125 tokens" in refused(decoding="generate", max_new_tokens=125, max_prompt=4)
 
 

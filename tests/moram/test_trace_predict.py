@@ -12,10 +12,11 @@ from moram.continual.scoring import IGNORED
 from moram.methods.processes import Processes
 from moram.methods.train import summed_loss
 from moram.trace.encode import Encoder
-from moram.trace.model import load
+from moram.trace.model import fit_context, load
 from moram.trace.predict import forced, generate
 from moram.trace.prefix import CachedRows, Prefix
 from moram.trace.run import run_trace
+from moram.trace.settings import make_settings
 
 EOS = 1
 PROMPTS = ["a", "letters 1x:", "colours and sizes 12:", "b?", "Stance:", "zzzz", "0", "the longest"]
@@ -294,6 +295,10 @@ def test_a_first_layer_that_the_model_lacks_is_refused(layer):
         Prefix(language_model(), layer)
 
 
+def small_settings(tmp_path, **changes):
+    return settings_for(write_model(tmp_path), "d", "o", **(PLAIN | changes))
+
+
 @pytest.mark.parametrize(
     ("changes", "tokens"),
     [
@@ -303,14 +308,33 @@ def test_a_first_layer_that_the_model_lacks_is_refused(layer):
     ],
 )
 def test_texts_longer_than_the_models_context_are_refused(tmp_path, changes, tokens):
-    folder = write_model(tmp_path)
+    model, _ = load(small_settings(tmp_path), torch.device("cpu"), print)
     message = f"and {tokens} tokens of answer for .* do not fit the model's context of 128"
     with pytest.raises(ValueError, match=message):
-        load(settings_for(folder, "d", "o", **(PLAIN | changes)), torch.device("cpu"), print)
+        fit_context(model, small_settings(tmp_path, **changes), print)
 
 
 def test_texts_that_just_fit_the_context_are_not_refused(tmp_path):
-    folder = write_model(tmp_path)
-    own = settings_for(folder, "d", "o", **PLAIN | {"max_prompt": 112, "max_new_tokens": 16})
+    own = small_settings(tmp_path, max_prompt=112, max_new_tokens=16)
     model, tokenizer = load(own, torch.device("cpu"), print)
     assert not model.training and tokenizer.eos_token_id == EOS
+    assert {fit_context(model, own, print).of("max_prompt", task) for task in TASKS} == {112}
+
+
+def test_with_fit_context_prompts_are_cut_to_what_the_context_leaves(tmp_path):
+    changes = {"max_prompt": {"colours": 4096, "*": 20}, "max_new_tokens": 16, "fit_context": True}
+    own, said = small_settings(tmp_path, **changes), []
+    model, _ = load(own, torch.device("cpu"), print)
+    fitted = fit_context(model, own, said.append)
+    assert [fitted.of("max_prompt", task) for task in TASKS] == [20, 112, 20]
+    assert said == ["colours: max_prompt 4096 -> 112, to fit the context of 128"]
+    with pytest.raises(ValueError, match="do not fit the model's context of 128"):
+        fit_context(model, small_settings(tmp_path, **changes, max_answer=128), print)
+
+
+def test_the_paper_preset_fits_a_model_with_a_context_of_4096():
+    settings = make_settings("paper", changes=[{"model": "m", "data": "d"}])
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=4096))
+    fitted = fit_context(model, settings, print)
+    assert fitted.of("max_prompt", "MeetingBank") == 4096 - 512
+    assert fitted.of("max_prompt", "FOMC") == 1024
