@@ -87,7 +87,7 @@ def textcls_runs():
 def trace_runs():
     """The eight tasks of TRACE, small: short texts, few examples, one seed."""
     small = {
-        # Its public folder has no training file of a size to ship: the eval file is trained on.
+        # For want of a training file, its eval file is trained on.
         "train_split": {"MeetingBank": "eval"},
         "tasks": TRACE,
         "truncate_right": ("MeetingBank",),
@@ -137,6 +137,10 @@ def main():
     if all(finished(folder) for folder in folders):
         results = read_results(folders)
         write_report(results, arguments.out / arguments.part)
+        for run in results:
+            # Where the data lay is of no interest elsewhere.
+            run["settings"]["data"] = Path(run["settings"]["data"]).name
+            run["settings"]["out"] = Path(run["settings"]["out"]).name
         write_json(arguments.out / arguments.part / "runs.json", results)
 
 
