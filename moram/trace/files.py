@@ -71,7 +71,7 @@ def check_space(folder, needed):
 
 
 def _replace(path, write):
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
