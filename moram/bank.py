@@ -159,12 +159,7 @@ class AtomBank(nn.Module):
 
     def _new_keys(self, n, generator):
         check_count("n", n, 1)
-        like = self.current_keys
-        # Drawn where the generator lives: a CPU generator gives the same keys on every device.
-        device = like.device if generator is None else generator.device
-        keys = torch.empty(n, self.in_features, dtype=like.dtype, device=device)
-        bound = 1 / math.sqrt(self.in_features)
-        return keys.uniform_(-bound, bound, generator=generator).to(like.device)
+        return draw_rows((n, self.in_features), self.current_keys, generator)
 
     def _store_current(self):
         live, total = self.num_frozen, self.num_atoms
@@ -234,3 +229,16 @@ class AtomBank(nn.Module):
                     f"{len(keys)} and {len(values)}"
                 )
         return None
+
+
+def draw_rows(shape, like, generator=None):
+    """New rows [.., D], uniform in +-1/sqrt(D) (Kaiming with a = sqrt(5)).
+
+    Args:
+        shape: of the result; D is its last size. like: tensor whose dtype and device it gets.
+        generator: drawn where it lives: a CPU generator gives the same rows on every device.
+    """
+    device = like.device if generator is None else generator.device
+    bound = 1 / math.sqrt(shape[-1])
+    rows = torch.empty(shape, dtype=like.dtype, device=device)
+    return rows.uniform_(-bound, bound, generator=generator).to(like.device)

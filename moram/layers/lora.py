@@ -1,11 +1,10 @@
 """LoRA, the baseline: one low-rank update, the same for every token."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..bank import draw_rows
 from .base import AdapterLinear
 
 
@@ -38,13 +37,8 @@ class LoRALinear(AdapterLinear):
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, **like))
 
     def new_down(self, rows, generator=None):
-        """Initial rows of A [rows, D], uniform in +-1/sqrt(D) (Kaiming with a = sqrt(5))."""
-        like = self.lora_A
-        # Drawn where the generator lives: a CPU generator gives the same rows on every device.
-        device = like.device if generator is None else generator.device
-        bound = 1 / math.sqrt(self.in_features)
-        down = torch.empty(rows, self.in_features, dtype=like.dtype, device=device)
-        return down.uniform_(-bound, bound, generator=generator).to(like.device)
+        """Initial rows of A [rows, D]."""
+        return draw_rows((rows, self.in_features), self.lora_A, generator)
 
     def dropped(self, x):
         """The input as A sees it: in the adapter's dtype, with features dropped in training."""

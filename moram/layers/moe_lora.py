@@ -1,11 +1,10 @@
 """LoRA experts behind a router: the conventional mixture that MoRAM is compared with."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..bank import draw_rows
 from .base import AdapterLinear
 
 
@@ -59,9 +58,9 @@ class MoELoRALinear(AdapterLinear):
         self.register_buffer("frozen_A", torch.empty(0, shape[1], wide, **like))
         self.register_buffer("frozen_B", torch.empty(0, self.out_features, shape[1], **like))
         self.register_buffer("frozen_router", torch.empty(0, wide, **like))
-        self.lora_A = nn.Parameter(self._draw((*shape, wide), generator))
+        self.lora_A = nn.Parameter(draw_rows((*shape, wide), self.frozen_A, generator))
         self.lora_B = nn.Parameter(torch.zeros(experts, self.out_features, shape[1], **like))
-        self.router = nn.Parameter(self._draw((experts, wide), generator))
+        self.router = nn.Parameter(draw_rows((experts, wide), self.frozen_A, generator))
 
     @property
     def num_experts(self):
@@ -74,9 +73,9 @@ class MoELoRALinear(AdapterLinear):
         down, up, router = self.lora_A.detach(), self.lora_B.detach(), self.router.detach()
         self.frozen_A = torch.cat([self.frozen_A, down])
         self.frozen_B = torch.cat([self.frozen_B, up])
-        self.lora_A = nn.Parameter(self._draw(down.shape, generator))
+        self.lora_A = nn.Parameter(draw_rows(down.shape, down, generator))
         self.lora_B = nn.Parameter(torch.zeros_like(up))
-        rows = self._draw((len(down), self.in_features), generator)
+        rows = draw_rows((len(down), self.in_features), down, generator)
         if self.freeze_router:
             self.frozen_router = torch.cat([self.frozen_router, router])
         else:
@@ -101,14 +100,6 @@ class MoELoRALinear(AdapterLinear):
         if count:
             update = update + _experts(x, gates[..., :count], self.frozen_A, self.frozen_B)
         return base + (update * self.scale).to(base.dtype)
-
-    def _draw(self, shape, generator):
-        """Uniform in +-1/sqrt(D), drawn where the generator lives."""
-        like = self.frozen_A
-        device = like.device if generator is None else generator.device
-        bound = 1 / math.sqrt(self.in_features)
-        drawn = torch.empty(shape, dtype=like.dtype, device=device)
-        return drawn.uniform_(-bound, bound, generator=generator).to(like.device)
 
 
 def _experts(x, gates, down, up):

@@ -5,6 +5,7 @@ import hashlib
 from ..continual.scorers import scorer_for
 from ..methods.registry import accepted_arguments, make_method
 from .model import excluded
+from .report import majority_row
 from .streams import is_forced, read_stream
 
 
@@ -27,6 +28,9 @@ class Plan:
         self.method = make_method(settings.method, **(common | settings.method_args))
         variants = {"rouge": settings.rouge, "similarity": settings.similarity}
         self.scorers = [scorer_for(task.name, **variants) for task in self.stream]
+        self.majority = majority_row(self.stream, self.scorers)
+        # What tells this run's examples from others.
+        self.fingerprint = hashlib.sha256(repr(self.stream).encode()).hexdigest()
         self.stages = self.method.stages(len(self.stream))
         # Where nothing is trained, the one row of R is the untrained model's.
         self.has_untrained = settings.untrained and any(self.stages)
@@ -48,10 +52,6 @@ class Plan:
         """`TrainSettings` of a stage; several tasks at once take the longest training of them."""
         candidates = [self.settings.train_settings(self.stream[i].name) for i in members]
         return max(candidates, key=lambda s: s.epochs)
-
-    def fingerprint(self):
-        """What tells this run's examples from others."""
-        return hashlib.sha256(repr(self.stream).encode()).hexdigest()
 
     def examples(self, members):
         """Examples that training a stage goes through."""

@@ -18,7 +18,7 @@ from .model import compile_parts, fit_context, load, shard
 from .plan import Plan
 from .predict import forced, generate
 from .progress import STEPS, Progress
-from .report import FORMAT, majority_row, summarise, write_report
+from .report import FORMAT, summarise, write_report
 from .streams import StreamRows, is_forced
 
 STATE, CONFIG, RESULTS = "state.pt", "config.json", "results.json"
@@ -171,7 +171,7 @@ class Run:
                     "another out folder"
                 )
             return
-        if state["examples"] != self.plan.fingerprint():
+        if state["examples"] != self.plan.fingerprint:
             raise ValueError(f"the examples in {self.settings.data} changed since {self.out} began")
         for path, tensors in state["adapters"].items():
             self.adapters[path].load_adapter_state(tensors)
@@ -247,7 +247,7 @@ class Run:
                 "adapters": {path: a.adapter_state() for path, a in self.adapters.items()},
                 "method": self.method.state_dict(),
                 "costs": self.costs,
-                "examples": self.plan.fingerprint(),
+                "examples": self.plan.fingerprint,
             },
         )
 
@@ -306,7 +306,7 @@ class Run:
             "stages": [[self.stream[i].name for i in members] for members in self.plan.stages],
             "matrix": [self.scores(t) for t in range(number + 1)],
             "untrained": self.scores(UNTRAINED) if self.plan.has_untrained else None,
-            "majority": majority_row(self.stream, self.plan.scorers),
+            "majority": self.plan.majority,
             "metrics": [scorer.variant for scorer in self.plan.scorers],
             "decoding": [settings.of("decoding", task.name) for task in self.stream],
             "needs_task_id": self.method.needs_task_id,
