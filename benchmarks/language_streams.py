@@ -14,7 +14,7 @@ import json
 import time
 from pathlib import Path
 
-from moram.trace.files import write_json
+from moram.harness.files import write_json
 from moram.trace.protocol import TRACE
 from moram.trace.report import read_results, write_report
 from moram.trace.run import run_trace

@@ -116,10 +116,10 @@ def _add_trace_arguments(parser):
 
 
 def _run_trace(arguments, parser):
+    from .harness.yaml_values import parse_change
     from .methods.processes import leave
     from .trace.run import Stopped, run_trace
     from .trace.settings import make_settings
-    from .trace.yaml_values import parse_change
 
     names = ("model", "data", "tasks", "suite", "order", "method", "out", "full_matrix", "quiet")
     given = {n: getattr(arguments, n) for n in names if getattr(arguments, n) is not None}

@@ -1,6 +1,6 @@
-"""Modules that wrap one frozen Linear and add an update to its output."""
+"""Modules that wrap a frozen module, most of them one Linear, and add an update to its output."""
 
-from .base import AdapterLinear
+from .base import Adapter, AdapterLinear
 from .codyra import CoDyRALinear
 from .lora import LoRALinear
 from .moe_lora import MoELoRALinear
@@ -8,6 +8,7 @@ from .moram import MoRAMLinear
 from .stacked_lora import StackedLoRALinear
 
 __all__ = [
+    "Adapter",
     "AdapterLinear",
     "CoDyRALinear",
     "LoRALinear",

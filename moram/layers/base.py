@@ -1,36 +1,19 @@
-"""What every adapter of a Linear shares: it looks like the Linear it wraps."""
+"""What every adapter shares: its tensors are saved without those of the module that it wraps."""
 
 import torch
 from torch import nn
 
 
-class AdapterLinear(nn.Module):
-    """Wraps a Linear, which it freezes and never copies; subclasses add an update in `forward`.
+class Adapter(nn.Module):
+    """Wraps a module, which it freezes and never copies; subclasses add an update in `forward`.
 
     Args:
-        base_layer: an `nn.Linear` or a module that acts like one (also quantised): it has
-            in_features, out_features and weight.
-    Raises:
-        TypeError: base_layer is no Linear, or one whose call does not go through its module.
+        base_layer: the module to wrap.
     """
 
     def __init__(self, base_layer):
         super().__init__()
-        problem = why_not_linear(base_layer)
-        if problem:
-            raise TypeError(f"base_layer must be a Linear: {problem}")
         self.base_layer = base_layer.requires_grad_(False)
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
-
-    @property
-    def weight(self):
-        """The base weight, as the base stores it."""
-        return self.base_layer.weight
-
-    @property
-    def bias(self):
-        """The base bias or None."""
-        return self.base_layer.bias
 
     def adapter_state(self):
         """Every tensor of the adapter, by name, without those of the base."""
@@ -57,6 +40,34 @@ class AdapterLinear(nn.Module):
             if isinstance(present, nn.Parameter):
                 tensor = nn.Parameter(tensor, requires_grad=present.requires_grad)
             setattr(module, last, tensor)
+
+
+class AdapterLinear(Adapter):
+    """Wraps a Linear and looks like it.
+
+    Args:
+        base_layer: an `nn.Linear` or a module that acts like one (also quantised): it has
+            in_features, out_features and weight.
+    Raises:
+        TypeError: base_layer is no Linear, or one whose call does not go through its module.
+    """
+
+    def __init__(self, base_layer):
+        problem = why_not_linear(base_layer)
+        if problem:
+            raise TypeError(f"base_layer must be a Linear: {problem}")
+        super().__init__(base_layer)
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+
+    @property
+    def weight(self):
+        """The base weight, as the base stores it."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self):
+        """The base bias or None."""
+        return self.base_layer.bias
 
     def extra_repr(self):
         return f"in_features={self.in_features}, out_features={self.out_features}"

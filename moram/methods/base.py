@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from ..inject import adapters
-from ..layers import AdapterLinear
+from ..layers import Adapter
 
 
 class Step(NamedTuple):
@@ -33,6 +33,10 @@ class Method:
     name = ""
     # Whether the model must be told, at inference, which task an input belongs to.
     needs_task_id = False
+    # Whether tasks are trained step by step, or learned in `end_task` alone.
+    has_steps = True
+    # Whether no method hook ever changes what the model computes from an image.
+    has_frozen_features = False
 
     def setup(self, model):
         """Prepare the model, once: put the adapters in, freeze the rest."""
@@ -79,6 +83,20 @@ class Method:
             task: a `Task`. count: function from text to its number of tokens.
         """
 
+    def classifier(self, clip, prompts):
+        """How a CLIP model classifies images, after the tasks so far.
+
+        Args:
+            clip: `moram.models.clip.Clip`, in eval mode and without gradients.
+            prompts: token ids [C, L] of the classes of all tasks, also of those to come.
+        Returns:
+            A function from a batch of images to a score for each class [B, C]. The batch has
+            `pixels()`, normalised images [B, 3, H, W], and `features()`, their unit features
+            [B, E], which the caller keeps for methods with has_frozen_features.
+        """
+        texts = clip.encode_text(prompts)
+        return lambda images: clip.logits(images.features(), texts)
+
     def state_dict(self):
         """What must be remembered besides the adapters' tensors: nested dicts of tensors, numbers
         and lists."""
@@ -93,9 +111,7 @@ class Method:
     def stored_bytes(self, model):
         """Bytes to keep besides the base model in order to go on learning: the adapters' tensors
         and whatever `state_dict` holds."""
-        held = [
-            t for a in adapters(model, AdapterLinear).values() for t in a.adapter_state().values()
-        ]
+        held = [t for a in adapters(model, Adapter).values() for t in a.adapter_state().values()]
         held += _tensors({k: v for k, v in self.state_dict().items() if k != "generator"})
         return sum(t.numel() * t.element_size() for t in held)
 

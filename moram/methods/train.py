@@ -1,5 +1,6 @@
 """The one loop that trains them all: one task, step by step, with a method's hooks."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from ..continual.scoring import IGNORED, answer_logits
 from .base import Step
 from .processes import Processes
 
-SCHEDULES = ("linear", "constant")
+SCHEDULES = ("linear", "constant", "cosine")
 AVERAGES = ("token", "example")
 
 
@@ -23,38 +24,42 @@ class TrainSettings:
         epochs: passes over a task's data.
         batch_size: examples a step, over all processes together.
         max_length: tokens of prompt and answer at most.
-        clip: gradient norm is clipped to this.
+        clip: gradient norm is clipped to this; None = it is not.
         seed: of the order of the data, and of dropout.
         micro_batch: examples that go through the model at once; None = batch_size. Changes memory,
             not results, up to rounding; but with dropout other inputs are dropped.
         schedule: "linear": a warm-up over a tenth of the steps, then a linear decay to zero;
-            "constant".
+            "constant"; "cosine": from the peak to zero along half a cosine, without a warm-up.
         betas: of AdamW. No weight decay.
         average: the loss of a step is the mean over its answer "token"s, or over its "example"s
             (each the mean over its own tokens).
         drop_last: whether an epoch's incomplete last batch is dropped.
+        iterations: steps of a task, whatever its size; None = as many as epochs has.
     """
 
     lr: float = 1e-3
     epochs: int = 2
     batch_size: int = 8
     max_length: int = 192
-    clip: float = 1.0
+    clip: float | None = 1.0
     seed: int = 0
     micro_batch: int | None = None
     schedule: str = "linear"
     betas: tuple[float, float] = (0.9, 0.999)
     average: str = "token"
     drop_last: bool = True
+    iterations: int | None = None
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "max_length"):
             check_count(name, getattr(self, name), 1)
-        if self.micro_batch is not None:
-            check_count("micro_batch", self.micro_batch, 1)
+        for name in ("micro_batch", "iterations"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), 1)
         for name in ("lr", "clip"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be finite and > 0, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not (name == "clip" and value is None) and not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be finite and > 0, got {value}")
         for name, allowed in (("schedule", SCHEDULES), ("average", AVERAGES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -70,19 +75,23 @@ class TrainSettings:
 
     def steps(self, examples):
         """Optimiser steps for a task of that many examples."""
-        return self.epochs * self.per_epoch(examples)
+        per_epoch = self.per_epoch(examples)
+        if self.iterations is not None:
+            return self.iterations if per_epoch else 0
+        return self.epochs * per_epoch
 
 
 class Stage:
     """A task's training data, for hooks that pass over it once more.
 
     Args:
-        model: the model. data: has `len` and `batch(rows)`, see `Encoded`. settings:
-        `TrainSettings`.
+        model: the model. data: has `len` and what the objective reads, see `Encoded`.
+        settings: `TrainSettings`. objective: as `summed_loss`.
     """
 
-    def __init__(self, model, data, settings):
+    def __init__(self, model, data, settings, objective=None):
         self.model, self.data, self.settings = model, data, settings
+        self.objective = summed_loss if objective is None else objective
 
     def losses(self, limit=None):
         """Yield (mean cross-entropy over a batch's answer tokens, examples) without shuffling.
@@ -98,7 +107,7 @@ class Stage:
         was_training = self.model.training
         self.model.eval()
         for rows in torch.arange(count).split(size):
-            loss, tokens, _ = summed_loss(self.model, self.data, rows)
+            loss, tokens, _ = self.objective(self.model, self.data, rows)
             yield loss / max(1, tokens), len(rows)
         self.model.train(was_training)
 
@@ -108,17 +117,19 @@ class TaskTrainer:
 
     Args:
         model, method: the method's `begin_task` was called.
-        data: has `len` and `batch(rows)`.
+        data: has `len`, `num_labels(rows)` and what the objective reads.
         settings: `TrainSettings`.
         index: the task's place in the stream.
         processes: `Processes`; None = this one alone.
+        objective: as `summed_loss`, the default.
     Raises:
         ValueError: there are not enough examples for a step, or nothing to train.
     """
 
-    def __init__(self, model, method, data, settings, index, processes=None):
+    def __init__(self, model, method, data, settings, index, processes=None, objective=None):
         self.model, self.method, self.data, self.settings = model, method, data, settings
         self.index = index
+        self.objective = summed_loss if objective is None else objective
         self.processes = Processes() if processes is None else processes
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
@@ -174,9 +185,9 @@ class TaskTrainer:
         for part in self._parts(rows):
             if part is None:
                 # A sharded base needs as many passes in every process: this one counts nothing.
-                (summed_loss(self.model, self.data, rows[:1])[0] * 0).backward()
+                (self.objective(self.model, self.data, rows[:1])[0] * 0).backward()
                 continue
-            summed, _, examples = summed_loss(self.model, self.data, part, per_example)
+            summed, _, examples = self.objective(self.model, self.data, part, per_example)
             share = summed / max(1, total)
             loss += share.detach()
             extra = self.method.auxiliary(self.model)
@@ -194,7 +205,8 @@ class TaskTrainer:
         if extra is not None:
             extra.backward()
         self.method.before_step(self.model, step)
-        torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip)
+        if settings.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, settings.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * self._rate(self.done)
         self.optimizer.step()
@@ -216,6 +228,8 @@ class TaskTrainer:
         """The rate of a step as a part of the peak."""
         if self.settings.schedule == "constant":
             return 1.0
+        if self.settings.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * number / self.total))
         warmup = max(1, self.total // 10)
         return min((number + 1) / warmup, (self.total - number) / max(1, self.total - warmup))
 

@@ -7,6 +7,7 @@ class ZeroShot(Method):
     """No adapters, no training, no task id, nothing stored."""
 
     name = "zero-shot"
+    has_frozen_features = True
 
     def setup(self, model):
         model.requires_grad_(False)

@@ -11,9 +11,9 @@ import torch
 from .. import checkpoint
 from ..config import check_count
 from ..continual import load_stream
+from ..harness.files import read_json, write_json, write_text
 from ..inspection import find_adapter, inspect_atoms, token_atoms
 from .encode import Encoder
-from .files import read_json, write_json, write_text
 from .model import load
 from .predict import by_length
 from .report import markdown

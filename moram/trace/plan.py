@@ -29,6 +29,7 @@ class Plan:
         variants = {"rouge": settings.rouge, "similarity": settings.similarity}
         self.scorers = [scorer_for(task.name, **variants) for task in self.stream]
         self.majority = majority_row(self.stream, self.scorers)
+        self.source = settings.data
         # What tells this run's examples from others.
         self.fingerprint = hashlib.sha256(repr(self.stream).encode()).hexdigest()
         self.stages = self.method.stages(len(self.stream))
@@ -61,11 +62,14 @@ class Plan:
         count = sum(len(self.stream[i].train) for i in members)
         return settings.steps(count) * settings.batch_size
 
+    def scored(self, number):
+        """The tasks that are scored after a stage."""
+        whole = self.settings.full_matrix or len(self.stages) == 1
+        return range(len(self.stream) if whole else number + 1)
+
     def work(self):
         """Examples to train on and to answer, all in all."""
         tests = [len(task.test) for task in self.stream]
-        rows = range(len(self.stages))
-        whole = self.settings.full_matrix or len(self.stages) == 1
-        answered = sum(sum(tests) if whole else sum(tests[: t + 1]) for t in rows)
+        answered = sum(tests[i] for t in range(len(self.stages)) for i in self.scored(t))
         untrained = sum(tests) if self.has_untrained else 0
         return sum(map(self.examples, self.stages)) + answered + untrained

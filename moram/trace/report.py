@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from ..continual import metrics
-from .compare import groups
-from .files import read_json, write_text
+from ..harness.compare import groups
+from ..harness.files import read_json, write_text
 
 FORMAT = 1
 
@@ -182,7 +182,7 @@ def write_report(runs, out):
     Args:
         runs: list of results, see `table`.
     """
-    from .plot import draw_matrices
+    from ..harness.plot import draw_matrices
 
     out = Path(out)
     titles, rows = table(runs)

@@ -7,10 +7,10 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 
 from ..config import check_count
+from ..harness.yaml_values import read_yaml
 from ..methods.train import TrainSettings
 from .presets import PRESETS
 from .protocol import SUITES, TRACE, tasks_of
-from .yaml_values import read_yaml
 
 DECODINGS = ("generate", "forced")
 SPLITS = ("train", "eval", "test")

@@ -8,9 +8,9 @@ import torch
 from trace_support import TASKS, settings_for, write_data, write_model
 
 from moram.cli import main
+from moram.harness import files
 from moram.methods.train import TaskTrainer
-from moram.trace import files
-from moram.trace.run import Run, run_trace
+from moram.trace.run import TraceRun, run_trace
 
 QUICK = {"cache_prefix": False, "first_layer": 0, "rank": 4, "epochs": 2, "batch_size": 4}
 QUICK |= {"train_limit": None, "max_prompt": 24, "max_answer": 4, "dtype": "float32", "threads": 1}
@@ -133,7 +133,9 @@ def test_a_damaged_config_is_named(refused, tmp_path, content, message):
 def test_a_damaged_state_is_named(refused, tmp_path, monkeypatch, content):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "restore", lambda run: (_ for _ in ()).throw(ValueError("far enough")))
+        patch.setattr(
+            TraceRun, "restore", lambda run: (_ for _ in ()).throw(ValueError("far enough"))
+        )
         assert refused() == "far enough"
     (out / "state.pt").write_bytes(content)
     assert refused().startswith(f"{out / 'state.pt'} is damaged: ")

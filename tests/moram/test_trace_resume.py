@@ -12,6 +12,7 @@ import pytest
 import torch
 from trace_support import TASKS, settings_for, write_data, write_model
 
+from moram.harness import run as harness
 from moram.methods.train import TaskTrainer
 from moram.trace import run as run_module
 from moram.trace.run import Stopped, run_trace
@@ -108,7 +109,7 @@ def test_a_crash_while_writing_leaves_the_last_whole_file(inputs, tmp_path, monk
     whole, out = tmp_path / "whole", tmp_path / "crashed"
     run_trace(settings_for(*inputs, whole))
     name = "write_state" if "state" in moment else "write_json"
-    original, calls = getattr(run_module, name), []
+    original, calls = getattr(harness, name), []
 
     def crash(path, value):
         calls.append(path)
@@ -120,7 +121,7 @@ def test_a_crash_while_writing_leaves_the_last_whole_file(inputs, tmp_path, monk
 
     settings = settings_for(*inputs, out)
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, name, crash)
+        patch.setattr(harness, name, crash)
         with pytest.raises(OSError, match="No space left"):
             run_trace(settings)
     run_trace(settings)

@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from moram.trace.compare import differences
+from moram.harness.compare import differences
+from moram.harness.yaml_values import parse_change, read_yaml
 from moram.trace.protocol import tasks_of
 from moram.trace.settings import TraceSettings, make_settings
-from moram.trace.yaml_values import parse_change, read_yaml
 
 GIVEN = {"model": "m", "data": "d"}
 TRACE = ("C-STANCE", "FOMC", "MeetingBank", "Py150", "ScienceQA", "NumGLUE-cm", "NumGLUE-ds")

@@ -1,0 +1,1 @@
+"""What runs over streams share: files, settings as text, progress, going on after a stop."""

@@ -1,0 +1,280 @@
+"""A run over a stream of tasks: train, score, write, and go on after a stop at any point.
+
+What the tasks are made of, and how they are scored, is a subclass's business.
+"""
+
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from ..inject import adapters
+from ..layers import Adapter
+from ..methods.train import TaskTrainer
+from .compare import differences
+from .files import check_space, read_json, read_state, write_json, write_state
+from .memory import peak_mib, reset_peak
+from .progress import STEPS, Progress
+
+STATE, CONFIG, RESULTS = "state.pt", "config.json", "results.json"
+# What a run writes besides JSON: a folder that holds one of them without CONFIG is not its own.
+OWN = (STATE, STEPS, "predictions", "adapters", "table.md", "table.csv", "table.tex", "matrix.png")
+UNTRAINED = "untrained"
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and saved what it had."""
+
+
+class Run:
+    """One run. What can be wrong is found by `check` and `prepare`, before any training.
+
+    Subclasses give `make_plan` (an object with method, stream, stages, has_untrained, fingerprint,
+    train_settings(members), examples(members), scored(number) and work()), `load` (sets model),
+    `stage`, `score_task`, `summary` and `report`.
+
+    Args:
+        settings: has method, out, save_seconds and what `Progress` reads. processes: `Processes`.
+        device: a torch device. log: called with lines of text, in the first process only.
+        stop: asked after every step; if it returns true, the state is saved and `Stopped` raised.
+    """
+
+    def __init__(self, settings, processes, device, log, stop):
+        self.settings, self.processes, self.log, self.stop = settings, processes, log, stop
+        self.device = device
+        self.out = Path(settings.out)
+        self.costs = []
+
+    def execute(self):
+        """Run to the end; returns what was written to results.json."""
+        self.check()
+        done = read_json(self.out / RESULTS)
+        if done is not None and done["complete"]:
+            self.log(f"{self.out} holds the finished run")
+            return done
+        self.prepare()
+        # Methods know adapters by their paths in the model as it is trained.
+        with self.training_model():
+            self.restore()
+        if self.plan.has_untrained:
+            self.score(UNTRAINED, range(len(self.stream)))
+        for number, members in enumerate(self.plan.stages):
+            with self.training_model():
+                self.learn(number, members)
+            self.score(number, self.plan.scored(number))
+            self.write(number)
+        if self.processes.is_first and adapters(self.model):
+            self.save_adapters(self.out / "adapters")
+        results = self.write(len(self.plan.stages) - 1, complete=True)
+        self.progress.close()
+        self.processes.wait()
+        return results
+
+    def training_model(self):
+        """The context in which the model is trained, where it is not the one that is scored."""
+        return nullcontext()
+
+    def check(self):
+        """Check all that needs no model."""
+        self.plan = self.make_plan()
+        self.method, self.stream = self.plan.method, self.plan.stream
+        # For the picture at the end: better missed now than then.
+        import matplotlib  # noqa: F401
+
+        self.open_folder()
+
+    def prepare(self):
+        """Load the model, and make everything ready to train."""
+        self.load()
+        needed = 3 * sum(p.numel() for p in self.model.parameters()) // 10
+        check_space(self.out, needed)
+        self.method.setup(self.model)
+        # By their paths in the whole model, whichever part of it runs later.
+        self.adapters = adapters(self.model, Adapter)
+        self.made()
+        self.progress = Progress(self.plan.work(), self.settings, self.out, self.processes)
+        # Last, so that a folder whose run could not begin is free for a corrected command.
+        if self.processes.is_first:
+            write_json(self.out / CONFIG, self.settings.to_dict())
+        self.processes.wait()
+
+    def made(self):
+        """Called when the adapters are in the model."""
+
+    def open_folder(self):
+        """Make the folder, or check that what it holds is of this very run."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        saved = read_json(self.out / CONFIG)
+        foreign = any(self.out.glob("*.json")) or any((self.out / name).exists() for name in OWN)
+        if (saved is None and foreign) or not isinstance(saved, dict | None):
+            raise ValueError(f"{self.out} holds files of something else: name another out folder")
+        changed = differences(self.settings, saved) if saved else []
+        if changed:
+            raise ValueError(
+                f"{self.out} holds a run with other settings; name another out folder, or go back "
+                f"to its settings: {'; '.join(changed)}"
+            )
+        self.processes.wait()
+
+    def restore(self):
+        """Take over the state of an earlier run, if there is one."""
+        state = read_state(self.out / STATE)
+        self.state = {"stage": -1, "finished": True} if state is None else state
+        self.costs = self.state.get("costs", [])
+        if state is None:
+            if any(self.out.glob("predictions/results-[0-9]*")):
+                raise ValueError(
+                    f"{self.out} holds answers of trained models, but its {STATE} is gone: name "
+                    "another out folder"
+                )
+            return
+        if state["examples"] != self.plan.fingerprint:
+            raise ValueError(f"the examples in {self.plan.source} changed since {self.out} began")
+        for path, tensors in state["adapters"].items():
+            self.adapters[path].load_adapter_state(tensors)
+        self.method.load_state_dict(state["method"])
+        self.log(f"going on: stage {state['stage'] + 1} of {len(self.plan.stages)}")
+
+    def learn(self, number, members):
+        """Train one stage, or what is left of it."""
+        state = self.state
+        if number < state["stage"] or (number == state["stage"] and state["finished"]):
+            self.progress.answered(self.plan.examples(members))
+            return
+        fresh = number > state["stage"]
+        if fresh:
+            self.costs.append({"seconds": 0.0, "peak_mib": 0.0, "trained": 0})
+        if members:
+            stage = self.stage(members)
+            reset_peak(self.device)
+            self.saved = self.noted = time.perf_counter()
+            if fresh:
+                self.method.begin_task(self.model, number, stage)
+            if self.method.has_steps:
+                self.take_steps(number, stage, None if fresh else state["trainer"])
+            else:
+                self.progress.answered(self.plan.examples(members))
+            self.method.end_task(self.model, number, stage)
+            self.note_costs()
+        self.state = {"stage": number, "finished": True}
+        self.save()
+
+    def take_steps(self, number, stage, saved):
+        """Train on a stage's data, from the start or from where the saved trainer stood."""
+        trainer = TaskTrainer(
+            self.model,
+            self.method,
+            stage.data,
+            stage.settings,
+            number,
+            self.processes,
+            stage.objective,
+        )
+        self.costs[-1]["trained"] = sum(p.numel() for p in trainer.parameters)
+        if saved is not None:
+            trainer.load_state_dict(saved)
+        self.progress.start_stage(number, trainer.done)
+        trainer.run(self.after_step)
+        self.progress.end_stage()
+
+    def after_step(self, trainer, loss):
+        """Log, and save now and then, or when asked to stop."""
+        self.progress.step(trainer, loss)
+        stop = self.asked_to_stop()
+        due = time.perf_counter() - self.saved > self.settings.save_seconds
+        if stop or due:
+            self.note_costs()
+            self.state = {"stage": trainer.index, "finished": False}
+            self.state["trainer"] = trainer.state_dict()
+            self.save()
+        if stop:
+            raise Stopped(
+                f"stopped in task {trainer.index + 1}, step {trainer.done}; the same "
+                "command goes on from here"
+            )
+
+    def asked_to_stop(self):
+        """Whether the first process was asked to stop: all of them stop together."""
+        return self.processes.broadcast(self.stop())
+
+    def note_costs(self):
+        """Add up what this stage has cost since the last note."""
+        now = time.perf_counter()
+        self.costs[-1]["seconds"] += now - self.noted
+        self.costs[-1]["peak_mib"] = max(self.costs[-1]["peak_mib"], peak_mib(self.device))
+        self.noted = now
+
+    def save(self):
+        """Write the state: everything a run needs to go on."""
+        self.saved = time.perf_counter()
+        if not self.processes.is_first:
+            return
+        self.costs[-1]["stored_bytes"] = self.method.stored_bytes(self.model)
+        write_state(
+            self.out / STATE,
+            self.state
+            | {
+                "adapters": {path: a.adapter_state() for path, a in self.adapters.items()},
+                "method": self.method.state_dict(),
+                "costs": self.costs,
+                "examples": self.plan.fingerprint,
+            },
+        )
+
+    def score(self, number, members):
+        """Answer and score some tasks, each once and for all."""
+        for i in members:
+            path = self.prediction(number, i)
+            if self.processes.broadcast(path.is_file()):
+                self.progress.answered(len(self.stream[i].test))
+                continue
+            trained = (self.state["stage"], self.state["finished"])
+            if trained != ((-1, True) if number == UNTRAINED else (number, True)):
+                raise ValueError(f"{path} is gone, and so is the model that gave these answers")
+            if self.asked_to_stop():
+                raise Stopped("stopped between two tasks; the same command goes on from here")
+            if number != UNTRAINED:
+                self.method.select(self.model, i)
+            found = self.score_task(number, i)
+            if self.processes.is_first:
+                write_json(path, found)
+            self.processes.wait()
+
+    def prediction(self, number, i):
+        """Where the answers of a stage to a task are kept."""
+        return self.out / "predictions" / f"results-{number}-{i}-{self.stream[i].name}.json"
+
+    def scores(self, number):
+        """A row of R: a score for each task, None where there is none."""
+        found = [read_json(self.prediction(number, i)) for i in range(len(self.stream))]
+        return [None if f is None else f["eval"]["score"] for f in found]
+
+    def write(self, number, complete=False):
+        """Write results.json and, at the end, the tables and the picture."""
+        settings = self.settings
+        results = {
+            "complete": complete,
+            "method": settings.method,
+            "name": settings.label or self.method.name,
+            "tasks": [task.name for task in self.stream],
+            "stages": [[self.stream[i].name for i in members] for members in self.plan.stages],
+            "matrix": [self.scores(t) for t in range(number + 1)],
+            "untrained": self.scores(UNTRAINED) if self.plan.has_untrained else None,
+            "costs": self.costs,
+            "settings": settings.to_dict(),
+            **self.more_results(),
+        }
+        results["summary"] = self.summarise(results)
+        if self.processes.is_first:
+            if complete:
+                self.report([results], self.out)
+                self.log((self.out / "table.md").read_text(encoding="utf-8"))
+            # Last: what says that it is complete, is.
+            write_json(self.out / RESULTS, results)
+        return results
+
+
+def pick_device():
+    """The CUDA device, if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

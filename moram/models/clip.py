@@ -1,0 +1,141 @@
+"""One way to call any CLIP: open_clip's or Hugging Face's. Loads one, too; trains nothing.
+
+Importing this imports neither library; loading a model imports the one that it needs.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+class Preprocess(NamedTuple):
+    """What a CLIP expects of an image: side in pixels, mean and std of each channel."""
+
+    size: int
+    mean: tuple
+    std: tuple
+
+
+# OpenAI's, which nearly all CLIPs use.
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class Clip:
+    """A CLIP model and its tokenizer behind four calls. Holds the model, is not a module.
+
+    Args:
+        model: an open_clip model (with encode_image and encode_text) or a `transformers.CLIPModel`.
+        tokenize: function from a list of texts to token ids [C, L].
+        preprocess: `Preprocess`.
+    """
+
+    def __init__(self, model, tokenize, preprocess):
+        self.model, self.tokenize, self.preprocess = model, tokenize, preprocess
+        self._is_open_clip = hasattr(model, "encode_image")
+
+    @property
+    def parameter(self):
+        """Any parameter, for its device and dtype."""
+        return self.model.logit_scale
+
+    @property
+    def scale(self):
+        """What similarities are multiplied by, a scalar tensor (100 in OpenAI's)."""
+        return self.model.logit_scale.exp()
+
+    def tokens(self, prompts):
+        """Token ids [C, L] of some texts, on the model's device."""
+        return self.tokenize(list(prompts)).to(self.parameter.device)
+
+    def encode_image(self, pixels):
+        """Unit features [B, E] of normalised images [B, 3, H, W]."""
+        if self._is_open_clip:
+            return self.model.encode_image(pixels, normalize=True)
+        pooled = self.model.vision_model(pixel_values=pixels).pooler_output
+        return F.normalize(self.model.visual_projection(pooled), dim=-1)
+
+    def encode_text(self, ids):
+        """Unit features [C, E] of token ids [C, L]."""
+        if self._is_open_clip:
+            return self.model.encode_text(ids, normalize=True)
+        pooled = self.model.text_model(input_ids=ids).pooler_output
+        return F.normalize(self.model.text_projection(pooled), dim=-1)
+
+    def logits(self, images, texts):
+        """Scaled similarities [B, C] of unit features [B, E] and [C, E]."""
+        return self.scale * images @ texts.T
+
+
+def load_clip(backbone, pretrained=None, device="cpu"):
+    """A CLIP in float32 and eval mode.
+
+    Args:
+        backbone: an open_clip name ("ViT-B-16", "hf-hub:ORG/NAME", "local-dir:FOLDER"), or a hub id
+            with a slash or a folder of a Hugging Face CLIP.
+        pretrained: an open_clip tag ("openai") or a file of weights, for open_clip names alone.
+            None or "random" leaves the model random.
+        device: a torch device.
+    Returns:
+        `Clip`.
+    Raises:
+        ValueError, OSError: there is no such model, tag or file.
+    """
+    folder = Path(backbone)
+    schema = backbone.startswith(("hf-hub:", "local-dir:"))
+    if not schema and ("/" in backbone or folder.is_dir()):
+        if pretrained:
+            raise ValueError(
+                f"pretrained is for open_clip's names; {backbone} is loaded with its own weights"
+            )
+        return _load_hugging_face(backbone, device)
+    return _load_open_clip(backbone, None if pretrained == "random" else pretrained, device)
+
+
+def _load_open_clip(backbone, pretrained, device):
+    import open_clip
+
+    names = open_clip.list_models()
+    if ":" not in backbone and backbone not in names:
+        raise ValueError(
+            f"backbone must be a model of open_clip, or a Hugging Face CLIP with a slash, got "
+            f"{backbone!r}; open_clip has {len(names)}, such as ViT-B-16"
+        )
+    if pretrained is not None and ":" not in backbone:
+        tags = open_clip.list_pretrained_tags_by_model(backbone)
+        if pretrained not in tags and not Path(pretrained).is_file():
+            raise ValueError(
+                f"pretrained must be a file or a tag of {backbone} ({', '.join(tags) or 'none'}), "
+                f"got {pretrained!r}"
+            )
+    # OpenAI's weights were trained with QuickGELU, whichever way they come.
+    quick = pretrained is not None and "openai" in Path(pretrained).name.lower()
+    try:
+        model = open_clip.create_model(backbone, pretrained, device=device, force_quick_gelu=quick)
+    except RuntimeError as error:
+        raise ValueError(f"the weights {pretrained} do not fit {backbone}: {error}") from error
+    config = open_clip.get_model_preprocess_cfg(model)
+    size = config["size"]
+    size = size if isinstance(size, int) else size[0]
+    preprocess = Preprocess(size, tuple(config["mean"]), tuple(config["std"]))
+    return Clip(model.eval(), open_clip.get_tokenizer(backbone), preprocess)
+
+
+def _load_hugging_face(name, device):
+    from transformers import AutoConfig, AutoTokenizer, CLIPModel
+
+    config = AutoConfig.from_pretrained(name)
+    if config.model_type != "clip":
+        raise ValueError(f"{name} must hold a CLIP, got a model of type {config.model_type!r}")
+    model = CLIPModel.from_pretrained(name, dtype=torch.float32).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    length = config.text_config.max_position_embeddings
+
+    def tokenize(texts):
+        return tokenizer(
+            texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        ).input_ids
+
+    preprocess = Preprocess(config.vision_config.image_size, MEAN, STD)
+    return Clip(model.eval(), tokenize, preprocess)
