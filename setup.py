@@ -33,6 +33,15 @@ setup(
             "numpy",
             "pyyaml",
         ],
+        "xtail": [
+            "open_clip_torch>=2.30",
+            "torchvision",
+            "pillow>=10.1",
+            "scikit-learn",
+            "matplotlib",
+            "numpy",
+            "pyyaml",
+        ],
         "bench": ["matplotlib", "pytest-benchmark"],
         "dev": [
             "transformers>=4.57",
@@ -45,6 +54,7 @@ setup(
             "matplotlib",
             "numpy",
             "pyyaml",
+            "scikit-learn",
             "tensorboard",
             "pytest",
             "pytest-benchmark",

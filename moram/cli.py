@@ -22,8 +22,14 @@ def main(argv=None):
         "trace", help="learn a stream of language tasks with one method and score it (TRACE)"
     )
     _add_trace_arguments(trace)
-    table = commands.add_parser("table", help="one table of several finished runs of moram trace")
-    table.add_argument("runs", nargs="+", type=Path, help="folders that moram trace wrote")
+    xtail = commands.add_parser(
+        "xtail", help="learn a stream of image domains with one method and score it (X-TAIL)"
+    )
+    _add_xtail_arguments(xtail)
+    table = commands.add_parser(
+        "table", help="one table of several finished runs of moram trace or moram xtail"
+    )
+    table.add_argument("runs", nargs="+", type=Path, help="folders that one of them wrote")
     table.add_argument("--out", type=Path, required=True, help="folder for the tables")
     inspect = commands.add_parser(
         "inspect", help="which atoms fire for which task, in a finished run of moram trace"
@@ -33,13 +39,14 @@ def main(argv=None):
     run = {
         "demo": _run_demo,
         "trace": _run_trace,
+        "xtail": _run_xtail,
         "table": _run_table,
         "inspect": _run_inspect,
     }[arguments.command]
     try:
         return run(arguments, commands.choices[arguments.command])
     except ImportError as error:
-        extra = "demo" if arguments.command == "demo" else "trace"
+        extra = arguments.command if arguments.command in ("demo", "xtail") else "trace"
         advice = f"install it with: pip install 'moram[{extra}]'"
         print(f"moram {arguments.command}: {error}; {advice}", file=sys.stderr)
     except (OSError, TypeError, ValueError, RuntimeError) as error:
@@ -116,30 +123,48 @@ def _add_trace_arguments(parser):
 
 
 def _run_trace(arguments, parser):
-    from .harness.yaml_values import parse_change
-    from .methods.processes import leave
-    from .trace.run import Stopped, run_trace
+    from .trace.run import run_trace
     from .trace.settings import make_settings
 
     names = ("model", "data", "tasks", "suite", "order", "method", "out", "full_matrix", "quiet")
+    settings = _read_settings(arguments, names, "tasks", make_settings)
+    return _until_stopped("trace", lambda stop: run_trace(settings, stop=stop))
+
+
+def _read_settings(arguments, names, listed, make):
+    """The settings that a command line asks for.
+
+    Args:
+        names: of settings that have an option of their own. listed: the one that is a list.
+        make: function from preset, files and changes to settings.
+    """
+    from .harness.yaml_values import parse_change
+
     given = {n: getattr(arguments, n) for n in names if getattr(arguments, n) is not None}
-    if "tasks" in given:
-        given["tasks"] = tuple(name for name in given["tasks"].split(",") if name)
+    if listed in given:
+        given[listed] = tuple(name for name in given[listed].split(",") if name)
     changes = dict(parse_change(text) for text in arguments.changes)
-    settings = make_settings(arguments.preset, files=arguments.config, changes=[given, changes])
+    return make(arguments.preset, files=arguments.config, changes=[given, changes])
+
+
+def _until_stopped(command, run):
+    """Run until the end, or until Ctrl-C or SIGTERM: the first one lets it save."""
+    from .harness.run import Stopped
+    from .methods.processes import leave
+
     asked = []
 
     def ask(number, frame):
         # The second time, the usual thing happens.
-        print("moram trace: stopping after this step", file=sys.stderr)
+        print(f"moram {command}: stopping after this step", file=sys.stderr)
         asked.append(number)
         signal.signal(number, signal.default_int_handler)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        run_trace(settings, stop=lambda: bool(asked))
+        run(lambda: bool(asked))
     except (Stopped, KeyboardInterrupt) as stopped:
-        print(f"moram trace: {str(stopped) or 'interrupted'}", file=sys.stderr)
+        print(f"moram {command}: {str(stopped) or 'interrupted'}", file=sys.stderr)
         return INTERRUPTED
     finally:
         leave()
@@ -148,10 +173,65 @@ def _run_trace(arguments, parser):
     return 0
 
 
-def _run_table(arguments, parser):
-    from .trace.report import read_results, write_report
+def _add_xtail_arguments(parser):
+    from .methods.registry import METHODS
+    from .xtail.presets import PRESETS
 
-    write_report(read_results(arguments.runs), arguments.out)
+    add = parser.add_argument
+    add("--backbone", help="a model of open_clip (ViT-B-16), a Hugging Face CLIP, or small")
+    add("--pretrained", help="tag or file of open_clip's weights (default: openai), or random")
+    add("--data-dir", help="folder of the datasets; moram xtail check-data DIR looks at it")
+    add("--datasets", help="names, in the order they are learned, separated by commas")
+    add("--method", choices=METHODS, help="what learns (default: moram)")
+    add("--shots", type=int, help="training images per class (default: 16)")
+    add("--preset", choices=PRESETS, default="paper", help="settings to start from")
+    add("--config", type=Path, action="append", default=[], help="YAML file of settings")
+    add(
+        "--set",
+        dest="changes",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any setting of moram.xtail.settings.XtailSettings, such as lr=1e-3 or "
+        "method_args.top_k=4",
+    )
+    add("--out", help="folder for everything the run writes; the same command goes on in it")
+    add("--skip-bad", action="store_true", default=None, help="leave out undecodable images")
+    add("--quiet", action="store_true", default=None, help="no bar and no lines")
+    actions = parser.add_subparsers(dest="action", title="other action")
+    check = actions.add_parser("check-data", help="what of the datasets is missing or damaged")
+    check.add_argument("folder", type=Path, help="folder of the datasets")
+    check.add_argument("--datasets", dest="named", help="only these, separated by commas")
+    check.add_argument("--images", action="store_true", help="decode every image, too")
+
+
+def _run_xtail(arguments, parser):
+    if arguments.action == "check-data":
+        from .xtail.check_data import check_data
+
+        named = arguments.named
+        named = None if named is None else [name for name in named.split(",") if name]
+        return int(check_data(arguments.folder, named, arguments.images) > 0)
+    from .xtail.run import run_xtail
+    from .xtail.settings import make_settings
+
+    names = ("backbone", "pretrained", "data_dir", "datasets", "method", "shots", "out")
+    names += ("skip_bad", "quiet")
+    settings = _read_settings(arguments, names, "datasets", make_settings)
+    return _until_stopped("xtail", lambda stop: run_xtail(settings, stop=stop))
+
+
+def _run_table(arguments, parser):
+    from .harness.tables import read_results
+    from .trace import report as trace
+    from .xtail import report as xtail
+
+    formats = (trace.FORMAT, xtail.FORMAT)
+    runs = read_results(arguments.runs, formats, "moram trace or moram xtail")
+    if len({run["format"] for run in runs}) > 1:
+        raise ValueError("one table holds runs of moram trace or of moram xtail, not both")
+    report = trace if runs[0]["format"] == trace.FORMAT else xtail
+    report.write_report(runs, arguments.out)
     print((arguments.out / "table.md").read_text(encoding="utf-8"))
     return 0
 

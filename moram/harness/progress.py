@@ -15,7 +15,7 @@ class Progress:
     """One bar over all examples of a run, and one row a step in out/steps.csv.
 
     Args:
-        total: examples to train on and to answer. settings: `TraceSettings`. out: the run's folder.
+        total: examples to train on and to answer. settings: of the run. out: the run's folder.
         processes: `Processes`; only the first of them says anything.
     """
 

@@ -3,6 +3,7 @@
 What the tasks are made of, and how they are scored, is a subclass's business.
 """
 
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -278,3 +279,9 @@ class Run:
 def pick_device():
     """The CUDA device, if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def versions(*libraries):
+    """Versions of torch, and of those of other libraries that were used."""
+    found = {"torch": torch.__version__}
+    return found | {n: sys.modules[n].__version__ for n in libraries if n in sys.modules}

@@ -7,9 +7,11 @@ from .hide_lora import HiDeLoRA
 from .in_context import InContext
 from .joint import JointLoRA
 from .lora import SequentialLoRA
+from .moe_adapters import MoEAdapters
 from .moe_lora import MoELoRA
 from .moram import MoRAM
 from .o_lora import OLoRA
+from .rail import RAILDual, RAILPrimal
 from .registry import METHODS, accepted_arguments, make_method
 from .stream import run_stream
 from .task_lora import TaskLoRA
@@ -25,9 +27,12 @@ __all__ = [
     "InContext",
     "JointLoRA",
     "Method",
+    "MoEAdapters",
     "MoELoRA",
     "MoRAM",
     "OLoRA",
+    "RAILDual",
+    "RAILPrimal",
     "SequentialLoRA",
     "TaskLoRA",
     "TrainSettings",

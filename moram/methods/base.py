@@ -33,6 +33,8 @@ class Method:
     name = ""
     # Whether the model must be told, at inference, which task an input belongs to.
     needs_task_id = False
+    # "language" or "clip" where a method is for such models alone.
+    needs = None
     # Whether tasks are trained step by step, or learned in `end_task` alone.
     has_steps = True
     # Whether no method hook ever changes what the model computes from an image.

@@ -1,11 +1,8 @@
 """EWC on LoRA: parameters that earlier tasks need are held where those tasks left them."""
 
-from dataclasses import replace
-
 import torch
 
 from .lora import LoRAMethod
-from .train import Stage
 
 
 class EWC(LoRAMethod):
@@ -71,8 +68,7 @@ class EWC(LoRAMethod):
         fresh = {name: torch.zeros_like(p) for name, p in parameters.items()}
         count = 0
         # One example at a time, so that the memory setting changes nothing.
-        single = Stage(stage.model, stage.data, replace(stage.settings, micro_batch=1))
-        for loss, examples in single.losses(self.fisher_examples):
+        for loss, examples in stage.losses(self.fisher_examples, size=1):
             gradients = torch.autograd.grad(loss, list(parameters.values()))
             for square, gradient in zip(fresh.values(), gradients, strict=True):
                 square += gradient.square()

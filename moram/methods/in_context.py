@@ -62,6 +62,7 @@ class InContext(ZeroShot):
 
     name = "in-context learning"
     needs_task_id = True
+    needs = "language"
 
     def __init__(
         self, demonstrations=6, max_length=3584, source="train", seed=0, instructions=None

@@ -129,7 +129,10 @@ def _rms_scores(keys, moment):
 
 @torch.no_grad()
 def measure(stage, found, examples=None):
-    """Mean x x^T over the non-padding inputs of each adapter, in one pass over training examples.
+    """Mean x x^T over the inputs of each adapter, in one pass over training examples.
+
+    Padding does not count where the model is called with an attention_mask; CLIP's encoders have
+    none, and every position of theirs counts.
 
     Args:
         stage: `Stage`. found: adapters by path. examples: at most; None = all.
@@ -137,14 +140,13 @@ def measure(stage, found, examples=None):
         (moments, leader): float32 or wider [D, D] by path, and for every path the path of the
         first adapter that reads the same tensor, under which its moment is found.
     """
-    sums, leader, now, count = {}, {}, {}, 0
+    sums, counts, leader = {}, {}, {}
+    now = {"mask": None, "last": (None, None)}
 
     def note_mask(_, arguments, named):
-        mask = named["attention_mask"].bool()
-        now.update(mask=mask, last=(None, None))
+        now.update(mask=named["attention_mask"].bool(), last=(None, None))
 
     def note_input(adapter, arguments):
-        nonlocal count
         x, path = arguments[0], paths[adapter]
         seen, first = now["last"]
         if x is seen:
@@ -152,16 +154,18 @@ def measure(stage, found, examples=None):
             return
         now["last"] = (x, path)
         leader[path] = path
-        rows = x[now["mask"]].to(torch.promote_types(x.dtype, torch.float32))
+        rows = x.flatten(0, -2) if now["mask"] is None else x[now["mask"]]
+        rows = rows.to(torch.promote_types(x.dtype, torch.float32))
         sums[path] = sums.get(path, 0) + rows.T @ rows
+        counts[path] = counts.get(path, 0) + len(rows)
 
     paths = {adapter: path for path, adapter in found.items()}
     hooks = [adapter.register_forward_pre_hook(note_input) for adapter in paths]
     hooks.append(stage.model.register_forward_pre_hook(note_mask, with_kwargs=True))
     try:
         for _ in stage.losses(examples):
-            count += int(now["mask"].sum())
+            pass
     finally:
         for hook in hooks:
             hook.remove()
-    return {path: total / count for path, total in sums.items()}, leader
+    return {path: total / counts[path] for path, total in sums.items()}, leader

@@ -11,9 +11,11 @@ from .hide_lora import HiDeLoRA
 from .in_context import InContext
 from .joint import JointLoRA
 from .lora import SequentialLoRA
+from .moe_adapters import MoEAdapters
 from .moe_lora import MoELoRA
 from .moram import MoRAM
 from .o_lora import OLoRA
+from .rail import RAILDual, RAILPrimal
 from .task_lora import TaskLoRA
 from .tree_lora import TreeLoRA
 from .zero_shot import ZeroShot
@@ -26,7 +28,10 @@ METHODS = {
     "hide-lora": HiDeLoRA,
     "ewc": EWC,
     "moe-lora": MoELoRA,
+    "moe-adapters": MoEAdapters,
     "codyra": CoDyRA,
+    "rail-primal": RAILPrimal,
+    "rail-dual": RAILDual,
     "task-lora": TaskLoRA,
     "joint": JointLoRA,
     "zero-shot": ZeroShot,

@@ -93,7 +93,7 @@ class Stage:
         self.model, self.data, self.settings = model, data, settings
         self.objective = summed_loss if objective is None else objective
 
-    def losses(self, limit=None):
+    def losses(self, limit=None, size=None):
         """Yield (mean cross-entropy over a batch's answer tokens, examples) without shuffling.
 
         Dropout is off. The graph of each loss is the caller's to use; under `torch.no_grad` it is
@@ -101,9 +101,10 @@ class Stage:
 
         Args:
             limit: examples at most; None = all.
+            size: examples at once; None = as in training.
         """
         count = len(self.data) if limit is None else min(limit, len(self.data))
-        size = self.settings.micro_batch or self.settings.batch_size
+        size = size or self.settings.micro_batch or self.settings.batch_size
         was_training = self.model.training
         self.model.eval()
         for rows in torch.arange(count).split(size):

@@ -26,6 +26,8 @@ class Plan:
         accepted = accepted_arguments(settings.method)
         common = {name: value for name, value in common.items() if name in accepted}
         self.method = make_method(settings.method, **(common | settings.method_args))
+        if self.method.needs == "clip":
+            raise ValueError(f"{settings.method} is for CLIP models; see moram xtail")
         variants = {"rouge": settings.rouge, "similarity": settings.similarity}
         self.scorers = [scorer_for(task.name, **variants) for task in self.stream]
         self.majority = majority_row(self.stream, self.scorers)

@@ -3,7 +3,7 @@
 import torch
 
 from .. import checkpoint
-from ..harness.run import Run, Stopped
+from ..harness.run import Run, Stopped, versions
 from ..methods.processes import Processes
 from ..methods.train import Stage
 from .encode import Encoder
@@ -123,12 +123,5 @@ class TraceRun(Run):
             "decoding": [self.settings.of("decoding", task.name) for task in self.stream],
             "needs_task_id": self.method.needs_task_id,
             "processes": self.processes.world,
-            "versions": versions(),
+            "versions": versions("transformers"),
         }
-
-
-def versions():
-    """Versions of what the numbers depend on."""
-    import transformers
-
-    return {"torch": torch.__version__, "transformers": transformers.__version__}

@@ -1,13 +1,10 @@
 """Every setting of a run in one checked dataclass; presets, YAML files and key=value changes."""
 
-import contextlib
-import copy
-import difflib
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..config import check_count
-from ..harness.yaml_values import read_yaml
+from ..harness.settings import among, assemble, check_number, names_of, to_beta
 from ..methods.train import TrainSettings
 from .presets import PRESETS
 from .protocol import SUITES, TRACE, tasks_of
@@ -141,13 +138,13 @@ class TraceSettings:
 
     def __post_init__(self):
         for name in _NAMES:
-            object.__setattr__(self, name, _names(name, getattr(self, name)))
+            object.__setattr__(self, name, names_of(name, getattr(self, name)))
         if self.targets != "auto":
-            object.__setattr__(self, "targets", _names("targets", self.targets))
+            object.__setattr__(self, "targets", names_of("targets", self.targets))
         betas = self.betas.split(",") if isinstance(self.betas, str) else self.betas
         if not isinstance(betas, (tuple, list)):
             raise TypeError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
-        object.__setattr__(self, "betas", tuple(map(_to_beta, betas)))
+        object.__setattr__(self, "betas", tuple(map(to_beta, betas)))
         for name in ("model", "data", "out"):
             if isinstance(getattr(self, name), Path):
                 object.__setattr__(self, name, str(getattr(self, name)))
@@ -155,7 +152,7 @@ class TraceSettings:
         for name in ("model", "data", "out"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must be given")
-        _among("suite", self.suite, tuple(SUITES))
+        among("suite", self.suite, tuple(SUITES))
         if self.tasks and self.order is not None:
             expected = tasks_of(self.suite, self.order)
             if self.tasks != expected:
@@ -169,7 +166,7 @@ class TraceSettings:
             raise ValueError(f"tasks must differ, got {', '.join(self.tasks)}")
         self._check_by_task()
         for name, allowed in _CHOICES.items():
-            _among(name, getattr(self, name), allowed)
+            among(name, getattr(self, name), allowed)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if not 0 < self.repetition_penalty < float("inf"):
@@ -198,9 +195,9 @@ class TraceSettings:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in _NUMBERS:
-            _check_number(name, getattr(self, name))
+            check_number(name, getattr(self, name))
         for beta in self.betas:
-            _check_number("betas", beta)
+            check_number("betas", beta)
         for name, least in _COUNTS.items():
             check_count(name, getattr(self, name), least)
         for name in ("train_limit", "eval_limit", "threads", "micro_batch", "order"):
@@ -217,8 +214,8 @@ class TraceSettings:
         for task in self.tasks:
             for name in ("epochs", "max_prompt", "max_new_tokens"):
                 check_count(f"{name} of {task}", self.of(name, task), 1)
-            _among(f"decoding of {task}", self.of("decoding", task), DECODINGS)
-            _among(f"train_split of {task}", self.train_split.get(task, "train"), SPLITS)
+            among(f"decoding of {task}", self.of("decoding", task), DECODINGS)
+            among(f"train_split of {task}", self.train_split.get(task, "train"), SPLITS)
         for name in ("truncate_right", "train_split", *_BY_TASK):
             value = getattr(self, name)
             named = set(value) if isinstance(value, (dict, tuple)) else set()
@@ -265,67 +262,8 @@ class TraceSettings:
 
 
 def make_settings(preset="paper", method="moram", files=(), changes=()):
-    """Settings from a preset, then YAML files, then changes, the later ones winning.
+    """`TraceSettings` from a preset, then YAML files, then changes, the later ones winning.
 
-    Args:
-        preset: "paper" or "small"; holds settings for all methods and some for single ones.
-        method: name of the method, unless a file or a change names another.
-        files: YAML files with a flat mapping from setting to value.
-        changes: dicts of settings. A key may reach into a dict: "method_args.top_k".
-    Raises:
-        ValueError: an unknown preset or setting; the message names the closest ones.
+    Args, Raises: see `moram.harness.settings.assemble`.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    layers = [read_yaml(path) for path in files] + [dict(c) for c in changes]
-    for layer in layers:
-        if layer.get("preset", preset) != preset:
-            raise ValueError(f"preset is {preset!r}, and a file asks for {layer['preset']!r}")
-        method = layer.get("method", method)
-    start = copy.deepcopy(PRESETS[preset])
-    values = {"preset": preset, "method": method, **start["*"], **start.get(method, {})}
-    known = {item.name: item for item in fields(TraceSettings)}
-    for layer in layers:
-        for key, value in layer.items():
-            name, _, inner = key.partition(".")
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-                raise ValueError(
-                    f"there is no setting {name!r}"
-                    + (f"; close: {', '.join(close)}" if close else "")
-                )
-            if inner:
-                before = values.get(name, _default(known[name]))
-                before = before if isinstance(before, dict) else {"*": before}
-                value = {**before, inner: value}
-            values[name] = value
-    return TraceSettings(**values)
-
-
-def _among(name, value, allowed):
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
-
-
-def _names(name, value):
-    """A tuple of names, which may come as one text with commas."""
-    value = value.split(",") if isinstance(value, str) else value
-    if not isinstance(value, (tuple, list)) or not all(isinstance(v, str) for v in value):
-        raise TypeError(f"{name} must be a list of names, got {value!r}")
-    return tuple(v.strip() for v in value if v.strip())
-
-
-def _to_beta(value):
-    """A number that came in a text with commas."""
-    with contextlib.suppress(ValueError):
-        value = float(value) if isinstance(value, str) else value
-    return value
-
-
-def _check_number(name, value):
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-
-
-def _default(item):
-    return item.default if item.default_factory is MISSING else item.default_factory()
+    return assemble(TraceSettings, PRESETS, preset, method, files, changes)

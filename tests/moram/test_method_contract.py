@@ -100,7 +100,9 @@ def assert_equal(a, b):
 
 
 def test_every_method_that_trains_is_under_the_contract():
-    assert {name for name, _ in CASES.values()} == set(METHODS) - {"zero-shot", "in-context"}
+    # Those for CLIP alone keep to it in test_xtail_runs and test_xtail_resume.
+    language = {name for name, method in METHODS.items() if method.needs != "clip"}
+    assert {name for name, _ in CASES.values()} == language - {"zero-shot", "in-context"}
 
 
 @every_case

@@ -1,0 +1,78 @@
+"""What dataclasses of settings share: presets, YAML files, key=value changes, and checks."""
+
+import contextlib
+import copy
+import difflib
+from dataclasses import MISSING, fields
+
+from .yaml_values import read_yaml
+
+
+def assemble(kind, presets, preset, method, files=(), changes=()):
+    """Settings from a preset, then YAML files, then changes, the later ones winning.
+
+    Args:
+        kind: the dataclass of the settings. presets: by name, see `moram.trace.presets`.
+        preset: its name; holds settings for all methods and some for single ones.
+        method: name of the method, unless a file or a change names another.
+        files: YAML files with a flat mapping from setting to value.
+        changes: dicts of settings. A key may reach into a dict: "method_args.top_k".
+    Raises:
+        ValueError: an unknown preset or setting; the message names the closest ones.
+    """
+    if preset not in presets:
+        raise ValueError(f"preset must be one of {', '.join(presets)}, got {preset!r}")
+    layers = [read_yaml(path) for path in files] + [dict(c) for c in changes]
+    for layer in layers:
+        if layer.get("preset", preset) != preset:
+            raise ValueError(f"preset is {preset!r}, and a file asks for {layer['preset']!r}")
+        method = layer.get("method", method)
+    start = copy.deepcopy(presets[preset])
+    values = {"preset": preset, "method": method, **start["*"], **start.get(method, {})}
+    known = {item.name: item for item in fields(kind)}
+    for layer in layers:
+        for key, value in layer.items():
+            name, _, inner = key.partition(".")
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+                raise ValueError(
+                    f"there is no setting {name!r}"
+                    + (f"; close: {', '.join(close)}" if close else "")
+                )
+            if inner:
+                before = values.get(name, _default(known[name]))
+                before = before if isinstance(before, dict) else {"*": before}
+                value = {**before, inner: value}
+            values[name] = value
+    return kind(**values)
+
+
+def among(name, value, allowed):
+    """Raise unless value is one of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+
+
+def names_of(name, value):
+    """A tuple of names, which may come as one text with commas."""
+    value = value.split(",") if isinstance(value, str) else value
+    if not isinstance(value, (tuple, list)) or not all(isinstance(v, str) for v in value):
+        raise TypeError(f"{name} must be a list of names, got {value!r}")
+    return tuple(v.strip() for v in value if v.strip())
+
+
+def to_beta(value):
+    """A number that came in a text with commas."""
+    with contextlib.suppress(ValueError):
+        value = float(value) if isinstance(value, str) else value
+    return value
+
+
+def check_number(name, value):
+    """Raise unless value is a number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
+def _default(item):
+    return item.default if item.default_factory is MISSING else item.default_factory()

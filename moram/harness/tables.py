@@ -1,0 +1,83 @@
+"""Tables as Markdown, CSV and LaTeX, and the pieces that go into them."""
+
+import csv
+import io
+from pathlib import Path
+from statistics import mean, stdev
+
+from .files import read_json, write_text
+
+
+def spread(values):
+    """Mean, and standard deviation where there are several values."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "-"
+    text = f"{mean(values):.1f}"
+    return text if len(values) == 1 else f"{text} ± {stdev(values):.1f}"
+
+
+def matrix_lines(results):
+    """R as a Markdown table: rows are time, columns the tested tasks."""
+    tasks = results["tasks"]
+    after = [", ".join(stage) if len(stage) <= 1 else "all" for stage in results["stages"]]
+    rows = [(f"after {name}" if name else "score") for name in after]
+    lines = ["| | " + " | ".join(tasks) + " |", "| --- " * (len(tasks) + 1) + "|"]
+    for name, row in zip(rows, results["matrix"], strict=True):
+        cells = ("" if value is None else f"{value:.1f}" for value in row)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def markdown(titles, rows):
+    """A table as Markdown."""
+    titles, *rows = [[cell.replace("|", r"\|") for cell in row] for row in (titles, *rows)]
+    lines = ["| " + " | ".join(titles) + " |", "| --- " * len(titles) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+def latex(titles, rows):
+    """A table as LaTeX, for the booktabs package."""
+    escapes = {c: f"\\{c}" for c in "&%_#${}"}
+    escapes |= {"±": r"$\pm$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    escapes["\\"] = r"\textbackslash{}"
+
+    def line(cells):
+        return " & ".join("".join(escapes.get(c, c) for c in cell) for cell in cells) + r" \\"
+
+    body = "\n".join(map(line, rows))
+    columns = "l" + "r" * (len(titles) - 1)
+    return (
+        f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{line(titles)}\n\\midrule\n{body}\n"
+        "\\bottomrule\n\\end{tabular}\n"
+    )
+
+
+def write_csv(path, titles, rows):
+    """Write a table as CSV."""
+    sheet = io.StringIO()
+    csv.writer(sheet).writerows([titles, *rows])
+    write_text(path, sheet.getvalue())
+
+
+def read_results(folders, formats, command):
+    """results.json of several runs.
+
+    Args:
+        folders: of runs, or the files themselves. formats: what their "format" may be.
+        command: that writes them, for messages.
+    Raises:
+        FileNotFoundError, ValueError: a folder holds none, or a run that is not complete.
+    """
+    found = []
+    for folder in folders:
+        path = Path(folder) / "results.json" if Path(folder).is_dir() else Path(folder)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: no run of {command} ended there")
+        results = read_json(path)
+        if not isinstance(results, dict) or results.get("format") not in formats:
+            raise ValueError(f"{path} was not written by {command}")
+        if not results.get("complete"):
+            raise ValueError(f"{path}: the run is not complete")
+        found.append(results)
+    return found

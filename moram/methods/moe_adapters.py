@@ -1,0 +1,230 @@
+"""MoE-Adapters: shared experts, a router per task, and a selector that finds the task."""
+
+import torch
+from torch import nn
+
+from ..config import check_count
+from ..inject import adapters
+from ..layers.moe_adapters import MoEAdapterMLP
+from .base import Method
+from .selector import TaskSelector, load_alexnet
+
+# The parts of open_clip's and Hugging Face's CLIP that encode images, and those that encode texts.
+ENCODERS = {
+    "image": ("visual.", "vision_model."),
+    "text": ("transformer.", "text.", "text_model."),
+}
+# The attention and the norm before the MLP of their blocks.
+BLOCKS = (("attn", "ln_2"), ("self_attn", "layer_norm2"))
+# Images encoded at once to train the selector.
+READ = 64
+
+
+class MoEAdapters(Method):
+    """Experts in every transformer block of a CLIP, a router per task, per-image task selection.
+
+    `MoEAdapterMLP` says what a block computes. A task trains its own router and all experts that
+    are not frozen; when it ends, the experts that it used most freeze in every block, and its
+    selector (`TaskSelector`) learns from its training images. At test an image goes through the
+    router of the task that the selector finds, and is compared with texts encoded with that same
+    router; if none is found, both go through the original CLIP.
+
+    Deviations: the selector chooses for each image, not for each batch, and reads the original
+    CLIP's image features; selection="batch" with selector_features="alexnet" is as published but
+    for the reference autoencoder, whose part thresholds take (see `TaskSelector`), and the pixels,
+    which AlexNet sees as CLIP normalises them. Experts that a task has never used do not freeze.
+
+    Needs no task id. Stores the experts, a router per task and block, the current one's noise, and
+    an autoencoder per task; a selector on AlexNet needs that model, too.
+
+    Trained per task: (E - F) (2 W D + W + D) + 2 D E in each block of width D, for E experts of
+    bottleneck W, F of them frozen. In a ViT-B/16: 43,625,472 in the experts at first, 3,965,952
+    fewer with every task, and 675,840 in the router. One process: counts are not shared.
+
+    Args:
+        experts, top_k, width, scale, dropout: see `MoEAdapterMLP`.
+        freeze: experts that freeze per task and block.
+        seed: of the experts' and selectors' initial weights.
+        selection: "image", or "batch": one task for all images that are scored together, which
+            tells the domain where a batch comes from one domain.
+        selector_features: "clip", or "alexnet", with its sigmoid.
+        alexnet: file of torchvision's AlexNet weights.
+        selector_width, selector_steps, selector_lr, threshold, quantile: see `TaskSelector`.
+    Source: Yu et al., "Boosting Continual Learning of Vision-Language Models via Mixture-of-Experts
+        Adapters", CVPR 2024, arXiv 2403.11549.
+    Cost: an image is encoded twice, and all texts once for each task and once without.
+    """
+
+    name = "MoE-Adapters"
+    needs = "clip"
+
+    def __init__(
+        self,
+        experts=22,
+        top_k=2,
+        width=64,
+        scale=0.1,
+        dropout=0.1,
+        freeze=2,
+        seed=0,
+        selection="image",
+        selector_features="clip",
+        alexnet=None,
+        selector_width=100,
+        selector_steps=300,
+        selector_lr=0.003,
+        threshold=None,
+        quantile=0.95,
+    ):
+        for key, value in (("experts", experts), ("top_k", top_k), ("width", width)):
+            check_count(key, value, 1)
+        check_count("freeze", freeze, 0)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"scale must be finite and > 0, got {scale}")
+        for key, value, allowed in (
+            ("selection", selection, ("image", "batch")),
+            ("selector_features", selector_features, ("clip", "alexnet")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {value!r}")
+        if (alexnet is not None) != (selector_features == "alexnet"):
+            raise ValueError(
+                'alexnet must be a file of weights with selector_features="alexnet", and None '
+                f"without, got {alexnet!r} with {selector_features!r}"
+            )
+        self.settings = {
+            "experts": experts,
+            "top_k": top_k,
+            "width": width,
+            "scale": scale,
+            "dropout": dropout,
+        }
+        self.freeze, self.selection = freeze, selection
+        self.generator = torch.Generator().manual_seed(seed)
+        self.alexnet = None if alexnet is None else load_alexnet(alexnet)
+        self.selector = TaskSelector(
+            selector_width,
+            selector_steps,
+            selector_lr,
+            threshold,
+            quantile,
+            bounded=alexnet is not None,
+        )
+
+    def setup(self, model):
+        blocks = find_blocks(model)
+        model.requires_grad_(False)
+        for block, norm in blocks:
+            features = norm.weight.shape[0]
+            layer = MoEAdapterMLP(block.mlp, features, generator=self.generator, **self.settings)
+            layer.listen(norm)
+            block.mlp = layer.train(block.mlp.training)
+
+    def layers(self, model):
+        """This method's layers by path, in the order of the model."""
+        return adapters(model, MoEAdapterMLP)
+
+    def begin_task(self, model, index, stage):
+        for layer in self.layers(model).values():
+            layer.grow()
+
+    def end_task(self, model, index, stage):
+        for layer in self.layers(model).values():
+            layer.freeze(self.freeze)
+        was_training = model.training
+        model.eval()
+        with torch.no_grad():
+            features = [
+                self._selector_input(pixels, self._encode(stage.clip, -1, pixels))
+                for pixels, _ in stage.batches(READ)
+            ]
+        model.train(was_training)
+        self.selector.learn(torch.cat(features), self.generator)
+
+    def classifier(self, clip, prompts):
+        """Each image's similarities with the texts, both encoded for the task it is given to."""
+        texts = {
+            task: self._with_task(clip.model, task, clip.encode_text, prompts)
+            for task in range(-1, len(self.selector))
+        }
+
+        def classify(images):
+            pixels = images.pixels()
+            features = self._encode(clip, -1, pixels)
+            inputs = self._selector_input(pixels, features)
+            chosen = self.selector.select(inputs, whole_batch=self.selection == "batch")
+            scores = clip.logits(features, texts[-1])
+            for task in chosen[chosen >= 0].unique().tolist():
+                rows = chosen == task
+                scores[rows] = clip.logits(self._encode(clip, task, pixels[rows]), texts[task])
+            return scores
+
+        return classify
+
+    def _selector_input(self, pixels, features):
+        """What the selector reads of some images, float32 [B, E]."""
+        if self.alexnet is None:
+            return features.float()
+        return self.alexnet.to(pixels.device)(pixels.float()).flatten(1).sigmoid()
+
+    def _encode(self, clip, task, pixels):
+        return self._with_task(clip.model, task, clip.encode_image, pixels)
+
+    def _with_task(self, model, task, function, argument):
+        """function(argument) with the router of a task, -1 = the original model."""
+        layers = self.layers(model).values()
+        before = [layer.task for layer in layers]
+        for layer in layers:
+            layer.use(task)
+        try:
+            return function(argument)
+        finally:
+            for layer, earlier in zip(layers, before, strict=True):
+                layer.use(earlier)
+
+    def state_dict(self):
+        return super().state_dict() | {"selector": self.selector.state_dict()}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.selector.load_state_dict(state["selector"])
+
+
+def find_blocks(model):
+    """The transformer blocks of a CLIP's two encoders, each with the norm before its MLP.
+
+    Raises:
+        ValueError: an encoder has no such blocks, or blocks of another form.
+    """
+    found = []
+    for encoder, prefixes in ENCODERS.items():
+        blocks = [
+            (path, module, getattr(module, norm))
+            for path, module in model.named_modules()
+            for attention, norm in BLOCKS
+            if path.startswith(prefixes)
+            and all(hasattr(module, name) for name in (attention, norm, "mlp"))
+        ]
+        if not blocks:
+            raise ValueError(
+                f"model must be a CLIP of open_clip or Hugging Face with transformer blocks in "
+                f"both encoders; {type(model).__name__} has none in its {encoder} encoder"
+            )
+        for path, block, norm in blocks:
+            problem = _why_refused(block)
+            if problem:
+                raise ValueError(f"block {path} cannot take experts: {problem}")
+            found.append((block, norm))
+    return found
+
+
+def _why_refused(block):
+    if isinstance(block.mlp, MoEAdapterMLP):
+        return "it has some already"
+    if not isinstance(getattr(block, "ls_2", nn.Identity()), nn.Identity):
+        return "it scales its MLP's output (ls_2), and would scale theirs"
+    if not getattr(getattr(block, "attn", None), "batch_first", True):
+        return "its tensors are [T, B, D]; build the model with batch_first"
+    return None

@@ -1,0 +1,241 @@
+"""What a dataset is to X-TAIL: images by index, labels, class names, a template. Few-shot draws.
+
+Where datasets lie on disk, and how they are read, is in datasets.py.
+"""
+
+import hashlib
+import os
+import random
+import struct
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+
+class BadImage(ValueError):
+    """An image that cannot be decoded; the message names it and the reason."""
+
+    def __init__(self, name, reason):
+        super().__init__(f"{name}: {reason}")
+        self.name, self.reason = name, reason
+
+    def __reduce__(self):
+        return BadImage, (self.name, self.reason)
+
+
+class FileSplit:
+    """Images in files, read when asked for.
+
+    Args:
+        paths: of the images, in order.
+        labels: a class index for each.
+    """
+
+    def __init__(self, paths, labels):
+        self.paths, self.labels = [os.fspath(path) for path in paths], [int(y) for y in labels]
+        _check_lengths(self.paths, self.labels)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def name(self, i):
+        """What messages call image i: its path."""
+        return self.paths[i]
+
+    def load(self, i):
+        """Image i in RGB, by the rules of `to_rgb`.
+
+        The first frame of an animation; EXIF orientation is ignored, as in CoOp and torchvision.
+
+        Raises:
+            BadImage: the file is missing, empty, truncated or not an image.
+        """
+        path = self.paths[i]
+        try:
+            with Image.open(path) as image:
+                return to_rgb(image)
+        except _DECODING_ERRORS as error:
+            # Pillow says only "cannot identify image file" of an empty one.
+            empty = os.path.isfile(path) and os.path.getsize(path) == 0
+            raise BadImage(path, "the file is empty" if empty else _reason(error)) from error
+
+
+class ArraySplit:
+    """Images in memory.
+
+    Args:
+        images: uint8 [N, H, W] or [N, H, W, 3], an array or a tensor.
+        labels: a class index for each.
+        name: what messages call the array.
+    """
+
+    def __init__(self, images, labels, name):
+        images = np.asarray(images)
+        if images.dtype != np.uint8 or not (
+            images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)
+        ):
+            raise ValueError(
+                "images must be uint8 [N, H, W] or [N, H, W, 3], got "
+                f"{images.dtype} {list(images.shape)}"
+            )
+        self.images, self.labels, self._name = images, [int(y) for y in labels], name
+        _check_lengths(self.images, self.labels)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def name(self, i):
+        """What messages call image i."""
+        return f"{self._name}[{i}]"
+
+    def load(self, i):
+        """Image i in RGB."""
+        return to_rgb(Image.fromarray(self.images[i]))
+
+
+class Subset:
+    """Some images of a split, under the same interface. Made by `take`."""
+
+    def __init__(self, split, indices):
+        self.split, self.indices = split, [int(i) for i in indices]
+        wrong = [i for i in self.indices if not 0 <= i < len(split)]
+        if wrong:
+            raise IndexError(f"indices must be in [0, {len(split)}), got {wrong[0]}")
+        self.labels = [split.labels[i] for i in self.indices]
+
+    def __len__(self):
+        return len(self.indices)
+
+    def name(self, i):
+        """What messages call image i."""
+        return self.split.name(self.indices[i])
+
+    def load(self, i):
+        """Image i in RGB."""
+        return self.split.load(self.indices[i])
+
+
+class Domain(NamedTuple):
+    """One dataset of a stream. A label is an index into `classes`; `template` has one `{}`."""
+
+    name: str
+    classes: tuple[str, ...]
+    template: str
+    train: FileSplit | ArraySplit | Subset
+    test: FileSplit | ArraySplit | Subset
+
+    @property
+    def prompts(self):
+        """The text of each class, in order of labels."""
+        return [self.template.format(name) for name in self.classes]
+
+
+class Shots(NamedTuple):
+    """A few-shot draw: indices into `train`, and {class: images} of classes with too few."""
+
+    indices: list[int]
+    short: dict[str, int]
+
+
+def take(split, indices):
+    """The images at some indices of a split (repeats allowed), as a split."""
+    return Subset(split, indices)
+
+
+def to_rgb(image):
+    """An RGB copy of a PIL image of any mode.
+
+    Grayscale and palette images become RGB, CMYK is converted as Pillow does (without a colour
+    profile), transparency is laid on white. Gray of 16 bits is scaled to 8 (Pillow would clip it);
+    so is mode "I", in which some versions of Pillow open the same files.
+    """
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # 65535 / 257 = 255. `point` truncates: the half makes it round.
+        eight_bit = image.convert("I").point(lambda value: value * (1 / 257) + 0.5)
+        return eight_bit.convert("L").convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    white = Image.new("RGBA", rgba.size, "white")
+    return Image.alpha_composite(white, rgba).convert("RGB")
+
+
+def few_shot(domain, shots, seed):
+    """Draw some training images of each class.
+
+    The draw depends on the seed, the dataset's name and its training labels alone, never on what
+    was drawn before. A class with fewer images than `shots` gives all of them, and the rest are
+    drawn from them again, with replacement, so that every class has the same weight.
+
+    Args:
+        domain: a `Domain`.
+        shots: images per class, >= 1.
+        seed: int.
+    Returns:
+        `Shots`: indices into domain.train, sorted by class, and the classes with too few images.
+    Raises:
+        ValueError: shots < 1, or a class without any training image.
+    """
+    if shots < 1:
+        raise ValueError(f"shots must be at least 1, got {shots}")
+    by_class = [[] for _ in domain.classes]
+    for i, label in enumerate(domain.train.labels):
+        by_class[label].append(i)
+    empty = [name for name, found in zip(domain.classes, by_class, strict=True) if not found]
+    if empty:
+        raise ValueError(
+            f"{domain.name} has no training image of {len(empty)} of its {len(by_class)} classes: "
+            + ", ".join(repr(name) for name in empty[:5])
+            + (", ..." if len(empty) > 5 else "")
+        )
+    # Python's hash() of a text changes with each process.
+    digest = hashlib.sha256(f"{seed}:{domain.name}".encode()).digest()
+    generator = random.Random(int.from_bytes(digest[:8], "big"))
+    indices, short = [], {}
+    for name, found in zip(domain.classes, by_class, strict=True):
+        if len(found) < shots:
+            short[name] = len(found)
+            indices += found + generator.choices(found, k=shots - len(found))
+        else:
+            indices += generator.sample(found, shots)
+    return Shots(indices, short)
+
+
+def skip_bad(split):
+    """Decode every image; returns the split without the bad ones, and [(name, reason)] of those."""
+    good, bad = [], []
+    for i in range(len(split)):
+        try:
+            split.load(i)
+            good.append(i)
+        except BadImage as error:
+            bad.append((error.name, error.reason))
+    return (take(split, good) if bad else split), bad
+
+
+def check_images(split):
+    """Decode every image; returns [(name, reason)] of those that cannot be."""
+    return skip_bad(split)[1]
+
+
+# What Pillow raises for damaged files, by format. OSError includes UnidentifiedImageError.
+_DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+
+
+def _reason(error):
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image of a known format"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _check_lengths(images, labels):
+    if len(images) != len(labels):
+        raise ValueError(f"{len(images)} images must have as many labels, got {len(labels)}")

@@ -1,0 +1,206 @@
+"""From image files to batches of normalised pixels: decoding, transforms, a cache in memory."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from .domains import BadImage
+
+# Of the published training transform: part of the area that is kept, and the crop's proportions.
+SCALE, RATIO = (0.9, 1.0), (3 / 4, 4 / 3)
+
+
+class ImageStore:
+    """Decoded images, as many as fit into a budget of memory; others are decoded when needed.
+
+    Args:
+        gib: the budget, in GiB (2^30 bytes). workers: threads that decode; 1 = no threads.
+    """
+
+    def __init__(self, gib, workers=1):
+        self.left, self.kept = int(gib * 2**30), {}
+        self.pool = ThreadPoolExecutor(workers) if workers > 1 else None
+
+    def load(self, split, rows, prepare=None):
+        """Images of a split, each after `prepare` (None = as it is). The same one for all calls.
+
+        Raises:
+            BadImage: one of them cannot be decoded.
+        """
+        return list(self.map(lambda row: self._one(split, row, prepare), rows))
+
+    def map(self, function, items):
+        """The results of a function in order, by the threads if there are any."""
+        return map(function, items) if self.pool is None else self.pool.map(function, items)
+
+    def close(self):
+        """Let the threads go."""
+        if self.pool is not None:
+            self.pool.shutdown()
+
+    def _one(self, split, row, prepare):
+        row = int(row)
+        key = (id(split), row)
+        if key not in self.kept:
+            image = split.load(row)
+            image = image if prepare is None else prepare(image)
+            size = image.nbytes if hasattr(image, "nbytes") else 3 * image.width * image.height
+            if size > self.left:
+                return image
+            self.left -= size
+            # Keeping the split keeps its id from being given to another one.
+            self.kept[key] = (image, split)
+        return self.kept[key][0]
+
+    def find_bad(self, split, rows=None, prepare=None):
+        """Decode every image once: {row: reason} of those that cannot be."""
+
+        def reason(row):
+            try:
+                self._one(split, row, prepare)
+            except BadImage as error:
+                return row, str(error)
+            return None
+
+        rows = range(len(split)) if rows is None else rows
+        return dict(found for found in self.map(reason, rows) if found is not None)
+
+
+class Transforms:
+    """The two transforms of CLIP, to uint8; `pixels` normalises.
+
+    Args:
+        preprocess: `moram.models.clip.Preprocess`.
+    """
+
+    def __init__(self, preprocess):
+        self.size = preprocess.size
+        self.mean, self.std = (
+            torch.tensor(values).view(1, 3, 1, 1) for values in (preprocess.mean, preprocess.std)
+        )
+
+    def test(self, image):
+        """The shorter side to the model's size (bicubic), then the middle: [3, S, S] uint8."""
+        from torchvision.transforms import functional as V
+
+        image = V.resize(image, self.size, V.InterpolationMode.BICUBIC)
+        return to_tensor(V.center_crop(image, self.size))
+
+    def crop(self, image, box):
+        """A part of an image at the model's size (bicubic): [3, S, S] uint8."""
+        from torchvision.transforms import functional as V
+
+        size = [self.size, self.size]
+        return to_tensor(V.resized_crop(image, *box, size, V.InterpolationMode.BICUBIC))
+
+    def draw_box(self, image):
+        """(top, left, height, width) of a random crop, drawn from torch's global generator."""
+        from torchvision.transforms import RandomResizedCrop
+
+        return RandomResizedCrop.get_params(image, SCALE, RATIO)
+
+    def pixels(self, images, like):
+        """A list of [3, S, S] uint8 as one normalised batch, of a tensor's device and dtype."""
+        batch = torch.stack(images).to(like.device)
+        mean, std = self.mean.to(like.device), self.std.to(like.device)
+        return ((batch.float() / 255 - mean) / std).to(like.dtype)
+
+
+def to_tensor(image):
+    """A PIL image as uint8 [3, H, W]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+class ImageRows:
+    """The training images of a task: a few per class, randomly cropped each time.
+
+    Args:
+        clip: `Clip`. split: the images, see `moram.xtail.domains`. prompts: of the task's classes.
+        offset: classes of all earlier tasks. store: `ImageStore`. transforms: `Transforms`.
+        text_loss, label_smoothing: see `moram.xtail.objective.contrastive`.
+    """
+
+    def __init__(
+        self, clip, split, prompts, offset, store, transforms, text_loss=True, label_smoothing=0.0
+    ):
+        self.clip, self.split, self.offset, self.count = clip, split, offset, len(prompts)
+        self.store, self.transforms = store, transforms
+        self.labels = torch.as_tensor(split.labels)
+        self.prompt_ids = clip.tokens(prompts)
+        self.text_loss, self.label_smoothing = text_loss, label_smoothing
+        # The prompts' features, once it has shown that no trained parameter changes them.
+        self.fixed_texts = None
+
+    def __len__(self):
+        return len(self.labels)
+
+    def num_labels(self, rows):
+        """What the loss of a step is divided by: it is a mean already."""
+        return 1
+
+    def pixels(self, rows):
+        """Normalised crops [B, 3, S, S], drawn from torch's global generator."""
+        images = self.store.load(self.split, rows)
+        # Drawn in order: threads would draw in any.
+        pairs = [(image, self.transforms.draw_box(image)) for image in images]
+        cropped = list(self.store.map(lambda pair: self.transforms.crop(*pair), pairs))
+        return self.transforms.pixels(cropped, self.clip.parameter)
+
+    def texts(self):
+        """Features of the task's prompts [C, E], once a task where nothing trained changes them."""
+        if self.fixed_texts is not None:
+            return self.fixed_texts
+        texts = self.clip.encode_text(self.prompt_ids)
+        if torch.is_grad_enabled() and not texts.requires_grad:
+            self.fixed_texts = texts
+        return texts
+
+
+class TestImages:
+    """The test images of a task, in batches.
+
+    Args:
+        clip, split, store, transforms: as for `ImageRows`.
+        frozen: keep the images' features, which no method changes.
+    """
+
+    __test__ = False
+
+    def __init__(self, clip, split, store, transforms, frozen=False):
+        self.clip, self.split, self.store, self.transforms = clip, split, store, transforms
+        self.labels = torch.as_tensor(split.labels)
+        self.kept = {} if frozen else None
+
+    def __len__(self):
+        return len(self.labels)
+
+    def batches(self, size):
+        """`ImageBatch`es of the images in order."""
+        for rows in torch.arange(len(self)).split(size):
+            yield ImageBatch(self, rows)
+
+
+class ImageBatch:
+    """A batch of test images, whose pixels and features are computed when asked for."""
+
+    def __init__(self, images, rows):
+        self.images, self.rows = images, rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def pixels(self):
+        """Normalised images [B, 3, S, S]."""
+        images = self.images
+        loaded = images.store.load(images.split, self.rows, images.transforms.test)
+        return images.transforms.pixels(loaded, images.clip.parameter)
+
+    def features(self):
+        """Their unit features [B, E]."""
+        kept, key = self.images.kept, (int(self.rows[0]), len(self.rows))
+        if kept is None:
+            return self.images.clip.encode_image(self.pixels())
+        if key not in kept:
+            kept[key] = self.images.clip.encode_image(self.pixels())
+        return kept[key]

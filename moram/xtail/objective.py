@@ -1,0 +1,77 @@
+"""What X-TAIL trains on: the contrastive loss of a task's images and the prompts of its classes."""
+
+import torch
+import torch.nn.functional as F
+
+from ..methods.train import Stage
+
+
+def contrastive(model, data, rows, per_example=False):
+    """The published loss of a batch, without the features of earlier tasks' prompts.
+
+    With V [B, E] the images, T [C, E] the prompts of this task's classes, s the scale and M the
+    number of classes of earlier tasks:
+
+        image loss = cross-entropy of softmax(s V T^T) over the C classes
+        text loss = -1 / (M + C) sum_j log softmax over the batch of s T V^T at [y_j, j]
+
+    In the published form the prompts of earlier tasks are part of both: masked with -inf in the
+    first, and rows without a target in the second, which only count in the divisor.
+
+    Args:
+        model: the model, whose parameters are trained. data: `ImageRows`. rows: of the batch.
+        per_example: not used; the loss is one of the whole batch.
+    Returns:
+        (loss, 1, images).
+    Source: Lu et al., ICML 2026, arXiv 2506.21035 (the X-TAIL runs).
+    """
+    clip = data.clip
+    images, texts = clip.encode_image(data.pixels(rows)), data.texts()
+    labels = data.labels[rows].to(images.device)
+    logits = clip.logits(images, texts)
+    loss = F.cross_entropy(logits, labels, label_smoothing=data.label_smoothing)
+    if data.text_loss:
+        over_batch = logits.T.log_softmax(1)
+        own = over_batch[labels, torch.arange(len(labels), device=labels.device)]
+        loss = loss - own.sum() / (data.offset + data.count)
+    return loss, 1, len(labels)
+
+
+class ImageStage(Stage):
+    """A task's training images, for hooks that pass over them once more.
+
+    offset: classes of earlier tasks. count: classes of this one. clip: the model as a `Clip`.
+
+    Args:
+        model: the model. data: `ImageRows`. settings: `TrainSettings`. seed: of the crops.
+    """
+
+    def __init__(self, model, data, settings, seed):
+        super().__init__(model, data, settings, contrastive)
+        self.clip, self.offset, self.count, self.seed = data.clip, data.offset, data.count, seed
+
+    def batches(self, size):
+        """Yield (pixels [B, 3, S, S], labels [B] from 0) of all images, in a fixed order.
+
+        The crops are the same at every call, whatever else draws random numbers.
+        """
+        for number, rows in enumerate(torch.arange(len(self.data)).split(size)):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed * 1_000_003 + number)
+                pixels = self.data.pixels(rows)
+            yield pixels, self.data.labels[rows].to(pixels.device)
+
+    @torch.no_grad()
+    def features(self, size):
+        """Yield (unit features [B, E], labels [B] from 0) of all images, in a fixed order."""
+        was_training = self.model.training
+        self.model.eval()
+        for pixels, labels in self.batches(size):
+            yield self.clip.encode_image(pixels), labels
+        self.model.train(was_training)
+
+    def losses(self, limit=None, size=None):
+        """As `Stage.losses`; the crops are the same at every call."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            yield from super().losses(limit, size)

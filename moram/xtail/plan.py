@@ -1,0 +1,117 @@
+"""What a run will do: its datasets, method and stages, checked without a model."""
+
+import hashlib
+
+from ..methods.registry import accepted_arguments, make_method
+from .datasets import load_domains, offsets, shared_names
+from .domains import few_shot, take
+from .small import is_small, load_small
+
+
+class Plan:
+    """Everything about a run that follows from its settings and its data.
+
+    stream: `Domain`s, the train split of each cut to its few shots. offsets: the first label of
+    each in the joint label space.
+
+    Args:
+        settings: `XtailSettings`. log: called with lines of text.
+    Raises:
+        ValueError, OSError: bad data, or settings that do not fit it or the method.
+    """
+
+    def __init__(self, settings, log=print):
+        self.settings = settings
+        self.method = build_method(settings)
+        whole = read_domains(settings)
+        self.stream = [self._cut(domain, log) for domain in whole]
+        self.offsets = offsets(self.stream)
+        for prompt, first, second in shared_names(self.stream):
+            log(f"{first} and {second} both have the prompt {prompt!r}: ties go to {first}")
+        self.source = settings.data_dir or "the drawn domains"
+        # What tells this run's images from others.
+        listed = [
+            (d.name, d.classes, d.template, [(s.labels, _names(s)) for s in (d.train, d.test)])
+            for d in self.stream
+        ]
+        self.fingerprint = hashlib.sha256(repr(listed).encode()).hexdigest()
+        self.stages = self.method.stages(len(self.stream))
+        # Where nothing is trained, the one row of R is the untrained model's.
+        self.has_untrained = settings.untrained and any(self.stages)
+
+    def _cut(self, domain, log):
+        """A domain with its few training images, and its test images up to the limit."""
+        shots = few_shot(domain, self.settings.shots, self.settings.seed)
+        if shots.short:
+            log(
+                f"{domain.name}: {len(shots.short)} classes have fewer than "
+                f"{self.settings.shots} training images, the fewest {min(shots.short.values())}; "
+                "theirs are repeated"
+            )
+        test, limit = domain.test, self.settings.eval_limit
+        if limit is not None and limit < len(test):
+            test = take(test, [i * len(test) // limit for i in range(limit)])
+        return domain._replace(train=take(domain.train, shots.indices), test=test)
+
+    @property
+    def prompts(self):
+        """The prompts of all classes of all datasets."""
+        return [prompt for domain in self.stream for prompt in domain.prompts]
+
+    def examples(self, members):
+        """Examples that training a stage goes through."""
+        if not members:
+            return 0
+        if self.method.has_steps:
+            return self.settings.iterations * self.settings.batch_size
+        return sum(len(self.stream[i].train) for i in members)
+
+    def scored(self, number):
+        """The tasks that are scored after a stage: all, also those to come."""
+        return range(len(self.stream))
+
+    def work(self):
+        """Examples to train on and to answer, all in all."""
+        tests = sum(len(domain.test) for domain in self.stream)
+        rows = len(self.stages) + self.has_untrained
+        return sum(map(self.examples, self.stages)) + rows * tests
+
+
+def build_method(settings):
+    """The method of a run.
+
+    Raises:
+        ValueError: there is no such method or argument, or it does not fit X-TAIL.
+    """
+    common = {"targets": settings.targets, "exclude": settings.exclude}
+    common |= {"rank": settings.rank, "dropout": settings.dropout, "seed": settings.seed}
+    accepted = accepted_arguments(settings.method)
+    common = {name: value for name, value in common.items() if name in accepted}
+    method = make_method(settings.method, **(common | settings.method_args))
+    if method.needs == "language":
+        raise ValueError(f"{settings.method} is for language models")
+    if method.needs_task_id:
+        raise ValueError(f"{settings.method} must be told the task, which X-TAIL does not do")
+    return method
+
+
+def read_domains(settings):
+    """The datasets of a run, whole.
+
+    Raises:
+        ValueError, OSError: see `load_domains` and `load_small`.
+    """
+    others = [name for name in settings.datasets if not is_small(name)]
+    if others and not settings.data_dir:
+        raise ValueError(f"data_dir must be given: it holds {', '.join(others)}")
+    found = {}
+    if others:
+        found = {d.name: d for d in load_domains(others, settings.data_dir, settings.spaces)}
+    for name in settings.datasets:
+        if is_small(name):
+            found[name] = load_small(name, settings.data_dir or None)
+    return [found[name] for name in settings.datasets]
+
+
+def _names(split):
+    return [split.name(i) for i in range(len(split))]

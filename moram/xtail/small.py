@@ -1,0 +1,177 @@
+"""The domains of the preset `small`: drawn ones, scikit-learn's digits, and parts of public sets.
+
+The first six need no files. `mnist10k`, `animals` and `vehicles` are read from the data folder:
+MNIST's 10,000 test images, and CIFAR-10 as JPEGs, which the small CLIP was not pretrained on.
+"""
+
+import gzip
+import io
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from .domains import ArraySplit, Domain, to_rgb
+from .rendered import DIGITS, GREEK, LETTERS, ODD_FONTS, SHAPES, SYMBOLS, TEXTURES, Style, render
+
+SMALL = ("digits", "greek", "letters", "shapes", "symbols", "textures")
+REAL = ("mnist10k", "animals", "vehicles")
+# Images per class of a drawn domain.
+TRAIN, TEST = 24, 24
+
+# kind, classes, template, style: none of the styles was seen in pretraining.
+_DRAWN = {
+    "greek": ("greek", tuple(GREEK), "a photo of the Greek letter {}.", Style(turn=12)),
+    "letters": (
+        "letter",
+        LETTERS,
+        "a photo of the letter {}.",
+        Style(25, 0.25, 3, 0.12, (0.3, 0.7), ODD_FONTS, clutter=3),
+    ),
+    "shapes": (
+        "shape",
+        SHAPES,
+        "a sketch of a {}.",
+        Style(25, 0.25, 4, 0.1, (0.3, 0.7), outline=True, clutter=4),
+    ),
+    "symbols": (
+        "symbol",
+        tuple(SYMBOLS),
+        "a photo of a {}.",
+        Style(35, 0.3, 4, 0.15, (0.25, 0.6), clutter=4),
+    ),
+    "textures": (
+        "texture",
+        TEXTURES,
+        "{} texture.",
+        Style(20, 0.2, 0, 0.15, (0.15, 0.45), grain=0.12),
+    ),
+}
+_CIFAR = {
+    "animals": ("bird", "cat", "deer", "dog", "frog", "horse"),
+    "vehicles": ("airplane", "automobile", "ship", "truck"),
+}
+
+
+def is_small(name):
+    """Whether a dataset's name is one of this file's."""
+    return name in SMALL or name in REAL
+
+
+def load_small(name, root=None):
+    """A domain of the preset `small`.
+
+    Args:
+        name: of `SMALL` or `REAL`. root: the data folder, for those of `REAL`.
+    Returns:
+        `Domain`; the same images every time.
+    Raises:
+        FileNotFoundError: a file of `REAL` is not in root.
+        ValueError: it is damaged.
+    """
+    if name in _DRAWN:
+        return _drawn(name)
+    if name == "digits":
+        return _digits()
+    if root is None:
+        raise FileNotFoundError(f"{name} is read from files: name their folder, data_dir")
+    return _mnist(Path(root)) if name == "mnist10k" else _cifar(name, Path(root))
+
+
+def _drawn(name):
+    kind, classes, template, style = _DRAWN[name]
+    generator = np.random.default_rng(zlib.crc32(name.encode()))
+    splits = []
+    for count in (TRAIN, TEST):
+        labels = np.arange(len(classes)).repeat(count)
+        images = np.stack([render(kind, classes[y], style, generator) for y in labels])
+        splits.append(ArraySplit(images, labels, f"{name} (drawn)"))
+    return Domain(name, classes, template, *splits)
+
+
+def _digits():
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    images = (found.images * (255 / 16)).round().astype(np.uint8)
+    # The first half and the second are by different writers.
+    half = len(images) // 2
+    parts = (slice(None, half), slice(half, None, 2))
+    splits = [ArraySplit(images[p], found.target[p], "scikit-learn's digits") for p in parts]
+    return Domain("digits", DIGITS, "a scan of the digit {}.", *splits)
+
+
+def _mnist(root):
+    images = _idx(root, "t10k-images-idx3-ubyte", 3)
+    labels = _idx(root, "t10k-labels-idx1-ubyte", 1)
+    if len(images) != len(labels):
+        raise ValueError(f"{root}: MNIST has {len(images)} images and {len(labels)} labels")
+    # The two halves are by different writers: school pupils and employees.
+    parts = (slice(None, 5000), slice(5000, None, 10))
+    splits = [ArraySplit(images[p], labels[p], "MNIST (test images)") for p in parts]
+    classes = tuple(f"{index} - {name}" for index, name in enumerate(DIGITS))
+    return Domain("mnist10k", classes, 'a photo of the number: "{}".', *splits)
+
+
+def _idx(root, stem, dims):
+    places = [f"{base}{stem}{end}" for base in ("mnist/", "MNIST/raw/") for end in (".gz", "")]
+    path = next((root / place for place in places if (root / place).is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"mnist10k needs {root / 'mnist' / stem}.gz (or without .gz)")
+    try:
+        content = path.read_bytes()
+        content = gzip.decompress(content) if path.suffix == ".gz" else content
+        sizes = np.frombuffer(content, ">i4", dims, 4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(sizes)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise ValueError(f"{path} is no MNIST file: {error}") from error
+
+
+def _cifar(name, root):
+    from PIL import Image
+
+    classes, splits = _CIFAR[name], []
+    with _Tree(root) as tree:
+        for split, each in (("train", 200), ("test", 100)):
+            images, labels = [], []
+            for label, kind in enumerate(classes):
+                for content in tree.read(f"{split}/{kind}", each):
+                    images.append(np.asarray(to_rgb(Image.open(io.BytesIO(content)))))
+                    labels.append(label)
+            splits.append(ArraySplit(np.stack(images), labels, f"CIFAR-10 ({name})"))
+    return Domain(name, classes, "a photo of a {}.", *splits)
+
+
+class _Tree:
+    """The folder cifar10, or the archive cifar10.zip, in a data folder."""
+
+    def __init__(self, root):
+        self.folder, archive = root / "cifar10", root / "cifar10.zip"
+        self.zip = None
+        if not self.folder.is_dir():
+            if not archive.is_file():
+                raise FileNotFoundError(
+                    f"CIFAR-10 must lie in {self.folder} or {archive}, as "
+                    "{train,test}/CLASS/*.jpg"
+                )
+            self.zip = zipfile.ZipFile(archive)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.zip is not None:
+            self.zip.close()
+
+    def read(self, folder, count):
+        """The contents of the first JPEGs of a folder."""
+        if self.zip is None:
+            paths = sorted((self.folder / folder).glob("*.jpg"))[:count]
+            found = [path.read_bytes() for path in paths]
+        else:
+            names = (n for n in self.zip.namelist() if n.startswith(f"{folder}/"))
+            found = [self.zip.read(name) for name in sorted(names)[:count]]
+        if not found:
+            raise FileNotFoundError(f"CIFAR-10 has no JPEGs in {folder}")
+        return found
