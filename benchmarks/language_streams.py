@@ -9,14 +9,10 @@ Each finished run stays in its folder below --out; the same command goes on with
 written when all its runs are there.
 """
 
-import argparse
-import json
-import time
-from pathlib import Path
+from streams import parse, run_part
 
-from moram.harness.files import write_json
+from moram.trace import report
 from moram.trace.protocol import TRACE
-from moram.trace.report import read_results, write_report
 from moram.trace.run import run_trace
 from moram.trace.settings import make_settings
 
@@ -110,44 +106,13 @@ PARTS = {"search": search_runs, "textcls": textcls_runs, "trace": trace_runs}
 
 def main():
     """Run one part, or this process's share of it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--data", required=True, help="folder of the tasks, in TRACE's format")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--shard", default="0/1", help="which share of the runs: INDEX/COUNT")
-    parser.add_argument("--only", default="", help="only runs whose name contains this")
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    index, count = map(int, arguments.shard.split("/"))
-    runs, cached = list(PARTS[arguments.part]()), {}
-    mine = [run for run in runs if arguments.only in run[0]]
-    for name, method, changes in mine[index::count]:
-        folder = arguments.out / name
-        if finished(folder):
-            continue
-        start = time.perf_counter()
-        common = {"data": arguments.data, "out": str(folder), "threads": arguments.threads}
-        settings = make_settings("small", method, changes=[common | {"quiet": True} | changes])
-        results = run_trace(settings, cached=cached)
-        summary = {key: round(value, 1) for key, value in results["summary"].items()}
-        print(f"{name}: {summary}, {time.perf_counter() - start:.0f} s", flush=True)
-        # What a finished run needs no more.
-        (folder / "state.pt").unlink()
-    folders = [arguments.out / name for name, _, _ in runs]
-    if all(finished(folder) for folder in folders):
-        results = read_results(folders)
-        write_report(results, arguments.out / arguments.part)
-        for run in results:
-            # Where the data lay is of no interest elsewhere.
-            run["settings"]["data"] = Path(run["settings"]["data"]).name
-            run["settings"]["out"] = Path(run["settings"]["out"]).name
-        write_json(arguments.out / arguments.part / "runs.json", results)
+    place = "folder of the tasks, in TRACE's format"
+    arguments, cached = parse(__doc__.splitlines()[0], PARTS, place), {}
 
+    def run(method, changes):
+        return run_trace(make_settings("small", method, changes=[changes]), cached=cached)
 
-def finished(folder):
-    """Whether a run in that folder is complete."""
-    path = folder / "results.json"
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["complete"]
+    run_part(arguments, list(PARTS[arguments.part]()), run, report, "data")
 
 
 if __name__ == "__main__":

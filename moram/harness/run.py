@@ -264,8 +264,8 @@ class Run:
             "untrained": self.scores(UNTRAINED) if self.plan.has_untrained else None,
             "costs": self.costs,
             "settings": settings.to_dict(),
-            **self.more_results(),
         }
+        results |= self.more_results(results)
         results["summary"] = self.summarise(results)
         if self.processes.is_first:
             if complete:

@@ -114,7 +114,7 @@ class TraceRun(Run):
         tasks = [task.name for task in self.stream]
         checkpoint.save(self.model, folder, tasks=tasks, base_model=self.settings.model)
 
-    def more_results(self):
+    def more_results(self, results):
         """What results.json holds besides what every run writes."""
         return {
             "format": FORMAT,

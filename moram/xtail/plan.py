@@ -49,6 +49,13 @@ class Plan:
                 "theirs are repeated"
             )
         test, limit = domain.test, self.settings.eval_limit
+        if self.settings.held_out:
+            drawn = set(shots.indices)
+            test = take(domain.train, [i for i in range(len(domain.train)) if i not in drawn])
+            if not len(test):
+                raise ValueError(
+                    f"{domain.name} has no more training images than are drawn: held_out has none"
+                )
         if limit is not None and limit < len(test):
             test = take(test, [i * len(test) // limit for i in range(limit)])
         return domain._replace(train=take(domain.train, shots.indices), test=test)

@@ -11,7 +11,7 @@ from .images import ImageRows, ImageStore, TestImages, Transforms
 from .objective import ImageStage
 from .plan import Plan
 from .pretrain import small_clip
-from .report import FORMAT, summarise, write_report
+from .report import FORMAT, per_dataset, summarise, whole_matrix, write_report
 from .settings import SMALL_BACKBONE
 
 __all__ = ["Stopped", "XtailRun", "run_xtail"]
@@ -151,9 +151,12 @@ class XtailRun(Run):
         tasks = [domain.name for domain in self.stream]
         checkpoint.save(self.model, folder, tasks=tasks, base_model=self.settings.backbone)
 
-    def more_results(self):
+    def more_results(self, results):
         """What results.json holds besides what every run writes."""
+        matrix = whole_matrix(results)
+        whole = len(matrix) == len(self.stream)
         return {
+            "per_dataset": per_dataset(matrix) if whole else None,
             "format": FORMAT,
             "classes": [len(domain.classes) for domain in self.stream],
             "test_images": [len(domain.test) for domain in self.stream],

@@ -10,7 +10,7 @@ from .presets import PRESETS
 
 SMALL_BACKBONE = "small"
 _TEXTS = ("backbone", "data_dir", "out", "method", "label", "preset", "schedule", "device")
-_FLAGS = ("text_loss", "skip_bad", "spaces", "untrained", "quiet", "tensorboard")
+_FLAGS = ("text_loss", "skip_bad", "held_out", "spaces", "untrained", "quiet", "tensorboard")
 _NUMBERS = ("lr", "dropout", "label_smoothing", "cache_gib", "save_seconds")
 # Whole numbers, and the least each may be.
 _COUNTS = {"shots": 1, "rank": 1, "iterations": 1, "batch_size": 1, "eval_batch": 1, "seed": 0}
@@ -38,6 +38,8 @@ class XtailSettings:
             prompts. label_smoothing: of the latter.
         spaces: underscores in class names become spaces in every dataset, as RAIL does it.
         skip_bad: leave out images that cannot be decoded, instead of refusing to run.
+        held_out: score the training images that were not drawn, instead of the test images: for
+            choosing settings.
         eval_limit: at most so many test images a dataset, evenly spaced; None = all.
         eval_batch: test images encoded at once.
         untrained: also score the untouched model.
@@ -75,6 +77,7 @@ class XtailSettings:
     label_smoothing: float = 0.0
     spaces: bool = False
     skip_bad: bool = False
+    held_out: bool = False
     eval_limit: int | None = None
     eval_batch: int = 256
     untrained: bool = True

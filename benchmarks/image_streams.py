@@ -1,0 +1,105 @@
+"""Runs every method over streams of image domains with the small CLIP, and writes the tables.
+
+    python benchmarks/image_streams.py search --out DIR
+    python benchmarks/image_streams.py small --out DIR
+    python benchmarks/image_streams.py real --data DIR --out DIR
+    python benchmarks/image_streams.py vit --out DIR
+
+`small` needs no data. `real` reads MNIST's test images and CIFAR-10 (see moram/xtail/small.py).
+`vit` is two tasks of the paper's preset with ViT-B/16, random weights: time and memory per step.
+Each finished run stays in its folder below --out; the same command goes on with what is missing.
+`--shard 0/2` and `--shard 1/2` share the runs out over two processes. The table of a part is
+written when all its runs are there.
+"""
+
+from streams import parse, run_part
+
+from moram.xtail import report
+from moram.xtail.run import run_xtail
+from moram.xtail.settings import make_settings
+from moram.xtail.small import REAL, SMALL
+
+SEEDS = (0, 1, 2)
+
+# What is compared: a name, its method, and what the small preset does not say already.
+METHODS = {
+    "zero-shot": ("zero-shot", {}),
+    "lora": ("lora", {}),
+    "moram": ("moram", {}),
+    "moram-protected": ("moram", {"method_args.protect": 0.95}),
+    "moe-lora": ("moe-lora", {}),
+    "moe-adapters": ("moe-adapters", {}),
+    "codyra": ("codyra", {}),
+    "rail-primal": ("rail-primal", {}),
+    "rail-dual": ("rail-dual", {}),
+}
+# The same rates for every method that has one, on the first three datasets, scored on training
+# images that were not drawn.
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+UNTRAINED = ("zero-shot", "rail-primal", "rail-dual")
+
+
+def search_runs():
+    """Name, method and changes of each run of the search."""
+    for label, (method, changes) in METHODS.items():
+        for lr in () if label in UNTRAINED else RATES:
+            held_out = {"datasets": SMALL[:3], "held_out": True, "lr": lr, "seed": 100}
+            held_out["label"] = f"{label}, lr {lr:g}"
+            yield f"search/{label}-lr{lr:g}", method, held_out | changes
+
+
+# The rate of each method with the highest Average in the search; of equal ones the lower.
+CHOSEN = {}
+
+
+def stream_runs(part, datasets):
+    """All methods over one stream, three seeds; seeds outermost."""
+    for seed in SEEDS:
+        for label, (method, changes) in METHODS.items():
+            more = {"lr": CHOSEN[label]} if label in CHOSEN else {}
+            more |= {"datasets": datasets, "seed": seed}
+            yield f"{part}/{label}-seed{seed}", method, {**changes, **more}
+    yield f"{part}/joint", "joint", {"datasets": datasets, "lr": CHOSEN["lora"]}
+
+
+def vit_runs():
+    """Two tasks of the published protocol with the real architecture, for each backend."""
+    short = {
+        "pretrained": "random",
+        "datasets": ("digits", "textures"),
+        "iterations": 3,
+        "batch_size": 32,
+        "eval_limit": 8,
+        "untrained": False,
+        "workers": 1,
+        "cache_gib": 1.0,
+        "seed": 0,
+    }
+    for backend in ("torch", "reference"):
+        named = {"method_args.backend": backend, "label": f"MoRAM, {backend}"}
+        yield f"vit/{backend}", "moram", short | named
+    yield "vit/lora", "lora", short
+
+
+PARTS = {
+    "search": search_runs,
+    "small": lambda: stream_runs("small", SMALL),
+    "real": lambda: stream_runs("real", ("digits", *REAL)),
+    "vit": vit_runs,
+}
+
+
+def main():
+    """Run one part, or this process's share of it."""
+    place = "folder of the data sets of part real"
+    arguments = parse(__doc__.splitlines()[0], PARTS, place, data_required=False)
+    preset = "paper" if arguments.part == "vit" else "small"
+
+    def run(method, changes):
+        return run_xtail(make_settings(preset, method, changes=[changes]))
+
+    run_part(arguments, list(PARTS[arguments.part]()), run, report, "data_dir")
+
+
+if __name__ == "__main__":
+    main()
