@@ -1,0 +1,166 @@
+"""`Clip`: open_clip's models and Hugging Face's behind the same calls, and how they are loaded."""
+
+import json
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_models import hf_clip, images, open_clip_model, token_ids
+from torch.nn.functional import normalize
+
+from moram.models.clip import MEAN, STD, Clip, Preprocess, load_clip
+
+# Two merges: "ab" and "cd" are words of one token.
+VOCABULARY = ["a", "b", "c", "d", "a</w>", "b</w>", "c</w>", "d</w>", "ab</w>", "cd</w>"]
+SPECIAL = ["<|startoftext|>", "<|endoftext|>"]
+
+
+def hugging_face_folder(folder):
+    """A Hugging Face CLIP with its tokenizer, as a user has it on disk."""
+    from transformers import CLIPTokenizer
+
+    model = hf_clip()
+    words = {word: index for index, word in enumerate([*VOCABULARY, *SPECIAL])}
+    # The end of a text is where its feature is read.
+    words[SPECIAL[1]] = model.config.text_config.eos_token_id
+    (folder / "vocab.json").write_text(json.dumps(words))
+    (folder / "merges.txt").write_text("#version: 0.2\na b</w>\nc d</w>\n")
+    CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt")).save_pretrained(folder)
+    model.save_pretrained(folder)
+    return model
+
+
+def open_clip_folder(folder, model):
+    config = {
+        "model_cfg": {
+            "embed_dim": 32,
+            "vision_cfg": {
+                "layers": 2,
+                "width": 64,
+                "head_width": 32,
+                "patch_size": 16,
+                "image_size": 32,
+            },
+            "text_cfg": {
+                "context_length": 8,
+                "vocab_size": 64,
+                "width": 64,
+                "heads": 2,
+                "layers": 2,
+            },
+        },
+        "preprocess_cfg": {"size": 32, "mean": [0.5, 0.4, 0.3], "std": [0.1, 0.2, 0.3]},
+    }
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    save_file(
+        {name: t.contiguous() for name, t in model.state_dict().items()},
+        folder / "open_clip_model.safetensors",
+    )
+
+
+def test_features_of_an_open_clip_model_are_its_own_of_unit_length():
+    model = open_clip_model()
+    clip = Clip(model, None, Preprocess(32, MEAN, STD))
+    pixels, ids = images(), token_ids(length=8)
+    with torch.no_grad():
+        expected = normalize(model.encode_image(pixels), dim=-1)
+        assert torch.equal(clip.encode_image(pixels), expected)
+        texts = normalize(model.encode_text(ids), dim=-1)
+        assert torch.equal(clip.encode_text(ids), texts)
+        logits = model.get_logits(pixels, ids)[0]
+        torch.testing.assert_close(clip.logits(expected, texts), logits)
+
+
+def test_logits_of_a_hugging_face_model_are_its_own():
+    model = hf_clip()
+    clip = Clip(model, None, Preprocess(32, MEAN, STD))
+    ids = token_ids()
+    ids[:, -1] = model.config.text_config.eos_token_id
+    with torch.no_grad():
+        expected = model(input_ids=ids, pixel_values=images()).logits_per_image
+        logits = clip.logits(clip.encode_image(images()), clip.encode_text(ids))
+    torch.testing.assert_close(logits, expected)
+
+
+def test_a_folder_of_open_clip_is_loaded_with_its_weights_and_preprocessing(tmp_path):
+    model = open_clip_model()
+    open_clip_folder(tmp_path, model)
+    clip = load_clip(f"local-dir:{tmp_path}")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(clip.model.state_dict()[name], tensor), name
+    assert clip.preprocess == Preprocess(32, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
+    assert not clip.model.training
+    assert clip.tokens(["a", "b"]).shape == (2, 8)
+
+
+def test_a_hugging_face_folder_is_loaded_with_its_weights_and_tokenizer(tmp_path):
+    model = hugging_face_folder(tmp_path)
+    clip = load_clip(str(tmp_path))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(clip.model.state_dict()[name], tensor), name
+    assert clip.preprocess == Preprocess(32, MEAN, STD)
+    ids = clip.tokens(["ab cd", "ab"])
+    end = model.config.text_config.eos_token_id
+    # Start, words and end; what follows the end does not matter.
+    assert ids[0, :4].tolist() == [10, 8, 9, end] and ids[1, :3].tolist() == [10, 8, end]
+    assert ids.shape == (2, model.config.text_config.max_position_embeddings)
+    with torch.no_grad():
+        features = clip.encode_text(ids)
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "pretrained", "message"),
+    [
+        ("ViT-B-61", None, "backbone must be a model of open_clip.*'ViT-B-61'"),
+        ("ViT-B-16", "opneai", "pretrained must be a file or a tag of ViT-B-16.*'opneai'"),
+    ],
+)
+def test_an_unknown_name_is_refused_before_anything_is_built(
+    monkeypatch, backbone, pretrained, message
+):
+    def fail(*_, **__):
+        raise AssertionError("a model is built")
+
+    monkeypatch.setattr(open_clip, "create_model", fail)
+    with pytest.raises(ValueError, match=message):
+        load_clip(backbone, pretrained)
+
+
+def test_a_hugging_face_folder_takes_no_other_weights(tmp_path):
+    with pytest.raises(ValueError, match="pretrained is for open_clip's names"):
+        load_clip(str(tmp_path), "openai")
+
+
+def test_a_hugging_face_model_that_is_no_clip_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match="must hold a CLIP, got a model of type 'llama'"):
+        load_clip(str(tmp_path))
+
+
+def test_a_file_of_weights_is_loaded_and_one_that_does_not_fit_is_refused(tmp_path):
+    # A registered architecture that is as small as the tests need it.
+    source = tmp_path / "source"
+    source.mkdir()
+    model = open_clip_model()
+    open_clip_folder(source, model)
+    sizes = json.loads((source / "open_clip_config.json").read_text())["model_cfg"]
+    (tmp_path / "tiny-test.json").write_text(json.dumps(sizes))
+    registry = dict(open_clip.factory._MODEL_CONFIGS)
+    try:
+        open_clip.add_model_config(tmp_path / "tiny-test.json")
+        torch.save(model.state_dict(), tmp_path / "weights.pt")
+        clip = load_clip("tiny-test", str(tmp_path / "weights.pt"))
+        key = "visual.proj"
+        assert torch.equal(clip.model.state_dict()[key], model.state_dict()[key])
+        torch.save({key: torch.zeros(3, 3)}, tmp_path / "other.pt")
+        with pytest.raises(ValueError, match=r"other\.pt do not fit tiny-test"):
+            load_clip("tiny-test", str(tmp_path / "other.pt"))
+        random = load_clip("tiny-test", "random")
+        assert not torch.equal(random.model.state_dict()[key], model.state_dict()[key])
+    finally:
+        open_clip.factory._MODEL_CONFIGS.clear()
+        open_clip.factory._MODEL_CONFIGS.update(registry)
+        open_clip.factory._MODEL_CONFIG_PATHS.pop()
+        open_clip.factory._rescan_model_configs()
