@@ -1,6 +1,7 @@
 """From image files to batches of normalised pixels: decoding, transforms, a cache in memory."""
 
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ class ImageStore:
     """
 
     def __init__(self, gib, workers=1):
-        self.left, self.kept = int(gib * 2**30), {}
+        self.left, self.kept, self.lock = int(gib * 2**30), {}, Lock()
         self.pool = ThreadPoolExecutor(workers) if workers > 1 else None
 
     def load(self, split, rows, prepare=None):
@@ -42,16 +43,18 @@ class ImageStore:
     def _one(self, split, row, prepare):
         row = int(row)
         key = (id(split), row)
-        if key not in self.kept:
-            image = split.load(row)
-            image = image if prepare is None else prepare(image)
-            size = image.nbytes if hasattr(image, "nbytes") else 3 * image.width * image.height
-            if size > self.left:
-                return image
-            self.left -= size
-            # Keeping the split keeps its id from being given to another one.
-            self.kept[key] = (image, split)
-        return self.kept[key][0]
+        if key in self.kept:
+            return self.kept[key][0]
+        image = split.load(row)
+        image = image if prepare is None else prepare(image)
+        size = image.nbytes if hasattr(image, "nbytes") else 3 * image.width * image.height
+        with self.lock:
+            # Another thread may have been as fast.
+            if key not in self.kept and size <= self.left:
+                self.left -= size
+                # Keeping the split keeps its id from being given to another one.
+                self.kept[key] = (image, split)
+        return image
 
     def find_bad(self, split, rows=None, prepare=None):
         """Decode every image once: {row: reason} of those that cannot be."""
