@@ -179,7 +179,7 @@ def _add_xtail_arguments(parser):
 
     add = parser.add_argument
     add("--backbone", help="a model of open_clip (ViT-B-16), a Hugging Face CLIP, or small")
-    add("--pretrained", help="tag or file of open_clip's weights (default: openai), or random")
+    add("--pretrained", help="tag or file of weights, or random (default: openai, or its own)")
     add("--data-dir", help="folder of the datasets; moram xtail check-data DIR looks at it")
     add("--datasets", help="names, in the order they are learned, separated by commas")
     add("--method", choices=METHODS, help="what learns (default: moram)")

@@ -11,6 +11,7 @@ from .layers import AdapterLinear, MoRAMLinear
 from .layers.base import why_not_linear
 from .layers.shared import SharedInput
 from .models import PRESETS, TargetPreset, find_preset, split_attention
+from .models.open_clip import why_not_splittable
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,11 @@ def _no_match(target, model, modules):
 
 def _why_refused(model, path, module):
     parent, _, name = path.rpartition(".")
-    if isinstance(model.get_submodule(parent), nn.MultiheadAttention):
+    attention = model.get_submodule(parent)
+    if isinstance(attention, nn.MultiheadAttention):
+        problem = why_not_splittable(attention)
+        if problem:
+            return f"{parent} is an nn.MultiheadAttention that cannot be split: {problem}"
         return (
             f"{name} inside nn.MultiheadAttention is read, never called, so an adapter there would "
             "do nothing; use an open_clip preset or call moram.models.split_attention(model) first"

@@ -12,6 +12,9 @@ FREE = (
     "eval_batch",
     "micro_batch",
     "shard",
+    "cache_gib",
+    "workers",
+    "device",
 )
 
 
@@ -62,7 +65,7 @@ def groups(runs):
 
 def _flat(settings):
     for key, value in settings.items():
-        if key in (*FREE, "data", "out", "seed", "tasks", "order", "suite"):
+        if key in (*FREE, "data", "data_dir", "out", "seed", "tasks", "datasets", "order", "suite"):
             continue
         if isinstance(value, dict):
             yield from ((f"{key}.{inner}", item) for inner, item in value.items())

@@ -3,6 +3,7 @@
 Importing this imports neither library; loading a model imports the one that it needs.
 """
 
+import pickle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,53 +69,70 @@ class Clip:
         return self.scale * images @ texts.T
 
 
-def load_clip(backbone, pretrained=None, device="cpu"):
+def load_clip(backbone, pretrained="auto", device="cpu"):
     """A CLIP in float32 and eval mode.
 
     Args:
         backbone: an open_clip name ("ViT-B-16", "hf-hub:ORG/NAME", "local-dir:FOLDER"), or a hub id
             with a slash or a folder of a Hugging Face CLIP.
-        pretrained: an open_clip tag ("openai") or a file of weights, for open_clip names alone.
-            None or "random" leaves the model random.
+        pretrained: an open_clip tag or a file of weights, for open_clip's plain names alone.
+            "auto" is "openai" for them; a folder or hub id brings its own. "random" leaves the
+            model random (open_clip alone). A file of OpenAI's weights whose name does not say
+            "openai" needs a backbone that does: "ViT-B-16-quickgelu".
         device: a torch device.
     Returns:
         `Clip`.
     Raises:
         ValueError, OSError: there is no such model, tag or file.
     """
-    folder = Path(backbone)
-    schema = backbone.startswith(("hf-hub:", "local-dir:"))
-    if not schema and ("/" in backbone or folder.is_dir()):
-        if pretrained:
-            raise ValueError(
-                f"pretrained is for open_clip's names; {backbone} is loaded with its own weights"
-            )
+    brings_own = backbone.startswith(("hf-hub:", "local-dir:"))
+    is_hugging_face = not brings_own and ("/" in backbone or Path(backbone).is_dir())
+    allowed = ("auto",) if is_hugging_face else ("auto", "random") if brings_own else None
+    if allowed and pretrained not in allowed:
+        raise ValueError(
+            f"pretrained must be {' or '.join(allowed)} with {backbone}, which brings its own "
+            f"weights, got {pretrained!r}"
+        )
+    if is_hugging_face:
         return _load_hugging_face(backbone, device)
-    return _load_open_clip(backbone, None if pretrained == "random" else pretrained, device)
+    if not brings_own:
+        _check_names(backbone, pretrained)
+    return _load_open_clip(backbone, pretrained, brings_own, device)
 
 
-def _load_open_clip(backbone, pretrained, device):
+def _check_names(backbone, pretrained):
     import open_clip
 
     names = open_clip.list_models()
-    if ":" not in backbone and backbone not in names:
+    if backbone not in names:
         raise ValueError(
             f"backbone must be a model of open_clip, or a Hugging Face CLIP with a slash, got "
             f"{backbone!r}; open_clip has {len(names)}, such as ViT-B-16"
         )
-    if pretrained is not None and ":" not in backbone:
-        tags = open_clip.list_pretrained_tags_by_model(backbone)
-        if pretrained not in tags and not Path(pretrained).is_file():
-            raise ValueError(
-                f"pretrained must be a file or a tag of {backbone} ({', '.join(tags) or 'none'}), "
-                f"got {pretrained!r}"
-            )
+    tags = open_clip.list_pretrained_tags_by_model(backbone)
+    tag = "openai" if pretrained == "auto" else pretrained
+    if tag != "random" and tag not in tags and not Path(tag).is_file():
+        raise ValueError(
+            f"pretrained must be random, a file, or a tag of {backbone} "
+            f"({', '.join(tags) or 'it has none'}), got {tag!r}"
+        )
+
+
+def _load_open_clip(backbone, pretrained, brings_own, device):
+    import open_clip
+
+    source = None
+    if not brings_own and pretrained != "random":
+        source = "openai" if pretrained == "auto" else pretrained
     # OpenAI's weights were trained with QuickGELU, whichever way they come.
-    quick = pretrained is not None and "openai" in Path(pretrained).name.lower()
+    quick = source is not None and "openai" in Path(source).name.lower()
+    more = {"force_quick_gelu": quick, "load_weights": pretrained != "random", "device": device}
     try:
-        model = open_clip.create_model(backbone, pretrained, device=device, force_quick_gelu=quick)
+        model = open_clip.create_model(backbone, source, **more)
     except RuntimeError as error:
-        raise ValueError(f"the weights {pretrained} do not fit {backbone}: {error}") from error
+        raise ValueError(f"the weights {source} do not fit {backbone}: {error}") from error
+    except (EOFError, LookupError, pickle.UnpicklingError) as error:
+        raise ValueError(f"the weights {source} cannot be read: {error!r}") from error
     config = open_clip.get_model_preprocess_cfg(model)
     size = config["size"]
     size = size if isinstance(size, int) else size[0]

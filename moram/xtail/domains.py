@@ -138,6 +138,13 @@ class Shots(NamedTuple):
     short: dict[str, int]
 
 
+def origin(split, i):
+    """The split that really holds image i of a split, and its index there."""
+    while isinstance(split, Subset):
+        split, i = split.split, split.indices[i]
+    return split, i
+
+
 def take(split, indices):
     """The images at some indices of a split (repeats allowed), as a split."""
     return Subset(split, indices)

@@ -6,7 +6,7 @@ from threading import Lock
 import numpy as np
 import torch
 
-from .domains import BadImage
+from .domains import BadImage, origin
 
 # Of the published training transform: part of the area that is kept, and the crop's proportions.
 SCALE, RATIO = (0.9, 1.0), (3 / 4, 4 / 3)
@@ -41,8 +41,9 @@ class ImageStore:
             self.pool.shutdown()
 
     def _one(self, split, row, prepare):
-        row = int(row)
-        key = (id(split), row)
+        # The same image under whatever selection.
+        split, row = origin(split, int(row))
+        key = (id(split), row, prepare)
         if key in self.kept:
             return self.kept[key][0]
         image = split.load(row)

@@ -7,7 +7,7 @@ from .small import SMALL
 _PAPER = {
     "*": {
         "backbone": "ViT-B-16",
-        "pretrained": "openai",
+        "pretrained": "auto",
         "datasets": XTAIL,
         "shots": 16,
         "rank": 16,
@@ -38,12 +38,12 @@ _PAPER = {
 _SMALL = {
     "*": {
         "backbone": "small",
-        "pretrained": None,
+        "pretrained": "auto",
         "datasets": SMALL,
         "shots": 16,
         "rank": 16,
         "lr": 1e-3,
-        "iterations": 150,
+        "iterations": 100,
         "batch_size": 32,
         "schedule": "cosine",
         "betas": (0.9, 0.999),

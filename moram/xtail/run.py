@@ -95,6 +95,8 @@ class XtailRun(Run):
             if trained and len(present) < len(domain.classes):
                 lost = [c for label, c in enumerate(domain.classes) if label not in present]
                 raise ValueError(f"{domain.name} has no image left of {', '.join(lost)}")
+            if not len(kept["test"]):
+                raise ValueError(f"{domain.name} has no test image left")
         self.log(
             f"{domain.name}: {len(domain.classes)} classes, {len(kept['train'])} train, "
             f"{len(kept['test'])} test images"
@@ -102,10 +104,27 @@ class XtailRun(Run):
         return domain._replace(**kept)
 
     def made(self):
+        if self.method.has_steps and any(self.plan.stages):
+            self.check_encoder()
         frozen = self.method.has_frozen_features
         common = (self.store, self.transforms)
         self.test = [TestImages(self.clip, d.test, *common, frozen) for d in self.stream]
         self.prompt_ids = self.clip.tokens(self.plan.prompts)
+
+    def check_encoder(self):
+        """Refuse a model whose image encoder cannot be adapted, or would change by itself."""
+        if any(hasattr(m, "running_mean") for m in self.model.modules()):
+            raise ValueError(
+                f"{self.settings.backbone} has batch normalisation in its image encoder, whose "
+                "statistics training would change; take a backbone with a transformer"
+            )
+        if self.settings.targets == "auto" and not any(
+            path.startswith(("visual.", "vision_model.")) for path in self.adapters
+        ):
+            raise ValueError(
+                f"the image encoder of {self.settings.backbone} has nothing to adapt; name the "
+                "projections with targets, or take a backbone with a transformer"
+            )
 
     def stage(self, members):
         """The training images of one dataset, or of all together."""

@@ -9,7 +9,8 @@ from ..methods.train import TrainSettings
 from .presets import PRESETS
 
 SMALL_BACKBONE = "small"
-_TEXTS = ("backbone", "data_dir", "out", "method", "label", "preset", "schedule", "device")
+_TEXTS = ("backbone", "pretrained", "data_dir", "out", "method", "label", "preset", "schedule")
+_TEXTS += ("device",)
 _FLAGS = ("text_loss", "skip_bad", "held_out", "spaces", "untrained", "quiet", "tensorboard")
 _NUMBERS = ("lr", "dropout", "label_smoothing", "cache_gib", "save_seconds")
 # Whole numbers, and the least each may be.
@@ -53,7 +54,7 @@ class XtailSettings:
     """
 
     backbone: str = "ViT-B-16"
-    pretrained: str | None = "openai"
+    pretrained: str = "auto"
     data_dir: str = ""
     out: str = "out/xtail"
     datasets: tuple = ()
@@ -125,8 +126,6 @@ class XtailSettings:
         for name in _TEXTS:
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} must be text, got {getattr(self, name)!r}")
-        if not isinstance(self.pretrained, str | None):
-            raise TypeError(f"pretrained must be text, got {self.pretrained!r}")
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")

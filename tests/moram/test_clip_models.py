@@ -91,6 +91,10 @@ def test_a_folder_of_open_clip_is_loaded_with_its_weights_and_preprocessing(tmp_
         assert torch.equal(clip.model.state_dict()[name], tensor), name
     assert clip.preprocess == Preprocess(32, (0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
     assert not clip.model.training
+    random = load_clip(f"local-dir:{tmp_path}", "random")
+    assert not torch.equal(random.model.state_dict()["visual.proj"], clip.model.visual.proj)
+    with pytest.raises(ValueError, match="pretrained must be auto or random with local-dir"):
+        load_clip(f"local-dir:{tmp_path}", "openai")
     assert clip.tokens(["a", "b"]).shape == (2, 8)
 
 
@@ -114,7 +118,7 @@ def test_a_hugging_face_folder_is_loaded_with_its_weights_and_tokenizer(tmp_path
     ("backbone", "pretrained", "message"),
     [
         ("ViT-B-61", None, "backbone must be a model of open_clip.*'ViT-B-61'"),
-        ("ViT-B-16", "opneai", "pretrained must be a file or a tag of ViT-B-16.*'opneai'"),
+        ("ViT-B-16", "opneai", "pretrained must be random, a file, or a tag of ViT-B-16.*'opneai'"),
     ],
 )
 def test_an_unknown_name_is_refused_before_anything_is_built(
@@ -129,7 +133,7 @@ def test_an_unknown_name_is_refused_before_anything_is_built(
 
 
 def test_a_hugging_face_folder_takes_no_other_weights(tmp_path):
-    with pytest.raises(ValueError, match="pretrained is for open_clip's names"):
+    with pytest.raises(ValueError, match="pretrained must be auto with .* brings its own"):
         load_clip(str(tmp_path), "openai")
 
 
