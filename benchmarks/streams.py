@@ -25,8 +25,9 @@ def run_part(arguments, runs, run, report, data_key):
 
     Args:
         arguments: of `parse`. runs: (name, method, changes) of all runs of the part.
-        run: function from method and changes to results. report: a module with `read_results` and
-        `write_report`. data_key: the setting that says where the data lies.
+        run: function from method and changes to results.
+        report: a module with `read_results` and `write_report`.
+        data_key: the setting that says where the data lies.
     """
     index, count = map(int, arguments.shard.split("/"))
     mine = [one for one in runs if arguments.only in one[0]]

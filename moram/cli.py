@@ -105,8 +105,9 @@ def _add_trace_arguments(parser):
     add("--tasks", help="names of the tasks, in order, separated by commas (default: the suite's)")
     add("--suite", choices=SUITES, help="trace, or the 4 and 15 task classification streams")
     add("--order", type=int, help="1-3 of suite standard, 4-6 of suite large")
-    add("--method", choices=METHODS, help="what learns (default: moram)")
-    add("--preset", choices=PRESETS, default="paper", help="settings to start from")
+    methods = [name for name, method in METHODS.items() if method.needs != "clip"]
+    add("--method", choices=methods, help="what learns (default: moram)")
+    add("--preset", choices=PRESETS, help="settings to start from (default: paper)")
     add("--config", type=Path, action="append", default=[], help="YAML file of settings")
     add(
         "--set",
@@ -175,16 +176,24 @@ def _until_stopped(command, run):
 
 def _add_xtail_arguments(parser):
     from .methods.registry import METHODS
+    from .xtail.catalog import XTAIL
     from .xtail.presets import PRESETS
+    from .xtail.small import REAL, SMALL
 
+    methods = [n for n, m in METHODS.items() if m.needs != "language" and not m.needs_task_id]
+    parser.epilog = (
+        f"Datasets of their own names: {', '.join(XTAIL)}, cifar100; drawn or small ones: "
+        f"{', '.join((*SMALL, *REAL))}; any other name is a folder NAME/{{train,test}}/CLASS in "
+        "--data-dir, its prompt in NAME/template.txt. Settings: moram.xtail.settings."
+    )
     add = parser.add_argument
     add("--backbone", help="a model of open_clip (ViT-B-16), a Hugging Face CLIP, or small")
     add("--pretrained", help="tag or file of weights, or random (default: openai, or its own)")
     add("--data-dir", help="folder of the datasets; moram xtail check-data DIR looks at it")
-    add("--datasets", help="names, in the order they are learned, separated by commas")
-    add("--method", choices=METHODS, help="what learns (default: moram)")
+    add("--datasets", help="names separated by commas, in the order they are learned; or mtil")
+    add("--method", choices=methods, help="what learns (default: moram)")
     add("--shots", type=int, help="training images per class (default: 16)")
-    add("--preset", choices=PRESETS, default="paper", help="settings to start from")
+    add("--preset", choices=PRESETS, help="settings to start from (default: paper)")
     add("--config", type=Path, action="append", default=[], help="YAML file of settings")
     add(
         "--set",
@@ -210,7 +219,7 @@ def _run_xtail(arguments, parser):
         from .xtail.check_data import check_data
 
         named = arguments.named
-        named = None if named is None else [name for name in named.split(",") if name]
+        named = None if named is None else [n.strip() for n in named.split(",") if n.strip()]
         return int(check_data(arguments.folder, named, arguments.images) > 0)
     from .xtail.run import run_xtail
     from .xtail.settings import make_settings

@@ -2,7 +2,7 @@
 
 import json
 
-# What may differ when a run goes on: nothing that changes a result.
+# What may differ when a run goes on: nothing that changes a result, up to rounding.
 FREE = (
     "label",
     "threads",
@@ -27,7 +27,10 @@ def differences(settings, saved):
         Lines "name: saved value -> value".
     """
     # With dropout, other micro-batches drop other inputs.
-    free = [name for name in FREE if name != "micro_batch" or not settings.dropout]
+    tied = {"micro_batch"} if settings.dropout else set()
+    # Images that are scored together may be given to one task.
+    tied |= {"eval_batch"} if settings.method_args.get("selection") == "batch" else set()
+    free = [name for name in FREE if name not in tied]
     # As a file holds them: lists for tuples, also inside.
     now = json.loads(json.dumps(settings.to_dict()))
     return [

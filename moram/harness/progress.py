@@ -8,6 +8,7 @@ import time
 from .files import write_text
 
 STEPS = "steps.csv"
+MINUTE = 60.0
 COLUMNS = ("stage", "step", "loss", "lr", "seconds")
 
 
@@ -17,15 +18,18 @@ class Progress:
     Args:
         total: examples to train on and to answer. settings: of the run. out: the run's folder.
         processes: `Processes`; only the first of them says anything.
+        log: called with a line a minute where there is no terminal for the bar.
     """
 
-    def __init__(self, total, settings, out, processes):
+    def __init__(self, total, settings, out, processes, log=print):
         from tqdm import tqdm
 
+        self.total, self.done, self.log = max(1, total), 0, log
+        self.began = self.told = time.perf_counter()
         self.first, self.path = processes.is_first, out / STEPS
         quiet = settings.quiet or not self.first or not sys.stderr.isatty()
         self.bar = tqdm(total=total, unit="ex", desc=settings.method, mininterval=1, disable=quiet)
-        self.size = settings.batch_size
+        self.size, self.speaks = settings.batch_size, quiet and not settings.quiet
         self.file = self.board = None
         if settings.tensorboard and self.first:
             from torch.utils.tensorboard import SummaryWriter
@@ -34,7 +38,7 @@ class Progress:
 
     def start_stage(self, stage, done):
         """Training of a stage begins at a step: rows that a killed run wrote beyond it go."""
-        self.bar.update(done * self.size)
+        self._advance(done * self.size)
         self.start = time.perf_counter()
         if not self.first:
             return
@@ -50,7 +54,7 @@ class Progress:
 
     def step(self, trainer, loss):
         """A step was made."""
-        self.bar.update(self.size)
+        self._advance(self.size)
         self.bar.set_postfix_str(f"task {trainer.index + 1} loss {loss:.3f}", refresh=False)
         if self.file is None:
             return
@@ -71,7 +75,16 @@ class Progress:
 
     def answered(self, count):
         """Examples were answered, or had been before."""
+        self._advance(count)
+
+    def _advance(self, count):
         self.bar.update(count)
+        self.done += count
+        now = time.perf_counter()
+        if self.speaks and now - self.told >= MINUTE:
+            self.told = now
+            rest = (now - self.began) * (self.total - self.done) / max(1, self.done) / MINUTE
+            self.log(f"{100 * self.done / self.total:.0f} %, about {rest:.0f} minutes to go")
 
     def close(self):
         """The run is over."""

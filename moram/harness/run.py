@@ -22,6 +22,8 @@ STATE, CONFIG, RESULTS = "state.pt", "config.json", "results.json"
 # What a run writes besides JSON: a folder that holds one of them without CONFIG is not its own.
 OWN = (STATE, STEPS, "predictions", "adapters", "table.md", "table.csv", "table.tex", "matrix.png")
 UNTRAINED = "untrained"
+# In CONFIG beside the settings: what tells the run's examples from others.
+EXAMPLES = "examples"
 
 
 class Stopped(Exception):
@@ -88,16 +90,19 @@ class Run:
     def prepare(self):
         """Load the model, and make everything ready to train."""
         self.load()
-        needed = 3 * sum(p.numel() for p in self.model.parameters()) // 10
-        check_space(self.out, needed)
         self.method.setup(self.model)
+        check_space(self.out, self.method.written_bytes(self.model, len(self.stream)))
         # By their paths in the whole model, whichever part of it runs later.
         self.adapters = adapters(self.model, Adapter)
         self.made()
-        self.progress = Progress(self.plan.work(), self.settings, self.out, self.processes)
+        work = self.plan.work()
+        self.progress = Progress(work, self.settings, self.out, self.processes, self.log)
+        saved, fingerprint = read_json(self.out / CONFIG) or {}, self.plan.fingerprint
+        if saved.get(EXAMPLES, fingerprint) != fingerprint:
+            raise ValueError(f"the examples in {self.plan.source} changed since {self.out} began")
         # Last, so that a folder whose run could not begin is free for a corrected command.
         if self.processes.is_first:
-            write_json(self.out / CONFIG, self.settings.to_dict())
+            write_json(self.out / CONFIG, {**self.settings.to_dict(), EXAMPLES: fingerprint})
         self.processes.wait()
 
     def made(self):
@@ -110,7 +115,8 @@ class Run:
         foreign = any(self.out.glob("*.json")) or any((self.out / name).exists() for name in OWN)
         if (saved is None and foreign) or not isinstance(saved, dict | None):
             raise ValueError(f"{self.out} holds files of something else: name another out folder")
-        changed = differences(self.settings, saved) if saved else []
+        held = {name: value for name, value in (saved or {}).items() if name != EXAMPLES}
+        changed = differences(self.settings, held) if saved else []
         if changed:
             raise ValueError(
                 f"{self.out} holds a run with other settings; name another out folder, or go back "
@@ -130,8 +136,6 @@ class Run:
                     "another out folder"
                 )
             return
-        if state["examples"] != self.plan.fingerprint:
-            raise ValueError(f"the examples in {self.plan.source} changed since {self.out} began")
         for path, tensors in state["adapters"].items():
             self.adapters[path].load_adapter_state(tensors)
         self.method.load_state_dict(state["method"])
@@ -219,7 +223,6 @@ class Run:
                 "adapters": {path: a.adapter_state() for path, a in self.adapters.items()},
                 "method": self.method.state_dict(),
                 "costs": self.costs,
-                "examples": self.plan.fingerprint,
             },
         )
 

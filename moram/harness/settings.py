@@ -13,16 +13,20 @@ def assemble(kind, presets, preset, method, files=(), changes=()):
 
     Args:
         kind: the dataclass of the settings. presets: by name, see `moram.trace.presets`.
-        preset: its name; holds settings for all methods and some for single ones.
+        preset: its name; holds settings for all methods and some for single ones. None = what a
+            file says, or else "paper".
         method: name of the method, unless a file or a change names another.
         files: YAML files with a flat mapping from setting to value.
-        changes: dicts of settings. A key may reach into a dict: "method_args.top_k".
+        changes: dicts of settings. A key may reach into a dict: "method_args.top_k". What a file
+            or a change says of method_args is added to what was there.
     Raises:
         ValueError: an unknown preset or setting; the message names the closest ones.
     """
+    layers = [read_yaml(path) for path in files] + [dict(c) for c in changes]
+    if preset is None:
+        preset = next((layer["preset"] for layer in layers if "preset" in layer), "paper")
     if preset not in presets:
         raise ValueError(f"preset must be one of {', '.join(presets)}, got {preset!r}")
-    layers = [read_yaml(path) for path in files] + [dict(c) for c in changes]
     for layer in layers:
         if layer.get("preset", preset) != preset:
             raise ValueError(f"preset is {preset!r}, and a file asks for {layer['preset']!r}")
@@ -43,6 +47,9 @@ def assemble(kind, presets, preset, method, files=(), changes=()):
                 before = values.get(name, _default(known[name]))
                 before = before if isinstance(before, dict) else {"*": before}
                 value = {**before, inner: value}
+            elif name == "method_args" and isinstance(value, dict):
+                # A file that sets one argument leaves the preset's others alone.
+                value = {**values.get(name, {}), **value}
             values[name] = value
     return kind(**values)
 

@@ -110,6 +110,15 @@ class Method:
         if "generator" in state:
             self.generator.set_state(state["generator"])
 
+    def written_bytes(self, model, count):
+        """About how many bytes a run over `count` tasks writes at once, before it begins.
+
+        Here for methods that train: a state with the adapters of all tasks and the optimiser's two
+        moments, the state that it replaces, and the adapters once more.
+        """
+        trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        return trained * (3 * count + 4)
+
     def stored_bytes(self, model):
         """Bytes to keep besides the base model in order to go on learning: the adapters' tensors
         and whatever `state_dict` holds."""

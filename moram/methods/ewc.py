@@ -8,6 +8,8 @@ from .lora import LoRAMethod
 class EWC(LoRAMethod):
     """One continuing LoRA with  0.5 * lam * sum F (theta - theta*)^2  over A and B of all modules.
 
+    On images, F is of the loss from images to prompts: one image alone has no other.
+
     After each task F <- gamma F + F_task and theta* <- theta: the Fisher information of the tasks
     is summed (gamma = 1) or decays (online EWC), around the last task's optimum alone.
     F_task is the empirical diagonal: the mean over training examples of the squared gradient of

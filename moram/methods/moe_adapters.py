@@ -16,6 +16,8 @@ ENCODERS = {
 }
 # The attention and the norm before the MLP of their blocks.
 BLOCKS = (("attn", "ln_2"), ("self_attn", "layer_norm2"))
+# The smallest images that AlexNet's convolutions can read.
+ALEXNET_SIDE = 63
 # Images encoded at once to train the selector.
 READ = 64
 
@@ -127,6 +129,11 @@ class MoEAdapters(Method):
         return adapters(model, MoEAdapterMLP)
 
     def begin_task(self, model, index, stage):
+        if self.alexnet is not None and stage.clip.preprocess.size < ALEXNET_SIDE:
+            raise ValueError(
+                f'selector_features="alexnet" needs images of {ALEXNET_SIDE} pixels, this CLIP '
+                f"reads {stage.clip.preprocess.size}"
+            )
         for layer in self.layers(model).values():
             layer.grow()
 

@@ -127,6 +127,10 @@ class RAILPrimal(_RAIL):
             _absorb(inverse, coefficients, inputs, F.one_hot(labels, total).to(self.dtype))
         self.inverse, self.coefficients, self.learned = inverse, coefficients, total
 
+    def written_bytes(self, model, count):
+        # A state and the one that it replaces.
+        return 2 * self.width**2 * self.dtype.itemsize
+
     def _grown(self, count, device):
         """Copies of R, and of W with columns of zeros for `count` new classes."""
         if self.inverse is None:

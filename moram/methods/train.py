@@ -29,11 +29,12 @@ class TrainSettings:
         micro_batch: examples that go through the model at once; None = batch_size. Changes memory,
             not results, up to rounding; but with dropout other inputs are dropped.
         schedule: "linear": a warm-up over a tenth of the steps, then a linear decay to zero;
-            "constant"; "cosine": from the peak to zero along half a cosine, without a warm-up.
+            "constant"; "cosine": from the peak to zero along half a cosine.
         betas: of AdamW. No weight decay.
         average: the loss of a step is the mean over its answer "token"s, or over its "example"s
             (each the mean over its own tokens).
         drop_last: whether an epoch's incomplete last batch is dropped.
+        warmup: steps in which "cosine" first climbs to the peak.
         iterations: steps of a task, whatever its size; None = as many as epochs has.
     """
 
@@ -48,11 +49,13 @@ class TrainSettings:
     betas: tuple[float, float] = (0.9, 0.999)
     average: str = "token"
     drop_last: bool = True
+    warmup: int = 0
     iterations: int | None = None
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "max_length"):
             check_count(name, getattr(self, name), 1)
+        check_count("warmup", self.warmup, 0)
         for name in ("micro_batch", "iterations"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), 1)
@@ -107,10 +110,14 @@ class Stage:
         size = size or self.settings.micro_batch or self.settings.batch_size
         was_training = self.model.training
         self.model.eval()
-        for rows in torch.arange(count).split(size):
+        for rows in self.rows(count).split(size):
             loss, tokens, _ = self.objective(self.model, self.data, rows)
             yield loss / max(1, tokens), len(rows)
         self.model.train(was_training)
+
+    def rows(self, count):
+        """Which examples `losses` passes over, if it is to be so many: the first."""
+        return torch.arange(count)
 
 
 class TaskTrainer:
@@ -179,7 +186,7 @@ class TaskTrainer:
         settings, rows = self.settings, self.rows(self.done)
         # Seeded by the step alone, so that a run that goes on draws the same dropout.
         seed = (settings.seed * 1000 + self.index) * 1_000_003 + self.done
-        torch.manual_seed(seed * 1009 + self.processes.rank)
+        torch.manual_seed((seed * 1009 + self.processes.rank) % 2**63)
         per_example = settings.average == "example"
         total = len(rows) if per_example else self.data.num_labels(rows)
         loss = self.parameters[0].new_zeros((), dtype=torch.float32)
@@ -230,7 +237,11 @@ class TaskTrainer:
         if self.settings.schedule == "constant":
             return 1.0
         if self.settings.schedule == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * number / self.total))
+            climb = min(self.settings.warmup, self.total)
+            if number < climb:
+                return (number + 1) / climb
+            part = (number - climb) / max(1, self.total - climb)
+            return 0.5 * (1 + math.cos(math.pi * part))
         warmup = max(1, self.total // 10)
         return min((number + 1) / warmup, (self.total - number) / max(1, self.total - warmup))
 

@@ -4,11 +4,13 @@ Importing this imports neither library; loading a model imports the one that it 
 """
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 
 
 class Preprocess(NamedTuple):
@@ -77,8 +79,9 @@ def load_clip(backbone, pretrained="auto", device="cpu"):
             with a slash or a folder of a Hugging Face CLIP.
         pretrained: an open_clip tag or a file of weights, for open_clip's plain names alone.
             "auto" is "openai" for them; a folder or hub id brings its own. "random" leaves the
-            model random (open_clip alone). A file of OpenAI's weights whose name does not say
-            "openai" needs a backbone that does: "ViT-B-16-quickgelu".
+            model random (open_clip alone). OpenAI's own files (TorchScript) are read, too, and
+            imply QuickGELU, as the tag and file names with "openai" do. For a file of their
+            weights under another name, the backbone must say it: "ViT-B-16-quickgelu".
         device: a torch device.
     Returns:
         `Clip`.
@@ -128,16 +131,35 @@ def _load_open_clip(backbone, pretrained, brings_own, device):
     quick = source is not None and "openai" in Path(source).name.lower()
     more = {"force_quick_gelu": quick, "load_weights": pretrained != "random", "device": device}
     try:
-        model = open_clip.create_model(backbone, source, **more)
+        script = _read_script(source)
+        if script is not None:
+            # OpenAI's own files: always QuickGELU, in 16 bits.
+            more |= {"force_quick_gelu": True, "load_weights": False}
+            model = open_clip.create_model(backbone, None, **more)
+            model.load_state_dict(script)
+        else:
+            model = open_clip.create_model(backbone, source, **more)
     except RuntimeError as error:
         raise ValueError(f"the weights {source} do not fit {backbone}: {error}") from error
-    except (EOFError, LookupError, pickle.UnpicklingError) as error:
+    except (EOFError, LookupError, pickle.UnpicklingError, SafetensorError) as error:
         raise ValueError(f"the weights {source} cannot be read: {error!r}") from error
     config = open_clip.get_model_preprocess_cfg(model)
     size = config["size"]
     size = size if isinstance(size, int) else size[0]
     preprocess = Preprocess(size, tuple(config["mean"]), tuple(config["std"]))
     return Clip(model.eval(), open_clip.get_tokenizer(backbone), preprocess)
+
+
+def _read_script(source):
+    """The weights in a TorchScript archive, in float32; None if the file is none."""
+    if source is None or not Path(source).is_file() or not zipfile.is_zipfile(source):
+        return None
+    with zipfile.ZipFile(source) as archive:
+        if not any("/code/" in name for name in archive.namelist()):
+            return None
+    state = torch.jit.load(source, map_location="cpu").state_dict()
+    sizes = ("input_resolution", "context_length", "vocab_size")
+    return {name: t.float() for name, t in state.items() if name not in sizes}
 
 
 def _load_hugging_face(name, device):

@@ -1,8 +1,9 @@
 """What of the datasets is on disk, for `moram xtail check-data`. Reads alone, downloads nothing."""
 
-from moram.xtail.catalog import FACTS, XTAIL
-from moram.xtail.datasets import load_domain, missing, shared_names
-from moram.xtail.domains import check_images
+from .catalog import FACTS, XTAIL
+from .datasets import load_domain, missing, shared_names
+from .domains import check_images
+from .small import is_small, load_small
 
 
 def check_data(root, names=None, images=False, log=print):
@@ -14,7 +15,7 @@ def check_data(root, names=None, images=False, log=print):
 
     Args:
         root: folder of all datasets; need not exist.
-        names: datasets, see `datasets.load_domain`; None = the ten of X-TAIL.
+        names: datasets, see `datasets.load_domain`, or those of `small`; None = the ten of X-TAIL.
         images: if true, each image of train and test is decoded too.
         log: called with each line.
     Returns:
@@ -43,6 +44,8 @@ def check_data(root, names=None, images=False, log=print):
 def _check(name, root, images):
     """The dataset, or None if it cannot be read; a line for each problem."""
     try:
+        if is_small(name):
+            return load_small(name, root), []
         absent = missing(name, root)
         if absent:
             return None, [f"missing: {path}, from {origin}" for path, origin in absent]

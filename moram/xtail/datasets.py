@@ -12,8 +12,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
-from moram.xtail.catalog import DEFAULT_TEMPLATE, FACTS
-from moram.xtail.domains import ArraySplit, Domain, FileSplit
+from .catalog import DEFAULT_TEMPLATE, FACTS
+from .domains import ArraySplit, Domain, FileSplit
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 
@@ -158,7 +158,7 @@ def _read_coop(name, root):
     folder, images = _layout(name, root)
     file = folder / FACTS[name].files[0]
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     rows = {split: _coop_rows(file, content, split) for split in ("train", "test")}
@@ -256,7 +256,7 @@ def _read_aircraft(name, root):
 
 def _lines(file):
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not text: {error}") from error
     lines = [line for line in lines if line]

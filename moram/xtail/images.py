@@ -57,7 +57,7 @@ class ImageStore:
                 self.kept[key] = (image, split)
         return image
 
-    def find_bad(self, split, rows=None, prepare=None):
+    def find_bad(self, split, prepare=None):
         """Decode every image once: {row: reason} of those that cannot be."""
 
         def reason(row):
@@ -67,7 +67,7 @@ class ImageStore:
                 return row, str(error)
             return None
 
-        rows = range(len(split)) if rows is None else rows
+        rows = range(len(split))
         return dict(found for found in self.map(reason, rows) if found is not None)
 
 

@@ -1,10 +1,13 @@
 """What a run will do: its datasets, method and stages, checked without a model."""
 
 import hashlib
+import os
+import zlib
+from pathlib import Path
 
 from ..methods.registry import accepted_arguments, make_method
 from .datasets import load_domains, offsets, shared_names
-from .domains import few_shot, take
+from .domains import FileSplit, few_shot, origin, take
 from .small import is_small, load_small
 
 
@@ -29,12 +32,6 @@ class Plan:
         for prompt, first, second in shared_names(self.stream):
             log(f"{first} and {second} both have the prompt {prompt!r}: ties go to {first}")
         self.source = settings.data_dir or "the drawn domains"
-        # What tells this run's images from others.
-        listed = [
-            (d.name, d.classes, d.template, [(s.labels, _names(s)) for s in (d.train, d.test)])
-            for d in self.stream
-        ]
-        self.fingerprint = hashlib.sha256(repr(listed).encode()).hexdigest()
         self.stages = self.method.stages(len(self.stream))
         # Where nothing is trained, the one row of R is the untrained model's.
         self.has_untrained = settings.untrained and any(self.stages)
@@ -59,6 +56,39 @@ class Plan:
         if limit is not None and limit < len(test):
             test = take(test, [i * len(test) // limit for i in range(limit)])
         return domain._replace(train=take(domain.train, shots.indices), test=test)
+
+    @property
+    def fingerprint(self):
+        """What tells this run's images from others: names, classes, labels, files and sizes."""
+        listed = [
+            (d.name, d.classes, d.template, [(s.labels, _contents(s)) for s in (d.train, d.test)])
+            for d in self.stream
+        ]
+        return hashlib.sha256(repr(listed).encode()).hexdigest()
+
+    def leave_out(self, bad, trained):
+        """Go on without some images.
+
+        Args:
+            bad: for each dataset, (test, train): the rows to leave out. trained: whether training
+            images are needed.
+        Raises:
+            ValueError: a class has no training image left, or a dataset no test image.
+        """
+        for place, (domain, rows) in enumerate(zip(self.stream, bad, strict=True)):
+            if not any(rows):
+                continue
+            test, train = (
+                take(split, [row for row in range(len(split)) if row not in found])
+                for split, found in zip((domain.test, domain.train), rows, strict=True)
+            )
+            present = set(train.labels)
+            if trained and len(present) < len(domain.classes):
+                lost = [c for label, c in enumerate(domain.classes) if label not in present]
+                raise ValueError(f"{domain.name} has no image left of {', '.join(lost)}")
+            if not len(test):
+                raise ValueError(f"{domain.name} has no test image left")
+            self.stream[place] = domain._replace(test=test, train=train)
 
     @property
     def prompts(self):
@@ -92,6 +122,8 @@ def build_method(settings):
     """
     common = {"targets": settings.targets, "exclude": settings.exclude}
     common |= {"rank": settings.rank, "dropout": settings.dropout, "seed": settings.seed}
+    # The published layers have no scale.
+    common["alpha"] = settings.rank
     accepted = accepted_arguments(settings.method)
     common = {name: value for name, value in common.items() if name in accepted}
     method = make_method(settings.method, **(common | settings.method_args))
@@ -110,15 +142,29 @@ def read_domains(settings):
     """
     others = [name for name in settings.datasets if not is_small(name)]
     if others and not settings.data_dir:
-        raise ValueError(f"data_dir must be given: it holds {', '.join(others)}")
+        raise ValueError(
+            f"--data-dir (data_dir) must be given: it holds {', '.join(others)}; --preset small "
+            "needs none"
+        )
     found = {}
     if others:
         found = {d.name: d for d in load_domains(others, settings.data_dir, settings.spaces)}
     for name in settings.datasets:
         if is_small(name):
+            folder = Path(settings.data_dir or ".") / name
+            if settings.data_dir and (folder / "train").is_dir():
+                raise ValueError(f"{name} is a domain of its own: give {folder} another name")
             found[name] = load_small(name, settings.data_dir or None)
     return [found[name] for name in settings.datasets]
 
 
-def _names(split):
-    return [split.name(i) for i in range(len(split))]
+def _contents(split):
+    """What tells the images of a split from others: names and sizes of files, or checksums."""
+    found = []
+    for i in range(len(split)):
+        base, row = origin(split, i)
+        if isinstance(base, FileSplit):
+            found.append((base.paths[row], os.path.getsize(base.paths[row])))
+        else:
+            found.append(zlib.crc32(base.images[row].tobytes()))
+    return found

@@ -3,7 +3,7 @@
 from .catalog import XTAIL
 from .small import SMALL
 
-# The X-TAIL run of arXiv 2506.21035 (its released runner). Its layer has no scale: alpha = rank.
+# The X-TAIL run of arXiv 2506.21035 (its released runner).
 _PAPER = {
     "*": {
         "backbone": "ViT-B-16",
@@ -22,19 +22,31 @@ _PAPER = {
         "workers": 8,
     },
     "moram": {"method_args": {"temperature": 0.01, "threshold": 0.2, "value_scale": 1.0}},
-    "lora": {"method_args": {"alpha": 16}},
-    "joint": {"method_args": {"alpha": 16}},
-    "moe-lora": {"method_args": {"alpha": 16}},
-    "codyra": {"method_args": {"alpha": 16, "max_kappa": 0.005}},
-    # Its paper's loss and smoothing; its rates differ from dataset to dataset, 1e-3 is the median.
+    "codyra": {"method_args": {"max_kappa": 0.005}},
+    # The loss, smoothing, warm-up and rates of its own few-shot runs (500 steps, 5 shots).
     "moe-adapters": {
-        "lr": 1e-3,
+        "lr": {
+            "aircraft": 8e-3,
+            "caltech101": 5e-4,
+            "cifar100": 2e-4,
+            "dtd": 5e-3,
+            "eurosat": 1e-3,
+            "oxford_flowers": 1e-3,
+            "food101": 1e-2,
+            "mnist": 1e-4,
+            "oxford_pets": 1e-2,
+            "stanford_cars": 1e-2,
+            "sun397": 1e-2,
+            "*": 1e-3,
+        },
+        "warmup": 100,
         "betas": (0.9, 0.999),
         "text_loss": False,
         "label_smoothing": 0.2,
     },
 }
 
+# Rates: of three, the one with the highest Average on held-out training images, but for MoRAM.
 _SMALL = {
     "*": {
         "backbone": "small",
@@ -43,8 +55,9 @@ _SMALL = {
         "shots": 16,
         "rank": 16,
         "lr": 1e-3,
-        "iterations": 100,
-        "batch_size": 32,
+        "iterations": 150,
+        # About the published ratio of batch to classes so far, by which the two losses weigh.
+        "batch_size": 20,
         "schedule": "cosine",
         "betas": (0.9, 0.999),
         "clip": None,
@@ -52,12 +65,15 @@ _SMALL = {
         "cache_gib": 1.0,
         "workers": 1,
     },
-    "moram": {"method_args": {"temperature": 0.01, "threshold": 0.2, "value_scale": 1.0}},
-    "lora": {"method_args": {"alpha": 16}},
-    "joint": {"method_args": {"alpha": 16}},
-    "moe-lora": {"method_args": {"alpha": 16}},
-    "codyra": {"method_args": {"alpha": 16, "max_kappa": 0.005}},
+    # The rate that keeps what zero-shot can do; 2e-3 has a higher Average and a lower Transfer.
+    "moram": {
+        "lr": 5e-4,
+        "method_args": {"temperature": 0.01, "threshold": 0.2, "value_scale": 1.0},
+    },
+    "codyra": {"method_args": {"max_kappa": 0.005}},
+    "moe-lora": {"lr": 5e-4},
     "moe-adapters": {
+        "lr": 5e-4,
         "text_loss": False,
         "label_smoothing": 0.2,
         "method_args": {"width": 16},

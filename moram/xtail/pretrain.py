@@ -2,7 +2,7 @@
 
     python -m moram.xtail.pretrain
 
-The recipe is this file and `rendered`; the weights (26 MB, most of them the text embedding) are not
+The recipe is this file and `rendered`; the weights (31 MB, most of them the text embedding) are not
 in the repository. open_clip reads the folder as local-dir:FOLDER.
 """
 
@@ -93,7 +93,7 @@ def small_clip(cache=None, log=print, recipe=None):
     if (target / "open_clip_model.safetensors").is_file():
         return target
     cache.mkdir(parents=True, exist_ok=True)
-    log("pretraining the small CLIP (once, 10 to 20 minutes on two cores)")
+    log("pretraining the small CLIP (once, 10 to 20 minutes)")
     model = pretrain(recipe, log)
     with tempfile.TemporaryDirectory(dir=cache) as work:
         work = Path(work) / "model"

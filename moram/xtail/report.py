@@ -85,8 +85,8 @@ def table(runs):
             where other settings differ, each has a row that names them. All must have the same
             datasets and test images.
     Returns:
-        (titles, rows of text); a published row follows the methods that have one, if the datasets
-        are those of the publication in its order.
+        (titles, rows of text); a published row follows the methods that have one, if the runs
+        follow the published protocol.
     Raises:
         ValueError: datasets, test images or model differ.
     """
@@ -107,9 +107,21 @@ def table(runs):
     return titles, [row + [""] * (len(titles) - len(row)) for row in rows]
 
 
+def is_published_protocol(run):
+    """Whether a run is of the datasets, model and scoring of the published rows."""
+    settings = run["settings"]
+    expected = {"backbone": "ViT-B-16", "shots": 16, "spaces": False}
+    expected |= {"eval_limit": None, "held_out": False}
+    return (
+        tuple(run["tasks"]) == XTAIL
+        and settings["pretrained"] in ("auto", "openai")
+        and all(settings[name] == value for name, value in expected.items())
+    )
+
+
 def _published_row(run):
     names = PUBLISHED.get(run["method"])
-    if names is None or tuple(run["tasks"]) != XTAIL:
+    if names is None or not is_published_protocol(run):
         return []
     numbers = [*published.XTAIL[names[0]], published.XTAIL_FORGETTING.get(names[1])]
     cells = ["-" if number is None else f"{number:.1f}" for number in numbers]
@@ -128,18 +140,34 @@ def dataset_table(runs):
     rows = []
     for name, group in groups(runs).items():
         found = [run for run in group if len(whole_matrix(run)) == len(tasks)]
+        if not found:
+            # Joint training has no order, and so no past.
+            last = [dict(zip(run["tasks"], run["matrix"][-1], strict=True)) for run in group]
+            rows.append([name, "Last", *(spread([row[task] for row in last]) for task in tasks)])
         # Runs of one method may learn the datasets in different orders.
         scores = [(run["tasks"], per_dataset(whole_matrix(run))) for run in found]
         for metric in ("Transfer", "Average", "Last"):
             by_task = [dict(zip(order, s[metric], strict=True)) for order, s in scores]
             if by_task:
                 rows.append([name, metric, *(spread([b[task] for b in by_task]) for task in tasks)])
-        reference = published.XTAIL_PER_DATASET.get(PUBLISHED.get(group[0]["method"], ("",))[0])
-        if reference and tuple(tasks) == XTAIL:
-            for metric, values in zip(("Transfer", "Average", "Last"), reference, strict=True):
-                cells = ("-" if value is None else f"{value:.1f}" for value in values)
-                rows.append([f"{name} (published)", metric, *cells])
+        rows += _published_datasets(group[0])
     return ["method", "metric", *tasks], rows
+
+
+def _published_datasets(run):
+    if not is_published_protocol(run):
+        return []
+    name = PUBLISHED.get(run["method"], ("",))[0]
+    found = published.XTAIL_PER_DATASET.get(name)
+    lines = list(zip(("Transfer", "Average", "Last"), found, strict=True)) if found else []
+    if run["method"] == "zero-shot":
+        lines = [("Last", published.XTAIL_ZERO_SHOT)]
+    if run["method"] == "joint":
+        name, lines = "each dataset alone", [("Last", published.XTAIL_FINE_TUNED)]
+    return [
+        [f"{name} (published)", metric, *("-" if v is None else f"{v:.1f}" for v in values)]
+        for metric, values in lines
+    ]
 
 
 def _check_alike(runs):

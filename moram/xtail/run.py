@@ -6,13 +6,17 @@ from .. import checkpoint
 from ..harness.run import Run, Stopped, pick_device, versions
 from ..methods.processes import Processes
 from ..models.clip import load_clip
-from .domains import take
 from .images import ImageRows, ImageStore, TestImages, Transforms
 from .objective import ImageStage
 from .plan import Plan
 from .pretrain import small_clip
 from .report import FORMAT, per_dataset, summarise, whole_matrix, write_report
 from .settings import SMALL_BACKBONE
+
+# The image encoders of open_clip's and Hugging Face's CLIP.
+VISION = ("visual.", "vision_model.")
+# Images that cannot be decoded, named for each dataset at most.
+NAMED = 10
 
 __all__ = ["Stopped", "XtailRun", "run_xtail"]
 
@@ -48,83 +52,84 @@ class XtailRun(Run):
 
     def __init__(self, settings, processes, device, log, stop, clip=None):
         super().__init__(settings, processes, device, log, stop)
-        self.clip, self.classified = clip, None
+        self.clip, self.classified, self.store = clip, None, None
 
     def make_plan(self):
         return Plan(self.settings, self.log)
 
     def load(self):
-        """Load the model, and decode every image once."""
-        settings = self.settings
+        """Load the model, unless one was given."""
         if self.clip is None:
-            backbone = settings.backbone
+            backbone = self.settings.backbone
             if backbone == SMALL_BACKBONE:
                 backbone = f"local-dir:{small_clip(log=self.log)}"
-            self.clip = load_clip(backbone, settings.pretrained, self.device)
+            self.clip = load_clip(backbone, self.settings.pretrained, self.device)
         self.model = self.clip.model
-        self.transforms = Transforms(self.clip.preprocess)
-        self.store = ImageStore(settings.cache_gib, settings.workers)
-        trained = any(self.plan.stages)
-        self.stream = [self._without_bad(domain, trained) for domain in self.stream]
-        self.log(
-            f"{len(self.plan.prompts)} classes in all; the cache has "
-            f"{self.store.left / 2**30:.1f} GiB left"
-        )
-
-    def _without_bad(self, domain, trained):
-        """Decode a dataset's images; those that cannot be are an error, or left out."""
-        kept, bad = {}, {}
-        for name, split, prepare in (
-            ("train", domain.train, None),
-            ("test", domain.test, self.transforms.test),
-        ):
-            found = {}
-            if trained or name == "test":
-                found = self.store.find_bad(split, prepare=prepare)
-            bad |= {(name, row): reason for row, reason in found.items()}
-            rows = [row for row in range(len(split)) if row not in found]
-            kept[name] = take(split, rows) if found else split
-        if bad:
-            reasons = list(dict.fromkeys(bad.values()))
-            named = "; ".join(reasons[:10]) + ("; ..." if len(reasons) > 10 else "")
-            text = f"{domain.name}: {len(reasons)} images cannot be decoded: {named}"
-            if not self.settings.skip_bad:
-                raise ValueError(f"{text}. With skip_bad they are left out")
-            self.log(f"{text}; left out")
-            present = set(kept["train"].labels)
-            if trained and len(present) < len(domain.classes):
-                lost = [c for label, c in enumerate(domain.classes) if label not in present]
-                raise ValueError(f"{domain.name} has no image left of {', '.join(lost)}")
-            if not len(kept["test"]):
-                raise ValueError(f"{domain.name} has no test image left")
-        self.log(
-            f"{domain.name}: {len(domain.classes)} classes, {len(kept['train'])} train, "
-            f"{len(kept['test'])} test images"
-        )
-        return domain._replace(**kept)
 
     def made(self):
-        if self.method.has_steps and any(self.plan.stages):
+        """Check that the adapters are where they must be, then decode every image once."""
+        settings, trained = self.settings, any(self.plan.stages)
+        self.adapts_images = any(path.startswith(VISION) for path in self.adapters)
+        if self.method.has_steps and trained:
             self.check_encoder()
+        self.transforms = Transforms(self.clip.preprocess)
+        self.store = ImageStore(settings.cache_gib, settings.workers)
+        self.decode(trained)
         frozen = self.method.has_frozen_features
         common = (self.store, self.transforms)
         self.test = [TestImages(self.clip, d.test, *common, frozen) for d in self.stream]
         self.prompt_ids = self.clip.tokens(self.plan.prompts)
+        texts = len(set(self.plan.prompts))
+        rows = len(set(map(tuple, self.prompt_ids.tolist())))
+        if rows < texts:
+            self.log(
+                f"{texts - rows} prompts are cut to the same tokens as others: "
+                f"{settings.backbone} reads {self.prompt_ids.shape[1]}"
+            )
 
     def check_encoder(self):
         """Refuse a model whose image encoder cannot be adapted, or would change by itself."""
-        if any(hasattr(m, "running_mean") for m in self.model.modules()):
+        if any(hasattr(module, "running_mean") for module in self.model.modules()):
             raise ValueError(
                 f"{self.settings.backbone} has batch normalisation in its image encoder, whose "
                 "statistics training would change; take a backbone with a transformer"
             )
-        if self.settings.targets == "auto" and not any(
-            path.startswith(("visual.", "vision_model.")) for path in self.adapters
-        ):
+        if self.settings.targets == "auto" and not self.adapts_images:
             raise ValueError(
                 f"the image encoder of {self.settings.backbone} has nothing to adapt; name the "
                 "projections with targets, or take a backbone with a transformer"
             )
+
+    def decode(self, trained):
+        """Decode all images that will be needed; those that cannot be are an error, or left out.
+
+        Test images first: they are read after every task, training images in one task alone.
+        """
+        tests = [self.store.find_bad(d.test, self.transforms.test) for d in self.stream]
+        trains = [self.store.find_bad(d.train) if trained else {} for d in self.stream]
+        bad = list(zip(tests, trains, strict=True))
+        reasons = [list(dict.fromkeys([*t.values(), *r.values()])) for t, r in bad]
+        lines = [
+            f"{domain.name}: {len(found)} images cannot be decoded: {'; '.join(found[:NAMED])}"
+            + ("; ..." if len(found) > NAMED else "")
+            for domain, found in zip(self.stream, reasons, strict=True)
+            if found
+        ]
+        if lines and not self.settings.skip_bad:
+            raise ValueError(f"{' | '.join(lines)}. With skip_bad they are left out")
+        for line in lines:
+            self.log(f"{line}; left out")
+        self.plan.leave_out(bad, trained)
+        self.stream = self.plan.stream
+        for domain in self.stream:
+            self.log(
+                f"{domain.name}: {len(domain.classes)} classes, {len(domain.train)} train, "
+                f"{len(domain.test)} test images"
+            )
+        self.log(
+            f"{len(self.plan.prompts)} classes in all; the cache has "
+            f"{self.store.left / 2**30:.1f} GiB left"
+        )
 
     def stage(self, members):
         """The training images of one dataset, or of all together."""
@@ -141,12 +146,12 @@ class XtailRun(Run):
             self.plan.offsets[members[0]],
             self.store,
             self.transforms,
-            settings.text_loss,
+            settings.text_loss and self.adapts_images,
             settings.label_smoothing,
         )
         # Of the crops that hooks see, not of those that are trained on.
         seed = settings.seed * 1000 + members[0]
-        return ImageStage(self.model, data, settings.train_settings(), seed)
+        return ImageStage(self.model, data, settings.train_settings(domains[0].name), seed)
 
     @torch.no_grad()
     def score_task(self, number, i):
@@ -164,6 +169,14 @@ class XtailRun(Run):
         right = sum(a == b for a, b in zip(answers, truth, strict=True))
         score = {"score": 100 * right / len(truth), "metric": "accuracy over all classes"}
         return {"eval": score, "results": answers, "labels": truth}
+
+    def execute(self):
+        """Run to the end, and let the decoding threads go."""
+        try:
+            return super().execute()
+        finally:
+            if self.store is not None:
+                self.store.close()
 
     def save_adapters(self, folder):
         """Write the adapters as PEFT lays them out."""

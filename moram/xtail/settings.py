@@ -6,16 +6,18 @@ from pathlib import Path
 from ..config import check_count
 from ..harness.settings import among, assemble, check_number, names_of, to_beta
 from ..methods.train import TrainSettings
+from .catalog import MTIL, XTAIL
 from .presets import PRESETS
 
 SMALL_BACKBONE = "small"
+STREAMS = {("xtail",): XTAIL, ("mtil",): MTIL}
 _TEXTS = ("backbone", "pretrained", "data_dir", "out", "method", "label", "preset", "schedule")
 _TEXTS += ("device",)
 _FLAGS = ("text_loss", "skip_bad", "held_out", "spaces", "untrained", "quiet", "tensorboard")
-_NUMBERS = ("lr", "dropout", "label_smoothing", "cache_gib", "save_seconds")
+_NUMBERS = ("dropout", "label_smoothing", "cache_gib", "save_seconds")
 # Whole numbers, and the least each may be.
 _COUNTS = {"shots": 1, "rank": 1, "iterations": 1, "batch_size": 1, "eval_batch": 1, "seed": 0}
-_COUNTS |= {"workers": 1}
+_COUNTS |= {"workers": 1, "warmup": 0}
 
 
 @dataclass(frozen=True)
@@ -27,16 +29,19 @@ class XtailSettings:
             is pretrained on the first run.
         data_dir: folder of the datasets. The drawn domains of the preset "small" need none.
         datasets: names, in the order they are learned: of `moram.xtail.catalog.FACTS`, of
-            `moram.xtail.small`, or folders NAME/{train,test}/CLASS/IMAGE in data_dir.
+            `moram.xtail.small`, or folders NAME/{train,test}/CLASS/IMAGE in data_dir. "xtail" and
+            "mtil" alone are those streams of ten and eleven.
         method, method_args: see `moram.methods.registry`.
         label: the name that tables show, by which they group runs; empty = the method's own.
         preset: the settings that this one started from, for the record.
         targets, exclude: as in `MoRAMConfig`, for every method.
         shots: training images per class, drawn by seed and dataset alone.
         rank: of LoRA, atoms a task of MoRAM. dropout: of the adapters' inputs in training.
-        lr, iterations, batch_size, schedule, betas, clip, seed: see `TrainSettings`.
+        lr: see `TrainSettings`; a number, or a dict from dataset to number with "*" for the others.
+        iterations, batch_size, schedule, warmup, betas, clip, seed: see `TrainSettings`.
         text_loss: whether the loss from prompts to images is added to the one from images to
-            prompts. label_smoothing: of the latter.
+            prompts; it never is where the image encoder is not adapted. label_smoothing: of the
+            latter.
         spaces: underscores in class names become spaces in every dataset, as RAIL does it.
         skip_bad: leave out images that cannot be decoded, instead of refusing to run.
         held_out: score the training images that were not drawn, instead of the test images: for
@@ -67,10 +72,11 @@ class XtailSettings:
     shots: int = 16
     rank: int = 16
     dropout: float = 0.0
-    lr: float = 5e-4
+    lr: float | dict = 5e-4
     iterations: int = 500
     batch_size: int = 64
     schedule: str = "cosine"
+    warmup: int = 0
     betas: tuple = (0.9, 0.9999)
     clip: float | None = None
     seed: int = 42
@@ -109,6 +115,8 @@ class XtailSettings:
         for name in ("backbone", "out"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must be given")
+        if self.datasets in STREAMS:
+            object.__setattr__(self, "datasets", STREAMS[self.datasets])
         if not self.datasets:
             raise ValueError("datasets must name at least one")
         if len(set(self.datasets)) != len(self.datasets):
@@ -120,7 +128,12 @@ class XtailSettings:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         among("preset", self.preset, tuple(PRESETS))
-        _ = self.train_settings()
+        if isinstance(self.lr, dict) and "*" not in self.lr:
+            missing = [name for name in self.datasets if name not in self.lr]
+            if missing:
+                raise ValueError(f'lr has no value for {", ".join(missing)} and no "*"')
+        for name in self.datasets:
+            _ = self.train_settings(name)
 
     def _check_types(self):
         for name in _TEXTS:
@@ -131,6 +144,8 @@ class XtailSettings:
                 raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in _NUMBERS:
             check_number(name, getattr(self, name))
+        for value in self.lr.values() if isinstance(self.lr, dict) else (self.lr,):
+            check_number("lr", value)
         if self.clip is not None:
             check_number("clip", self.clip)
         for beta in self.betas:
@@ -145,14 +160,16 @@ class XtailSettings:
         ):
             raise TypeError(f"method_args must be a mapping from names, got {self.method_args!r}")
 
-    def train_settings(self):
-        """The part that `TaskTrainer` takes."""
+    def train_settings(self, dataset):
+        """The part that `TaskTrainer` takes, for a dataset."""
+        lr = self.lr
         return TrainSettings(
-            lr=self.lr,
+            lr=lr.get(dataset, lr.get("*")) if isinstance(lr, dict) else lr,
             batch_size=self.batch_size,
             clip=self.clip,
             seed=self.seed,
             schedule=self.schedule,
+            warmup=self.warmup,
             betas=self.betas,
             drop_last=False,
             iterations=self.iterations,

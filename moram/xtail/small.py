@@ -15,7 +15,8 @@ import numpy as np
 from .domains import ArraySplit, Domain, to_rgb
 from .rendered import DIGITS, GREEK, LETTERS, ODD_FONTS, SHAPES, SYMBOLS, TEXTURES, Style, render
 
-SMALL = ("digits", "greek", "letters", "shapes", "symbols", "textures")
+# Many classes first, as in X-TAIL: they are what the text loss is divided by.
+SMALL = ("symbols", "letters", "digits", "greek", "shapes", "textures")
 REAL = ("mnist10k", "animals", "vehicles")
 # Images per class of a drawn domain.
 TRAIN, TEST = 24, 24
@@ -136,8 +137,11 @@ def _cifar(name, root):
         for split, each in (("train", 200), ("test", 100)):
             images, labels = [], []
             for label, kind in enumerate(classes):
-                for content in tree.read(f"{split}/{kind}", each):
-                    images.append(np.asarray(to_rgb(Image.open(io.BytesIO(content)))))
+                for path, content in tree.read(f"{split}/{kind}", each):
+                    try:
+                        images.append(np.asarray(to_rgb(Image.open(io.BytesIO(content)))))
+                    except (OSError, SyntaxError) as error:
+                        raise ValueError(f"{path} cannot be decoded: {error}") from error
                     labels.append(label)
             splits.append(ArraySplit(np.stack(images), labels, f"CIFAR-10 ({name})"))
     return Domain(name, classes, "a photo of a {}.", *splits)
@@ -155,7 +159,10 @@ class _Tree:
                     f"CIFAR-10 must lie in {self.folder} or {archive}, as "
                     "{train,test}/CLASS/*.jpg"
                 )
-            self.zip = zipfile.ZipFile(archive)
+            try:
+                self.zip = zipfile.ZipFile(archive)
+            except zipfile.BadZipFile as error:
+                raise ValueError(f"{archive} is damaged: {error}") from error
 
     def __enter__(self):
         return self
@@ -165,13 +172,14 @@ class _Tree:
             self.zip.close()
 
     def read(self, folder, count):
-        """The contents of the first JPEGs of a folder."""
+        """(name, content) of the first JPEGs of a folder."""
         if self.zip is None:
             paths = sorted((self.folder / folder).glob("*.jpg"))[:count]
-            found = [path.read_bytes() for path in paths]
+            found = [(path, path.read_bytes()) for path in paths]
         else:
             names = (n for n in self.zip.namelist() if n.startswith(f"{folder}/"))
-            found = [self.zip.read(name) for name in sorted(names)[:count]]
+            names = sorted(name for name in names if name.endswith(".jpg"))[:count]
+            found = [(f"{self.zip.filename}: {name}", self.zip.read(name)) for name in names]
         if not found:
             raise FileNotFoundError(f"CIFAR-10 has no JPEGs in {folder}")
         return found

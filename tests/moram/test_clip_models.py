@@ -133,7 +133,7 @@ def test_an_unknown_name_is_refused_before_anything_is_built(
 
 
 def test_a_hugging_face_folder_takes_no_other_weights(tmp_path):
-    with pytest.raises(ValueError, match="pretrained must be auto with .* brings its own"):
+    with pytest.raises(ValueError, match=r"pretrained must be auto with .* brings its own"):
         load_clip(str(tmp_path), "openai")
 
 
@@ -143,28 +143,92 @@ def test_a_hugging_face_model_that_is_no_clip_is_refused(tmp_path):
         load_clip(str(tmp_path))
 
 
-def test_a_file_of_weights_is_loaded_and_one_that_does_not_fit_is_refused(tmp_path):
-    # A registered architecture that is as small as the tests need it.
+def test_a_file_of_weights_is_loaded_and_one_that_does_not_fit_is_refused(tiny_name, tmp_path):
+    model, key = open_clip_model(), "visual.proj"
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    clip = load_clip(tiny_name, str(tmp_path / "weights.pt"))
+    assert torch.equal(clip.model.state_dict()[key], model.state_dict()[key])
+    torch.save({key: torch.zeros(3, 3)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other\.pt do not fit tiny-test"):
+        load_clip(tiny_name, str(tmp_path / "other.pt"))
+    (tmp_path / "bad.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ValueError, match=r"bad\.safetensors cannot be read"):
+        load_clip(tiny_name, str(tmp_path / "bad.safetensors"))
+    random = load_clip(tiny_name, "random")
+    assert not torch.equal(random.model.state_dict()[key], model.state_dict()[key])
+
+
+class Script(torch.nn.Module):
+    """What OpenAI publishes: an archive of code, with weights in 16 bits and three sizes."""
+
+    def __init__(self, model):
+        super().__init__()
+        for name, tensor in model.state_dict().items():
+            *path, last = name.split(".")
+            at = self
+            for part in path:
+                if not hasattr(at, part):
+                    at.add_module(part, torch.nn.Module())
+                at = getattr(at, part)
+            at.register_buffer(last, tensor.half())
+        for name in ("input_resolution", "context_length", "vocab_size"):
+            self.register_buffer(name, torch.tensor(1))
+
+    def forward(self, x):
+        return x
+
+
+@pytest.fixture
+def tiny_name(tmp_path):
+    """An architecture of open_clip's registry that is as small as the tests need it."""
     source = tmp_path / "source"
     source.mkdir()
-    model = open_clip_model()
-    open_clip_folder(source, model)
+    open_clip_folder(source, open_clip_model())
     sizes = json.loads((source / "open_clip_config.json").read_text())["model_cfg"]
     (tmp_path / "tiny-test.json").write_text(json.dumps(sizes))
     registry = dict(open_clip.factory._MODEL_CONFIGS)
-    try:
-        open_clip.add_model_config(tmp_path / "tiny-test.json")
-        torch.save(model.state_dict(), tmp_path / "weights.pt")
-        clip = load_clip("tiny-test", str(tmp_path / "weights.pt"))
-        key = "visual.proj"
-        assert torch.equal(clip.model.state_dict()[key], model.state_dict()[key])
-        torch.save({key: torch.zeros(3, 3)}, tmp_path / "other.pt")
-        with pytest.raises(ValueError, match=r"other\.pt do not fit tiny-test"):
-            load_clip("tiny-test", str(tmp_path / "other.pt"))
-        random = load_clip("tiny-test", "random")
-        assert not torch.equal(random.model.state_dict()[key], model.state_dict()[key])
-    finally:
-        open_clip.factory._MODEL_CONFIGS.clear()
-        open_clip.factory._MODEL_CONFIGS.update(registry)
-        open_clip.factory._MODEL_CONFIG_PATHS.pop()
-        open_clip.factory._rescan_model_configs()
+    open_clip.add_model_config(tmp_path / "tiny-test.json")
+    yield "tiny-test"
+    open_clip.factory._MODEL_CONFIGS.clear()
+    open_clip.factory._MODEL_CONFIGS.update(registry)
+    open_clip.factory._MODEL_CONFIG_PATHS.pop()
+    open_clip.factory._rescan_model_configs()
+
+
+def activation(clip):
+    return type(clip.model.visual.transformer.resblocks[0].mlp.gelu).__name__
+
+
+def test_an_archive_as_openai_publishes_is_read_with_its_activation(tiny_name, tmp_path):
+    model, path = open_clip_model(), tmp_path / "tiny.pt"
+    torch.jit.script(Script(model)).save(path)
+    clip = load_clip(tiny_name, str(path))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(clip.model.state_dict()[name], tensor.half().float()), name
+    assert activation(clip) == "QuickGELU"
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [("vit_b_16-openai.pt", "QuickGELU"), ("weights.pt", "GELU")],
+    ids=["openai_in_the_name", "another_name"],
+)
+def test_the_name_of_a_file_of_weights_tells_the_activation(tiny_name, tmp_path, file, expected):
+    torch.save(open_clip_model().state_dict(), tmp_path / file)
+    assert activation(load_clip(tiny_name, str(tmp_path / file))) == expected
+
+
+def test_the_tag_openai_has_its_activation(monkeypatch):
+    asked = {}
+
+    def create(name, pretrained, **more):
+        asked.update(more, pretrained=pretrained)
+        model = open_clip_model()
+        model.visual.preprocess_cfg = {"size": 32, "mean": MEAN, "std": STD}
+        return model
+
+    monkeypatch.setattr(open_clip, "create_model", create)
+    load_clip("ViT-B-16")
+    assert (asked["pretrained"], asked["force_quick_gelu"]) == ("openai", True)
+    load_clip("ViT-B-16", "laion2b_s34b_b88k")
+    assert (asked["pretrained"], asked["force_quick_gelu"]) == ("laion2b_s34b_b88k", False)

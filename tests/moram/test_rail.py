@@ -103,7 +103,7 @@ def scores(method, features, clip, classes=CLASSES):
     return method.classifier(clip, torch.arange(classes))(FakeImages(features))
 
 
-def close(found, expected, tolerance=1e-10):
+def assert_near(found, expected, tolerance=1e-10):
     np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=tolerance)
 
 
@@ -116,11 +116,11 @@ def test_recursion_equals_the_joint_ridge_solved_at_once(batch):
     system = np.concatenate([inputs, np.sqrt(0.1) * np.eye(WIDTH)])
     rows = np.concatenate([targets, np.zeros((WIDTH, CLASSES))])
     expected = np.linalg.lstsq(system, rows, rcond=None)[0]
-    close(method.coefficients, expected)
-    close(method.inverse, np.linalg.inv(inputs.T @ inputs + 0.1 * np.eye(WIDTH)))
+    assert_near(method.coefficients, expected)
+    assert_near(method.inverse, np.linalg.inv(inputs.T @ inputs + 0.1 * np.eye(WIDTH)))
     queries, method.fusion = unit(31, 91), 1.0
     expected = np.maximum(queries.double().numpy() @ random_layer(), 0) @ expected
-    close(scores(method, queries, FakeClip(unit(CLASSES, 90))), expected)
+    assert_near(scores(method, queries, FakeClip(unit(CLASSES, 90))), expected)
 
 
 def test_first_task_alone_equals_its_ridge():
@@ -128,7 +128,7 @@ def test_first_task_alone_equals_its_ridge():
     features, targets = stacked(stages()[:1])
     inputs = np.maximum(features @ random_layer(), 0)
     expected = np.linalg.solve(inputs.T @ inputs + 2 * np.eye(WIDTH), inputs.T @ targets)
-    close(method.coefficients, expected)
+    assert_near(method.coefficients, expected)
 
 
 @every_form
@@ -143,7 +143,7 @@ def test_order_of_tasks_does_not_matter(form):
         found.append(torch.cat([parts[order.index(task)] for task in range(3)], 1))
     assert found[0].isfinite().all() and found[0].std() > 0.1
     for other in found[1:]:
-        close(other, found[0].numpy())
+        assert_near(other, found[0].numpy())
 
 
 def test_dual_equals_kernel_ridge_in_closed_form():
@@ -152,7 +152,7 @@ def test_dual_equals_kernel_ridge_in_closed_form():
     kernel = rbf(features, features, 0.7) + 0.01 * np.eye(len(features))
     queries = unit(31, 91)
     expected = rbf(queries.double().numpy(), features, 0.7) @ np.linalg.solve(kernel, targets)
-    close(scores(method, queries, FakeClip(unit(CLASSES, 90))), expected)
+    assert_near(scores(method, queries, FakeClip(unit(CLASSES, 90))), expected)
 
 
 def test_dual_with_a_linear_kernel_equals_the_primal_ridge():
@@ -165,7 +165,7 @@ def test_dual_with_a_linear_kernel_equals_the_primal_ridge():
     system = features.T @ features + 0.05 * np.eye(SIZE)
     queries = unit(31, 91)
     expected = queries.double().numpy() @ np.linalg.solve(system, features.T @ targets)
-    close(scores(method, queries, FakeClip(unit(CLASSES, 90))), expected)
+    assert_near(scores(method, queries, FakeClip(unit(CLASSES, 90))), expected)
 
 
 @pytest.mark.parametrize("make", [lambda **d: RAILPrimal(**PRIMAL, **d), RAILDual])
@@ -173,7 +173,7 @@ def test_float32_scores_are_near_those_of_float64(make):
     clip, queries = FakeClip(unit(CLASSES, 90)), unit(31, 91)
     single, double = (scores(learn(make(dtype=d)), queries, clip) for d in ("float32", "float64"))
     assert (single.dtype, double.dtype) == (torch.float32, torch.float64)
-    close(single, double.numpy(), 2e-3)
+    assert_near(single, double.numpy(), 2e-3)
 
 
 def test_fusion_by_hand_on_three_classes():
@@ -184,7 +184,7 @@ def test_fusion_by_hand_on_three_classes():
     inf = float("inf")
     expected = [[0.02, 0.78, -inf], p[1].log().tolist(), [-0.7, -1.54, -inf]]
     found = fuse(p.log(), regression, 0.8)
-    close(found, expected, 1e-15)
+    assert_near(found, expected, 1e-15)
     assert found.argmax(1).tolist() == [1, 2, 0]
 
 

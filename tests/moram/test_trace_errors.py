@@ -302,7 +302,7 @@ def test_tables_of_runs_that_do_not_fit_are_refused(table_refused, inputs, tmp_p
     run_trace(settings_for(*inputs, other, "zero-shot", tasks=TASKS[:2], **quick))
     capsys.readouterr()
     assert table_refused(one, tmp_path / "none") == (
-        f"{tmp_path / 'none'} does not exist: no run of moram trace ended there"
+        f"{tmp_path / 'none'} does not exist: no run of moram trace or moram xtail ended there"
     )
     assert table_refused(one, other).startswith("runs must share their tasks, got")
     results = json.loads((other / "results.json").read_text())

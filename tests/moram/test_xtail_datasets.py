@@ -119,7 +119,7 @@ def test_sun397_directly_in_its_folder_is_found(tmp_path):
     split = write_coop(tmp_path, "sun397")
     (tmp_path / "sun397" / "SUN397").rename(tmp_path / "SUN397")
     split.rename(tmp_path / "SUN397" / split.name)
-    load_domain("sun397", tmp_path).train.load(0)
+    assert load_domain("sun397", tmp_path).train.load(0).mode == "RGB"
 
 
 def test_a_complete_folder_is_preferred_to_one_without_split_file(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from trace_support import settings_for as trace_settings
 from trace_support import write_data, write_model
-from xtail_data import encoded, write_folders, write_tree
+from xtail_data import encoded, write_folders
 from xtail_support import (
     NAMES,
     answers,
@@ -85,7 +85,8 @@ def refused(command, monkeypatch, tmp_path):
 
 def test_the_command_runs_where_nothing_is_wrong(command, tmp_path):
     status, errors, lines = command("--method", "lora")
-    assert status == 0 and "| LoRA | 1 |" in "\n".join(lines).replace("sequential ", "")
+    assert status == 0, errors
+    assert "| LoRA | 1 |" in "\n".join(lines).replace("sequential ", "")
     assert not any(line.startswith("moram xtail") for line in errors)
     assert json.loads((tmp_path / "out" / "results.json").read_text())["complete"]
 
@@ -100,7 +101,8 @@ def test_a_missing_folder_is_named(refused, data, part):
 def test_a_data_folder_that_does_not_exist_or_was_not_given(refused, tmp_path):
     gone = str(tmp_path / "gone")
     assert refused(data_dir=gone) == f"{gone} is not a folder; it must hold the datasets"
-    assert refused(data_dir="") == "data_dir must be given: it holds fruit, birds, tools"
+    line = refused(data_dir="")
+    assert line.startswith("--data-dir (data_dir) must be given: it holds fruit, birds, tools")
 
 
 BAD = {
@@ -235,8 +237,8 @@ def test_a_class_with_too_few_shots_is_logged_and_its_images_are_repeated(comman
             ["--method", "rail-primal", "--set", "method_args.ridge=0"],
             "ridge must be finite and > 0",
         ),
-        (["--method", "task-lora"], "task-lora must be told the task"),
-        (["--method", "in-context"], "in-context is for language models"),
+        (["--set", "method=task-lora"], "task-lora must be told the task"),
+        (["--set", "method=in-context"], "in-context is for language models"),
         (["--config", "/nowhere.yaml"], "No such file or directory: '/nowhere.yaml'"),
         (["--set", "workers=0"], "workers must be >= 1, got 0"),
         (["--set", "device=gpu7"], "gpu7"),
@@ -256,6 +258,26 @@ def test_an_unknown_method_is_refused_by_the_parser_too(capsys):
 def test_an_unknown_dataset_lists_the_published_ones(refused, data):
     line = refused(datasets=("fruit", "eurosta"))
     assert f"{data / 'eurosta' / 'train'}" in line and "check-data" in line
+
+
+def test_a_folder_that_has_a_drawn_domains_name_is_refused(refused, data):
+    write_folders(data, "textures", ("silk", "wool"), train=3, test=2)
+    line = refused(datasets=("textures", "fruit"))
+    assert line == f"textures is a domain of its own: give {data / 'textures'} another name"
+
+
+def test_bad_images_of_all_datasets_are_counted_at_once(refused, data):
+    counts = {}
+    for name in ("fruit", "birds"):
+        paths = list((data / name / "test").rglob("*.png"))
+        counts[name] = len(paths)
+        for path in paths:
+            path.write_bytes(b"")
+    line = refused()
+    for name, count in counts.items():
+        assert count > 10 and f"{name}: {count} images cannot be decoded" in line
+    # Ten are named for each.
+    assert line.count("the file is empty") == 20 and line.count("; ...") == 2
 
 
 def test_a_path_is_no_dataset(refused):
@@ -309,36 +331,6 @@ def test_an_interrupt_that_does_not_wait_is_status_130(monkeypatch, whole, capsy
     monkeypatch.setattr("moram.xtail.run.run_xtail", interrupt)
     assert main(["xtail", "--data-dir", whole, "--datasets", "fruit"]) == 130
     assert capsys.readouterr().err == "moram xtail: interrupted\n"
-
-
-def test_check_data_says_what_is_missing_and_where_it_belongs(tmp_path, capsys):
-    write_tree(tmp_path, ["dtd", "eurosat"])
-    given = ["xtail", "check-data", str(tmp_path), "--datasets", "dtd,eurosat"]
-    assert main(given) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "dtd: OK, 47 classes, 47 train and 47 test images" in lines
-    assert lines[-1] == f"2 of 2 datasets are complete in {tmp_path}"
-    split = tmp_path / "eurosat" / "split_zhou_EuroSAT.json"
-    split.unlink()
-    assert main(given) == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith(f"  missing: {split}, from https://drive") for line in lines)
-    assert lines[-1] == f"1 of 2 datasets are complete in {tmp_path}"
-
-
-def test_check_data_looks_for_all_ten_and_at_images_when_asked(tmp_path, capsys):
-    write_tree(tmp_path)
-    assert main(["xtail", "check-data", str(tmp_path)]) == 0
-    (tmp_path / "dtd" / "images" / "c3" / "test0.jpg").write_bytes(b"")
-    assert main(["xtail", "check-data", str(tmp_path), "--datasets", "dtd"]) == 0
-    capsys.readouterr()
-    assert main(["xtail", "check-data", str(tmp_path), "--datasets", "dtd", "--images"]) == 1
-    assert "c3/test0.jpg: the file is empty" in capsys.readouterr().out
-
-
-def test_check_data_of_a_folder_that_does_not_exist(tmp_path, capsys):
-    assert main(["xtail", "check-data", str(tmp_path / "gone")]) == 1
-    assert f"0 of 10 datasets are complete in {tmp_path / 'gone'}" in capsys.readouterr().out
 
 
 def test_a_table_of_both_commands_is_refused(whole, tmp_path, capsys):

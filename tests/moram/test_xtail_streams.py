@@ -130,7 +130,7 @@ def test_methods_for_clip_alone_are_refused_by_trace(tmp_path, capsys, method):
     model, data = write_model(tmp_path / "model"), write_data(tmp_path / "data")
     command = ["trace", "--preset", "small", "--model", model, "--data", data, "--tasks", "letters"]
     out = tmp_path / "out"
-    assert main([*command, "--method", method, "--out", str(out), "--quiet"]) == 1
+    assert main([*command, "--set", f"method={method}", "--out", str(out), "--quiet"]) == 1
     assert "CLIP" in capsys.readouterr().err.splitlines()[-1]
     assert not (out / "config.json").exists() and not list(out.glob("predictions/*"))
 

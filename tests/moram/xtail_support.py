@@ -139,7 +139,7 @@ def quick(data, out, **changes):
     """What makes a run take a second."""
     return {
         "backbone": "ViT-B-16",
-        "pretrained": None,
+        "pretrained": "auto",
         "data_dir": str(data),
         "out": str(out),
         "datasets": NAMES,
