@@ -46,7 +46,7 @@ _PAPER = {
     },
 }
 
-# Rates: of three, the one with the highest Average on held-out training images, but for MoRAM.
+# Rates: of four, the one with the highest Average on held-out training images, but for MoRAM.
 _SMALL = {
     "*": {
         "backbone": "small",
@@ -73,7 +73,7 @@ _SMALL = {
     "codyra": {"method_args": {"max_kappa": 0.005}},
     "moe-lora": {"lr": 5e-4},
     "moe-adapters": {
-        "lr": 5e-4,
+        "lr": 2.5e-4,
         "text_loss": False,
         "label_smoothing": 0.2,
         "method_args": {"width": 16},

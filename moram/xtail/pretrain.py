@@ -24,6 +24,7 @@ from .rendered import DIGITS, LETTERS, SHAPES, SIZE, SYMBOLS, TEXTURES, render, 
 
 # Changes whenever the recipe does: a cache of another recipe is not used.
 VERSION = 2
+WEIGHTS = "open_clip_model.safetensors"
 MODEL = {
     "embed_dim": 128,
     "vision_cfg": {
@@ -89,20 +90,21 @@ def small_clip(cache=None, log=print, recipe=None):
     cache = Path.home() / ".cache" / "moram" if cache is None else Path(cache)
     target = cache / f"xtail-small-clip-v{VERSION}"
     if recipe != Recipe():
-        target = cache / f"xtail-small-clip-v{VERSION}-{recipe.images}-{recipe.steps}"
-    if (target / "open_clip_model.safetensors").is_file():
+        own = "-".join(map(str, asdict(recipe).values()))
+        target = cache / f"xtail-small-clip-v{VERSION}-{own}"
+    if (target / WEIGHTS).is_file():
         return target
     cache.mkdir(parents=True, exist_ok=True)
-    log("pretraining the small CLIP (once, 10 to 20 minutes)")
+    log("pretraining the small CLIP, once (by default 10 to 20 minutes)")
     model = pretrain(recipe, log)
     with tempfile.TemporaryDirectory(dir=cache) as work:
         work = Path(work) / "model"
         work.mkdir()
         save(model, work, recipe)
-        # One rename: a crash leaves no half model behind.
-        if target.exists():
-            shutil.rmtree(target)
-        os.rename(work, target)
+        # One rename: a crash leaves no half model behind. Another process may have been as fast.
+        if not (target / WEIGHTS).is_file():
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(work, target)
     return target
 
 
@@ -117,7 +119,7 @@ def save(model, folder, recipe):
     }
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     state = {name: t.contiguous() for name, t in model.state_dict().items()}
-    save_file(state, folder / "open_clip_model.safetensors")
+    save_file(state, folder / WEIGHTS)
 
 
 def draw_world(count, seed):

@@ -103,7 +103,8 @@ class Style:
         contrast: (least, most) distance of foreground and background, of 1.
         fonts: names of matplotlib's fonts. outline: draw shapes as lines.
         clutter: strokes behind the thing. grain: noise with neighbours alike, of 1.
-        gray: black, white and grays alone. side: pixels that the image is reduced to and enlarged
+        gray: thing and background are black, white or gray (noise and clutter
+            are not). side: pixels that the image is reduced to and enlarged
             from again; 0 = it is not.
     """
 

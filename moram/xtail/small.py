@@ -104,10 +104,15 @@ def _digits():
 
 
 def _mnist(root):
-    images = _idx(root, "t10k-images-idx3-ubyte", 3)
-    labels = _idx(root, "t10k-labels-idx1-ubyte", 1)
-    if len(images) != len(labels):
-        raise ValueError(f"{root}: MNIST has {len(images)} images and {len(labels)} labels")
+    images = _idx(root, "t10k-images-idx3-ubyte", (28, 28))
+    labels = _idx(root, "t10k-labels-idx1-ubyte", ())
+    if len(images) != len(labels) or len(images) <= 5000:
+        raise ValueError(
+            f"{root}: MNIST must have as many images as labels, and more than 5000, got "
+            f"{len(images)} and {len(labels)}"
+        )
+    if labels.max() > 9:
+        raise ValueError(f"{root}: MNIST's labels must be digits, got {labels.max()}")
     # The two halves are by different writers: school pupils and employees.
     parts = (slice(None, 5000), slice(5000, None, 10))
     splits = [ArraySplit(images[p], labels[p], "MNIST (test images)") for p in parts]
@@ -115,16 +120,23 @@ def _mnist(root):
     return Domain("mnist10k", classes, 'a photo of the number: "{}".', *splits)
 
 
-def _idx(root, stem, dims):
+def _idx(root, stem, sizes):
+    """The bytes of an IDX file, [n, *sizes]."""
     places = [f"{base}{stem}{end}" for base in ("mnist/", "MNIST/raw/") for end in (".gz", "")]
     path = next((root / place for place in places if (root / place).is_file()), None)
     if path is None:
-        raise FileNotFoundError(f"mnist10k needs {root / 'mnist' / stem}.gz (or without .gz)")
+        raise FileNotFoundError(
+            f"mnist10k needs {root / 'mnist' / stem}.gz (or without .gz, or in MNIST/raw)"
+        )
     try:
         content = path.read_bytes()
         content = gzip.decompress(content) if path.suffix == ".gz" else content
-        sizes = np.frombuffer(content, ">i4", dims, 4)
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(sizes)
+        # Two zeros, 8 for bytes, the number of dimensions; then their sizes.
+        header = np.frombuffer(content, ">i4", 2 + len(sizes)).tolist()
+        magic, count, *found = header
+        if magic != 0x801 + len(sizes) or count < 0 or found != [*sizes]:
+            raise ValueError(f"its header says {header}")
+        return np.frombuffer(content, np.uint8, offset=4 * len(header)).reshape(count, *sizes)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ValueError(f"{path} is no MNIST file: {error}") from error
 
@@ -139,9 +151,12 @@ def _cifar(name, root):
             for label, kind in enumerate(classes):
                 for path, content in tree.read(f"{split}/{kind}", each):
                     try:
-                        images.append(np.asarray(to_rgb(Image.open(io.BytesIO(content)))))
+                        image = to_rgb(Image.open(io.BytesIO(content)))
                     except (OSError, SyntaxError) as error:
                         raise ValueError(f"{path} cannot be decoded: {error}") from error
+                    if image.size != (32, 32):
+                        raise ValueError(f"{path} must be of 32 x 32 pixels, got {image.size}")
+                    images.append(np.asarray(image))
                     labels.append(label)
             splits.append(ArraySplit(np.stack(images), labels, f"CIFAR-10 ({name})"))
     return Domain(name, classes, "a photo of a {}.", *splits)
@@ -179,7 +194,14 @@ class _Tree:
         else:
             names = (n for n in self.zip.namelist() if n.startswith(f"{folder}/"))
             names = sorted(name for name in names if name.endswith(".jpg"))[:count]
-            found = [(f"{self.zip.filename}: {name}", self.zip.read(name)) for name in names]
+            found = [(f"{self.zip.filename}: {name}", self._unpack(name)) for name in names]
         if not found:
-            raise FileNotFoundError(f"CIFAR-10 has no JPEGs in {folder}")
+            place = self.folder if self.zip is None else self.zip.filename
+            raise FileNotFoundError(f"{place} has no JPEGs in {folder}")
         return found
+
+    def _unpack(self, name):
+        try:
+            return self.zip.read(name)
+        except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+            raise ValueError(f"{self.zip.filename} is damaged: {error}") from error
