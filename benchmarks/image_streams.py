@@ -71,8 +71,8 @@ def vit_runs():
     short = {
         "pretrained": "random",
         "datasets": ("digits", "textures"),
-        "iterations": 3,
-        "batch_size": 32,
+        "iterations": 2,
+        "batch_size": 16,
         "eval_limit": 8,
         "untrained": False,
         "workers": 1,

@@ -63,6 +63,8 @@ class XtailRun(Run):
             backbone = self.settings.backbone
             if backbone == SMALL_BACKBONE:
                 backbone = f"local-dir:{small_clip(log=self.log)}"
+            # Random weights, where they are asked for, are those of the seed: a run may go on.
+            torch.manual_seed(self.settings.seed)
             self.clip = load_clip(backbone, self.settings.pretrained, self.device)
         self.model = self.clip.model
 

@@ -112,7 +112,7 @@ def _mnist(root):
             f"{len(images)} and {len(labels)}"
         )
     if labels.max() > 9:
-        raise ValueError(f"{root}: MNIST's labels must be digits, got {labels.max()}")
+        raise ValueError(f"{root}: t10k-labels-idx1-ubyte must hold digits, got {labels.max()}")
     # The two halves are by different writers: school pupils and employees.
     parts = (slice(None, 5000), slice(5000, None, 10))
     splits = [ArraySplit(images[p], labels[p], "MNIST (test images)") for p in parts]

@@ -10,6 +10,7 @@ from xtail_support import (
     TAKEN,
     quick,
     run,
+    settings_for,
     tiny_clip,
     tokenize,
     write_backbone,
@@ -19,6 +20,7 @@ from xtail_support import (
 from moram.cli import main
 from moram.methods.train import TaskTrainer
 from moram.models.clip import MEAN, STD, Clip, Preprocess
+from moram.xtail.run import run_xtail
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +163,16 @@ def test_targets_that_the_model_lacks(refused, targets):
     expected = {"z_proj": "'z_proj' matches no module", "clip": "matches no module"}
     key = targets if isinstance(targets, str) else targets[0]
     assert expected.get(key, "targets must be") in line
+
+
+def test_random_weights_are_those_of_the_seed(whole, tmp_path):
+    folder = write_backbone(tmp_path / "clip")
+    losses = []
+    for out in ("one", "other"):
+        settings = settings_for(whole, tmp_path / out, "lora", backbone=folder, pretrained="random")
+        torch.manual_seed(len(losses))
+        run_xtail(settings, log=lambda line: None)
+        losses.append((tmp_path / out / "steps.csv").read_text().splitlines())
+    assert [row.rsplit(",", 1)[0] for row in losses[0]] == [
+        row.rsplit(",", 1)[0] for row in losses[1]
+    ]
