@@ -152,3 +152,13 @@ def test_a_hugging_face_clip_runs_too(data, tmp_path, method):
     clip = Clip(hf_clip(), tokens, Preprocess(32, MEAN, STD))
     results = run(data, tmp_path / "out", method, clip=clip)
     assert results["complete"] and len(results["matrix"]) == ROWS.get(method, 3)
+
+
+def test_without_a_terminal_progress_is_told_in_lines(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("moram.harness.progress.MINUTE", 1e-9)
+    lines = []
+    run(data, tmp_path / "out", "lora", log=lines.append, quiet=False)
+    told = [line for line in lines if line.endswith("minutes to go")]
+    assert told[-1].startswith("100 %, about 0 ")
+    parts = [int(line.split(" ", 1)[0]) for line in told]
+    assert parts == sorted(parts) and parts[0] < 20
