@@ -17,13 +17,12 @@ from .compare import differences
 from .files import check_space, read_json, read_state, write_json, write_state
 from .memory import peak_mib, reset_peak
 from .progress import STEPS, Progress
+from .settings import EXAMPLES
 
 STATE, CONFIG, RESULTS = "state.pt", "config.json", "results.json"
 # What a run writes besides JSON: a folder that holds one of them without CONFIG is not its own.
 OWN = (STATE, STEPS, "predictions", "adapters", "table.md", "table.csv", "table.tex", "matrix.png")
 UNTRAINED = "untrained"
-# In CONFIG beside the settings: what tells the run's examples from others.
-EXAMPLES = "examples"
 
 
 class Stopped(Exception):

@@ -7,6 +7,9 @@ from dataclasses import MISSING, fields
 
 from .yaml_values import read_yaml
 
+# In config.json beside the settings: what tells a run's examples from others.
+EXAMPLES = "examples"
+
 
 def assemble(kind, presets, preset, method, files=(), changes=()):
     """Settings from a preset, then YAML files, then changes, the later ones winning.
@@ -23,6 +26,9 @@ def assemble(kind, presets, preset, method, files=(), changes=()):
         ValueError: an unknown preset or setting; the message names the closest ones.
     """
     layers = [read_yaml(path) for path in files] + [dict(c) for c in changes]
+    for layer in layers:
+        # The config.json of a run says, besides its settings, which examples it had.
+        layer.pop(EXAMPLES, None)
     if preset is None:
         preset = next((layer["preset"] for layer in layers if "preset" in layer), "paper")
     if preset not in presets:

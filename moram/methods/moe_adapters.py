@@ -17,7 +17,7 @@ ENCODERS = {
 # The attention and the norm before the MLP of their blocks.
 BLOCKS = (("attn", "ln_2"), ("self_attn", "layer_norm2"))
 # The smallest images that AlexNet's convolutions can read.
-ALEXNET_SIDE = 63
+ALEXNET_SIDE = 31
 # Images encoded at once to train the selector.
 READ = 64
 

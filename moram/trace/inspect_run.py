@@ -12,12 +12,13 @@ from .. import checkpoint
 from ..config import check_count
 from ..continual import load_stream
 from ..harness.files import read_json, write_json, write_text
+from ..harness.run import CONFIG, RESULTS
+from ..harness.settings import EXAMPLES
 from ..inspection import find_adapter, inspect_atoms, token_atoms
 from .encode import Encoder
 from .model import load
 from .predict import by_length
 from .report import markdown
-from .run import CONFIG, RESULTS
 from .settings import SPLITS, TraceSettings
 
 ADAPTERS = "adapters"
@@ -115,7 +116,7 @@ def _read_settings(run):
         raise ValueError(f"{run} is not finished: the moram trace command it began with goes on")
     if not (run / ADAPTERS / checkpoint.WEIGHTS).is_file():
         raise FileNotFoundError(f"{run} has no MoRAM adapters: {ADAPTERS}/ is gone")
-    return TraceSettings(**saved)
+    return TraceSettings(**{name: value for name, value in saved.items() if name != EXAMPLES})
 
 
 def _chosen(learned, tasks):

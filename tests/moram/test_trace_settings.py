@@ -108,13 +108,14 @@ def test_the_method_named_last_brings_its_own_presets(tmp_path):
     assert settings.method == "lora" and settings.lr == 1e-4
 
 
-def test_a_dotted_key_changes_one_entry_and_a_plain_one_all():
+def test_a_dotted_key_changes_one_entry_and_method_args_are_added_to_the_presets():
     settings = paper(**{"method_args.top_k": 4, "epochs.FOMC": 9, "max_prompt.20Minuten": 7})
     expected = {"value_scale": 2.0, "temperature": 0.03, "threshold": 0.2, "top_k": 4}
     assert settings.method_args == expected
     assert settings.of("epochs", "FOMC") == 9 and settings.of("epochs", "C-STANCE") == 2
     assert settings.of("max_prompt", "MeetingBank") == 4096
-    assert paper(method_args={"top_k": 4}).method_args == {"top_k": 4}
+    assert paper(method_args={"top_k": 4}).method_args == expected
+    assert paper(epochs={"FOMC": 9, "*": 1}).epochs == {"FOMC": 9, "*": 1}
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,7 @@ def test_a_file_may_write_numbers_without_a_dot(tmp_path):
     path.write_text("lr: 1e-3\nmethod_args: {temperature: 3e-2}\nbetas: [9e-1, 0.5]\n")
     settings = make_settings("paper", files=[path], changes=[GIVEN])
     assert settings.lr == 0.001 and settings.betas == (0.9, 0.5)
-    assert settings.method_args == {"temperature": 0.03}
+    assert settings.method_args == {"temperature": 0.03, "value_scale": 2.0, "threshold": 0.2}
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from xtail_support import picture, run, settings_for, write_domains
 
 from moram.harness.compare import differences
 from moram.xtail.run import Stopped
+from moram.xtail.settings import make_settings
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +95,9 @@ def test_images_scored_together_count_only_where_they_are_given_to_one_task(data
 @pytest.mark.parametrize("seed", [20261125, 2**31])
 def test_a_date_may_be_a_seed(data, tmp_path, seed):
     assert run(data, tmp_path / "out", "lora", seed=seed, datasets=("fruit",))["complete"]
+
+
+def test_the_config_of_a_run_is_a_file_of_settings(data, tmp_path):
+    run(data, tmp_path / "out", "lora", datasets=("fruit",))
+    again = make_settings(None, files=[tmp_path / "out" / "config.json"])
+    assert again == settings_for(data, tmp_path / "out", "lora", datasets=("fruit",))
