@@ -107,7 +107,13 @@ def _add_trace_arguments(parser):
     add("--order", type=int, help="1-3 of suite standard, 4-6 of suite large")
     methods = [name for name, method in METHODS.items() if method.needs != "clip"]
     add("--method", choices=methods, help="what learns (default: moram)")
-    add("--preset", choices=PRESETS, help="settings to start from (default: paper)")
+    _add_settings_arguments(add, PRESETS, "moram.trace.settings.TraceSettings")
+    add("--full-matrix", action="store_true", default=None, help="score unlearned tasks too")
+
+
+def _add_settings_arguments(add, presets, settings):
+    """What commands that run a stream share; settings is the path of their dataclass."""
+    add("--preset", choices=presets, help="settings to start from (default: paper)")
     add("--config", type=Path, action="append", default=[], help="YAML file of settings")
     add(
         "--set",
@@ -115,11 +121,9 @@ def _add_trace_arguments(parser):
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="any setting of moram.trace.settings.TraceSettings, such as lr=1e-3 or "
-        "method_args.top_k=4",
+        help=f"any setting of {settings}, such as lr=1e-3 or method_args.top_k=4",
     )
     add("--out", help="folder for everything the run writes; the same command goes on in it")
-    add("--full-matrix", action="store_true", default=None, help="score unlearned tasks too")
     add("--quiet", action="store_true", default=None, help="no bar and no lines")
 
 
@@ -193,20 +197,8 @@ def _add_xtail_arguments(parser):
     add("--datasets", help="names separated by commas, in the order they are learned; or mtil")
     add("--method", choices=methods, help="what learns (default: moram)")
     add("--shots", type=int, help="training images per class (default: 16)")
-    add("--preset", choices=PRESETS, help="settings to start from (default: paper)")
-    add("--config", type=Path, action="append", default=[], help="YAML file of settings")
-    add(
-        "--set",
-        dest="changes",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="any setting of moram.xtail.settings.XtailSettings, such as lr=1e-3 or "
-        "method_args.top_k=4",
-    )
-    add("--out", help="folder for everything the run writes; the same command goes on in it")
+    _add_settings_arguments(add, PRESETS, "moram.xtail.settings.XtailSettings")
     add("--skip-bad", action="store_true", default=None, help="leave out undecodable images")
-    add("--quiet", action="store_true", default=None, help="no bar and no lines")
     actions = parser.add_subparsers(dest="action", title="other action")
     check = actions.add_parser("check-data", help="what of the datasets is missing or damaged")
     check.add_argument("folder", type=Path, help="folder of the datasets")

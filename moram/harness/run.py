@@ -34,7 +34,7 @@ class Run:
 
     Subclasses give `make_plan` (an object with method, stream, stages, has_untrained, fingerprint,
     train_settings(members), examples(members), scored(number) and work()), `load` (sets model),
-    `stage`, `score_task`, `summary` and `report`.
+    `stage`, `score_task`, `save_adapters`, `more_results`, `summarise` and `report`.
 
     Args:
         settings: has method, out, save_seconds and what `Progress` reads. processes: `Processes`.

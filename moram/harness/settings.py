@@ -3,8 +3,9 @@
 import contextlib
 import copy
 import difflib
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 
+from ..config import check_count
 from .yaml_values import read_yaml
 
 # In config.json beside the settings: what tells a run's examples from others.
@@ -89,3 +90,54 @@ def check_number(name, value):
 
 def _default(item):
     return item.default if item.default_factory is MISSING else item.default_factory()
+
+
+def to_plain(settings):
+    """A dataclass of settings as plain types, for JSON."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(settings).items()
+    }
+
+
+def betas_of(value):
+    """Two numbers, which may come as one text with a comma."""
+    betas = value.split(",") if isinstance(value, str) else value
+    if not isinstance(betas, (tuple, list)):
+        raise TypeError(f"betas must be two numbers in [0, 1), got {value!r}")
+    return tuple(map(to_beta, betas))
+
+
+def check_kinds(settings, texts, flags, numbers, counts, optional_counts):
+    """Raise unless settings are of their kinds.
+
+    Args:
+        texts, flags, numbers: names of settings. counts: name: the least that it may be.
+        optional_counts: names of settings that are None, or at least 1.
+    """
+    for name in texts:
+        if not isinstance(getattr(settings, name), str):
+            raise TypeError(f"{name} must be text, got {getattr(settings, name)!r}")
+    for name in flags:
+        if not isinstance(getattr(settings, name), bool):
+            raise TypeError(f"{name} must be true or false, got {getattr(settings, name)!r}")
+    for name in numbers:
+        check_number(name, getattr(settings, name))
+    for beta in settings.betas:
+        check_number("betas", beta)
+    for name, least in counts.items():
+        check_count(name, getattr(settings, name), least)
+    for name in optional_counts:
+        if getattr(settings, name) is not None:
+            check_count(name, getattr(settings, name), 1)
+
+
+def value_for(name, value, task):
+    """The value of a setting for a task, where it may be a dict by task with "*"."""
+    if not isinstance(value, dict):
+        return value
+    if task in value:
+        return value[task]
+    if "*" not in value:
+        raise ValueError(f'{name} has no value for {task} and no "*"')
+    return value["*"]

@@ -17,6 +17,21 @@ def spread(values):
     return text if len(values) == 1 else f"{text} ± {stdev(values):.1f}"
 
 
+def cost_cells(group, stored):
+    """What runs of one method cost: trained numbers, stored MiB, seconds a stage, peak MiB.
+
+    Args:
+        group: list of results. stored: format of the stored MiB.
+    """
+    costs = [cost for run in group for cost in run["costs"]]
+    return [
+        f"{max(cost['trained'] for cost in costs):,}",
+        format(max(cost.get("stored_bytes", 0) for cost in costs) / 2**20, stored),
+        f"{mean(cost['seconds'] for cost in costs):.0f}",
+        f"{max(cost['peak_mib'] for cost in costs):.0f}",
+    ]
+
+
 def matrix_lines(results):
     """R as a Markdown table: rows are time, columns the tested tasks."""
     tasks = results["tasks"]

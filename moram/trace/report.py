@@ -8,7 +8,7 @@ from ..continual import metrics
 from ..harness import tables
 from ..harness.compare import groups
 from ..harness.files import write_text
-from ..harness.tables import latex, markdown, matrix_lines, spread
+from ..harness.tables import cost_cells, latex, markdown, matrix_lines, spread
 
 FORMAT = 1
 
@@ -80,16 +80,12 @@ def table(runs):
         rows.append(["untrained", "", *_over_tasks(untrained[:1], tasks, "untrained")])
     for name, group in groups(runs).items():
         last = [dict(zip(run["tasks"], run["matrix"][-1], strict=True)) for run in group]
-        costs = [cost for run in group for cost in run["costs"]]
         row = [name, str(len(group)), *(spread([row[task] for row in last]) for task in tasks)]
         row += [
             spread([run["summary"][key] for run in group if key in run["summary"]])
             for key in SUMMARY
         ]
-        row.append(f"{max(cost['trained'] for cost in costs):,}")
-        row.append(f"{max(c.get('stored_bytes', 0) for c in costs) / 2**20:.1f}")
-        row.append(f"{mean(cost['seconds'] for cost in costs):.0f}")
-        row.append(f"{max(cost['peak_mib'] for cost in costs):.0f}")
+        row += cost_cells(group, ".1f")
         row.append("yes" if group[0]["needs_task_id"] else "no")
         rows.append(row)
     return titles, [row + [""] * (len(titles) - len(row)) for row in rows]

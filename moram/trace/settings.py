@@ -1,10 +1,18 @@
 """Every setting of a run in one checked dataclass; presets, YAML files and key=value changes."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..config import check_count
-from ..harness.settings import among, assemble, check_number, names_of, to_beta
+from ..harness.settings import (
+    among,
+    assemble,
+    betas_of,
+    check_kinds,
+    names_of,
+    to_plain,
+    value_for,
+)
 from ..methods.train import TrainSettings
 from .presets import PRESETS
 from .protocol import SUITES, TRACE, tasks_of
@@ -141,10 +149,7 @@ class TraceSettings:
             object.__setattr__(self, name, names_of(name, getattr(self, name)))
         if self.targets != "auto":
             object.__setattr__(self, "targets", names_of("targets", self.targets))
-        betas = self.betas.split(",") if isinstance(self.betas, str) else self.betas
-        if not isinstance(betas, (tuple, list)):
-            raise TypeError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
-        object.__setattr__(self, "betas", tuple(map(to_beta, betas)))
+        object.__setattr__(self, "betas", betas_of(self.betas))
         for name in ("model", "data", "out"):
             if isinstance(getattr(self, name), Path):
                 object.__setattr__(self, name, str(getattr(self, name)))
@@ -188,21 +193,8 @@ class TraceSettings:
                 )
 
     def _check_types(self):
-        for name in _TEXTS:
-            if not isinstance(getattr(self, name), str):
-                raise TypeError(f"{name} must be text, got {getattr(self, name)!r}")
-        for name in _FLAGS:
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        for name in _NUMBERS:
-            check_number(name, getattr(self, name))
-        for beta in self.betas:
-            check_number("betas", beta)
-        for name, least in _COUNTS.items():
-            check_count(name, getattr(self, name), least)
-        for name in ("train_limit", "eval_limit", "threads", "micro_batch", "order"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name), 1)
+        optional = ("train_limit", "eval_limit", "threads", "micro_batch", "order")
+        check_kinds(self, _TEXTS, _FLAGS, _NUMBERS, _COUNTS, optional)
         for name in ("method_args", "train_split", *_BY_TASK):
             value = getattr(self, name)
             if name not in _BY_TASK and not isinstance(value, dict):
@@ -229,14 +221,7 @@ class TraceSettings:
 
     def of(self, name, task):
         """The value of a setting for a task."""
-        value = getattr(self, name)
-        if not isinstance(value, dict):
-            return value
-        if task in value:
-            return value[task]
-        if "*" not in value:
-            raise ValueError(f'{name} has no value for {task} and no "*"')
-        return value["*"]
+        return value_for(name, getattr(self, name), task)
 
     def train_settings(self, task):
         """The part that `TaskTrainer` takes."""
@@ -255,10 +240,7 @@ class TraceSettings:
 
     def to_dict(self):
         """Plain types, for JSON."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-        }
+        return to_plain(self)
 
 
 def make_settings(preset="paper", method="moram", files=(), changes=()):

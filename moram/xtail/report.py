@@ -7,7 +7,7 @@ from ..continual import metrics, published
 from ..harness import tables
 from ..harness.compare import groups
 from ..harness.files import write_text
-from ..harness.tables import latex, markdown, matrix_lines, spread
+from ..harness.tables import cost_cells, latex, markdown, matrix_lines, spread
 from .catalog import XTAIL
 
 FORMAT = "xtail-1"
@@ -95,13 +95,9 @@ def table(runs):
     titles += ["trained / task", "stored MiB", "seconds / task", "peak MiB"]
     rows = []
     for name, group in groups(runs).items():
-        costs = [cost for run in group for cost in run["costs"]]
         row = [name, str(len(group))]
         row += [spread([r["summary"].get(key) for r in group]) for key in SUMMARY]
-        row.append(f"{max(cost['trained'] for cost in costs):,}")
-        row.append(f"{max(c.get('stored_bytes', 0) for c in costs) / 2**20:.2f}")
-        row.append(f"{mean(cost['seconds'] for cost in costs):.0f}")
-        row.append(f"{max(cost['peak_mib'] for cost in costs):.0f}")
+        row += cost_cells(group, ".2f")
         rows.append(row)
         rows += _published_row(group[0])
     return titles, [row + [""] * (len(titles) - len(row)) for row in rows]

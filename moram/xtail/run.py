@@ -204,7 +204,7 @@ class Joined:
     """The training images of several datasets as one split, with joint labels."""
 
     def __init__(self, splits, classes):
-        self.splits, self.labels, self.places = splits, [], []
+        self.labels, self.places = [], []
         first = 0
         for split, count in zip(splits, classes, strict=True):
             self.labels += [first + label for label in split.labels]

@@ -1,10 +1,18 @@
 """Every setting of a run over image domains in one checked dataclass."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..config import check_count
-from ..harness.settings import among, assemble, check_number, names_of, to_beta
+from ..harness.settings import (
+    among,
+    assemble,
+    betas_of,
+    check_kinds,
+    check_number,
+    names_of,
+    to_plain,
+    value_for,
+)
 from ..methods.train import TrainSettings
 from .catalog import MTIL, XTAIL
 from .presets import PRESETS
@@ -96,18 +104,12 @@ class XtailSettings:
     tensorboard: bool = False
     save_seconds: float = 120.0
 
-    # What `moram.harness.compare` reads of settings that other streams have.
-    micro_batch = None
-
     def __post_init__(self):
         for name in ("datasets", "exclude"):
             object.__setattr__(self, name, names_of(name, getattr(self, name)))
         if self.targets != "auto" and not isinstance(self.targets, str):
             object.__setattr__(self, "targets", names_of("targets", self.targets))
-        betas = self.betas.split(",") if isinstance(self.betas, str) else self.betas
-        if not isinstance(betas, (tuple, list)):
-            raise TypeError(f"betas must be two numbers in [0, 1), got {self.betas!r}")
-        object.__setattr__(self, "betas", tuple(map(to_beta, betas)))
+        object.__setattr__(self, "betas", betas_of(self.betas))
         for name in ("data_dir", "out", "pretrained"):
             if isinstance(getattr(self, name), Path):
                 object.__setattr__(self, name, str(getattr(self, name)))
@@ -136,25 +138,11 @@ class XtailSettings:
             _ = self.train_settings(name)
 
     def _check_types(self):
-        for name in _TEXTS:
-            if not isinstance(getattr(self, name), str):
-                raise TypeError(f"{name} must be text, got {getattr(self, name)!r}")
-        for name in _FLAGS:
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        for name in _NUMBERS:
-            check_number(name, getattr(self, name))
+        check_kinds(self, _TEXTS, _FLAGS, _NUMBERS, _COUNTS, ("eval_limit", "threads"))
         for value in self.lr.values() if isinstance(self.lr, dict) else (self.lr,):
             check_number("lr", value)
         if self.clip is not None:
             check_number("clip", self.clip)
-        for beta in self.betas:
-            check_number("betas", beta)
-        for name, least in _COUNTS.items():
-            check_count(name, getattr(self, name), least)
-        for name in ("eval_limit", "threads"):
-            if getattr(self, name) is not None:
-                check_count(name, getattr(self, name), 1)
         if not isinstance(self.method_args, dict) or not all(
             isinstance(key, str) for key in self.method_args
         ):
@@ -162,9 +150,8 @@ class XtailSettings:
 
     def train_settings(self, dataset):
         """The part that `TaskTrainer` takes, for a dataset."""
-        lr = self.lr
         return TrainSettings(
-            lr=lr.get(dataset, lr.get("*")) if isinstance(lr, dict) else lr,
+            lr=value_for("lr", self.lr, dataset),
             batch_size=self.batch_size,
             clip=self.clip,
             seed=self.seed,
@@ -177,10 +164,7 @@ class XtailSettings:
 
     def to_dict(self):
         """Plain types, for JSON."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-        }
+        return to_plain(self)
 
 
 def make_settings(preset="paper", method="moram", files=(), changes=()):

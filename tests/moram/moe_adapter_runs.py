@@ -107,21 +107,6 @@ def states(model):
     }
 
 
-def assert_equal(a, b):
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_equal(a[key], b[key])
-    elif isinstance(a, list):
-        assert len(a) == len(b)
-        for one, other in zip(a, b, strict=True):
-            assert_equal(one, other)
-    else:
-        assert a == b
-
-
 def save_alexnet(folder):
     """Random weights of AlexNet's convolutions, named as torchvision names them."""
     shapes = {

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from test_methods import SETTINGS, TRAINED
-from tiny_models import language_model
+from tiny_models import assert_equal, language_model
 from toy_language import WordTokenizer, toy_stream
 
 from moram import adapters
@@ -81,22 +81,6 @@ def states(model):
         path: {name: t.clone() for name, t in adapter.adapter_state().items()}
         for path, adapter in adapters(model, AdapterLinear).items()
     }
-
-
-def assert_equal(a, b):
-    """Nested containers of tensors and numbers are equal bit for bit."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_equal(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for one, other in zip(a, b, strict=True):
-            assert_equal(one, other)
-    else:
-        assert a == b
 
 
 def test_every_method_that_trains_is_under_the_contract():

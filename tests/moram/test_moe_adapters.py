@@ -11,14 +11,13 @@ from moe_adapter_runs import (
     MODELS,
     PROMPTS,
     WIDTH,
-    assert_equal,
     build,
     clip_of,
     domain,
     every_model,
     learned,
 )
-from tiny_models import images
+from tiny_models import assert_equal, images
 from torch import nn
 
 from moram.layers.moe_adapters import PARTS, MoEAdapterMLP

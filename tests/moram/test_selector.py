@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from moe_adapter_runs import assert_equal, save_alexnet
+from moe_adapter_runs import save_alexnet
+from tiny_models import assert_equal
 
 from moram.methods.selector import TaskSelector, load_alexnet
 
@@ -92,7 +93,8 @@ def test_a_task_of_very_few_images_can_be_learned(count):
 @torch.no_grad()
 def test_alexnet_is_torchvisions_up_to_its_last_convolution(tmp_path):
     path = save_alexnet(tmp_path)
-    torchvision = pytest.importorskip("torchvision")
+    import torchvision
+
     net = torchvision.models.AlexNet()
     state = torch.load(path, weights_only=True)
     missing = net.load_state_dict(state, strict=False)

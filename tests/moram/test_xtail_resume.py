@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import assert_equal
 from xtail_support import (
     DOMAINS,
     NAMES,
@@ -57,22 +58,6 @@ def outcome(out):
     steps = steps_of(out) if (out / "steps.csv").exists() else None
     kept = {key: results[key] for key in ("complete", "matrix", "untrained", "summary")}
     return kept, given, steps
-
-
-def assert_equal(a, b):
-    """Nested containers of tensors and numbers are equal bit for bit."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_equal(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for one, other in zip(a, b, strict=True):
-            assert_equal(one, other)
-    else:
-        assert a == b
 
 
 def assert_same_end(out, expected):

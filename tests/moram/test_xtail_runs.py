@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import assert_equal
 from xtail_support import (
     DOMAINS,
     NAMES,
@@ -82,23 +83,6 @@ def final_state(out):
     """All that is needed to go on, without what depends on the clock."""
     state = torch.load(out / "state.pt", weights_only=True)
     return state["adapters"], state["method"]
-
-
-def assert_equal(a, b):
-    """Nested containers of tensors and numbers are equal bit for bit."""
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_equal(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for one, other in zip(a, b, strict=True):
-            assert_equal(one, other)
-    else:
-        assert a == b
 
 
 def all_answers(out):

@@ -171,3 +171,20 @@ def assert_untouched(model, before):
     assert list(after["tensors"]) == list(before["tensors"])
     for name, tensor in before["tensors"].items():
         assert torch.equal(after["tensors"][name], tensor), name
+
+
+def assert_equal(a, b):
+    """Nested containers of tensors and numbers are equal bit for bit."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for one, other in zip(a, b, strict=True):
+            assert_equal(one, other)
+    else:
+        assert a == b
