@@ -1,19 +1,42 @@
 """The atoms of one projection: frozen ones in buffers, current ones as parameters."""
 
+import functools
 import math
 
 import torch
 from torch import nn
 
+from moram_kernels.ops import version_of
+
 from .config import check_count
+from .sharded import copy_into, whole
+
+PARTS = ("frozen_keys", "frozen_values", "current_keys", "current_values")
+
+
+def changes_parameters(function):
+    """A decorator: no gradients, and tensors that can be trained even under inference_mode."""
+
+    @functools.wraps(function)
+    def changed(*args, **kwargs):
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return changed
 
 
 class AtomBank(nn.Module):
     """Keys [N, D] and values [N, O] of one projection; row i of both is atom i.
 
     Frozen atoms are buffers with spare rows, so that neither parameters nor shapes change from task
-    to task; the current atoms are the only parameters. `state_dict` holds the live rows alone and
-    loads into a bank of any size.
+    to task; the current atoms are the only parameters. `live`, the number of frozen atoms, is a
+    buffer like them, so that whatever moves or copies the tensors takes it along. `state_dict`
+    holds copies of the live rows alone. It loads into a bank of any size, and a part of it loads
+    what it has.
+
+    On an accelerator `live` is read once, and again after someone wrote to it or put another
+    tensor in its place. DistributedDataParallel writes to all buffers in every forward pass, and
+    reading after that waits for the device: give it broadcast_buffers=False.
 
     Args:
         in_features: D. out_features: O.
@@ -36,16 +59,49 @@ class AtomBank(nn.Module):
         self.register_buffer("frozen_values", torch.zeros(capacity, out_features, **like))
         self.current_keys = nn.Parameter(torch.empty(0, in_features, **like))
         self.current_values = nn.Parameter(torch.empty(0, out_features, **like))
-        # A tensor that is no buffer: it stays on the CPU, where reading it does not wait for a
-        # device, and torch.compile does not specialise on its value.
-        self.live = torch.zeros((), dtype=torch.int64, device="cpu")
+        self.register_buffer("live", torch.zeros((), dtype=torch.int64, device=device))
+        # What `live` was when it was last read: the tensor, its version and its value. `noted`
+        # holds the same for compiled calls, see `torch.ops.moram.live_count`.
+        self._seen = (None, None, 0)
+        self.noted = torch.full((3,), -1, dtype=torch.int64, device="cpu")
         # See `guard_keys`: (basis, gain) or None.
         self.guard = None
 
     @property
     def num_frozen(self):
-        """Live frozen atoms."""
-        return int(self.live)
+        """Live frozen atoms.
+
+        Raises:
+            RuntimeError: `live` counts rows that the frozen atoms do not have.
+        """
+        count = self._read_live()
+        if not 0 <= count <= self.frozen_keys.shape[0]:
+            raise RuntimeError(
+                f"live must count the live rows of frozen_keys, 0 to {self.frozen_keys.shape[0]}, "
+                f"got {count}: load a state dict, or move live together with the other tensors"
+            )
+        return count
+
+    def _read_live(self):
+        live = self.live
+        if live.device.type == "cpu":
+            return int(live)
+        seen, version, count = self._seen
+        if not live.is_meta and (seen is not live or version != version_of(live)):
+            # Waits for the device.
+            count = int(live)
+            self._seen = (live, version_of(live), count)
+        return count
+
+    def _set_live(self, count):
+        self.live.fill_(count)
+        self._seen = (self.live, version_of(self.live), count)
+
+    def live_count(self):
+        """`num_frozen` as an int64 CPU tensor, which torch.compile does not specialise on."""
+        if self.live.device.type == "cpu":
+            return self.live
+        return torch.ops.moram.live_count(self.live, self.noted)
 
     @property
     def num_current(self):
@@ -103,44 +159,50 @@ class AtomBank(nn.Module):
         keys = self.current_keys.to(basis.dtype)
         return (gain * (keys - (keys @ basis.T) @ basis)).to(self.current_keys.dtype)
 
-    @torch.no_grad()
+    @changes_parameters
     def fold_keys(self):
         """End `guard_keys`; the output stays what it was."""
-        self.current_keys.copy_(self.acting_keys())
+        copy_into(self.current_keys, whole(self.acting_keys()))
         self.guard = None
 
+    @changes_parameters
     def append(self, n, generator=None):
-        """Add n current atoms: keys Kaiming-uniform with a = sqrt(5), values zero."""
-        keys = self._new_keys(n, generator)
-        values = self.current_values.new_zeros(n, self.out_features)
-        if self.num_current:
-            keys = torch.cat([self.current_keys.detach(), keys])
-            values = torch.cat([self.current_values.detach(), values])
-        self._set_current(keys, values)
+        """Add n current atoms: keys Kaiming-uniform with a = sqrt(5), values zero.
 
-    @torch.no_grad()
+        They are trainable, even where the current ones no longer were.
+        """
+        keys, values = self._new_atoms(n, generator)
+        if self.num_current:
+            keys = torch.cat([whole(self.current_keys), keys])
+            values = torch.cat([whole(self.current_values), values])
+        self._set_current(keys, values, trainable=True)
+
+    @changes_parameters
     def freeze(self):
         """Make all current atoms frozen; the output stays what it was."""
         self._store_current()
-        self._set_current(self.current_keys[:0], self.current_values[:0])
+        self._set_current(*(t[:0] for t in (self.current_keys, self.current_values)))
 
-    @torch.no_grad()
+    @changes_parameters
     def grow(self, n, generator=None):
         """Freeze, then append n atoms: what happens at a task boundary. Ends `guard_keys`.
 
         Where n atoms were current before, the same parameters hold the new ones. Their optimiser
-        state does not belong to the new task: build a fresh optimiser.
+        state does not belong to the new task: build a fresh optimiser (`moram.grow` warns of one
+        that is not). The new atoms are trainable, even where the current ones no longer were.
         """
-        keys = self._new_keys(n, generator)
-        values = self.current_values.new_zeros(n, self.out_features)
+        keys, values = self._new_atoms(n, generator)
+        if self.num_current != n:
+            self._refuse_shards(f"{self.num_current} atoms by {n}")
         self._store_current()
         if self.num_current == n:
-            self.current_keys.copy_(keys)
-            self.current_values.copy_(values)
-            self.current_keys.grad = self.current_values.grad = None
+            for parameter, rows in ((self.current_keys, keys), (self.current_values, values)):
+                copy_into(parameter, rows)
+                parameter.requires_grad_(True).grad = None
         else:
-            self._set_current(keys, values)
+            self._set_current(keys, values, trainable=True)
 
+    @changes_parameters
     def reserve(self, capacity):
         """Make room for that many frozen atoms."""
         if capacity <= self.capacity:
@@ -153,82 +215,108 @@ class AtomBank(nn.Module):
 
     def extra_repr(self):
         return (
-            f"{self.in_features} -> {self.out_features}, frozen={self.num_frozen}, "
+            f"{self.in_features} -> {self.out_features}, frozen={self._read_live()}, "
             f"current={self.num_current}, capacity={self.capacity}"
         )
 
-    def _new_keys(self, n, generator):
+    def _new_atoms(self, n, generator):
         check_count("n", n, 1)
-        return draw_rows((n, self.in_features), self.current_keys, generator)
+        keys = draw_rows((n, self.in_features), self.current_keys, generator)
+        return keys, torch.zeros(n, self.out_features, device=keys.device, dtype=keys.dtype)
 
     def _store_current(self):
         live, total = self.num_frozen, self.num_atoms
         if total > self.capacity:
             self.reserve(max(total, 2 * self.capacity))
-        self.frozen_keys[live:total] = self.acting_keys().detach()
-        self.frozen_values[live:total] = self.scaled_values().detach()
-        self.live.fill_(total)
+        self.frozen_keys[live:total] = whole(self.acting_keys())
+        self.frozen_values[live:total] = whole(self.scaled_values())
+        self._set_live(total)
         self.guard = None
 
-    def _set_current(self, keys, values):
-        trainable = self.current_keys.requires_grad
+    def _set_current(self, keys, values, trainable=None):
+        self._refuse_shards("the current atoms by others")
+        trainable = self.current_keys.requires_grad if trainable is None else trainable
         self.current_keys = nn.Parameter(keys.detach().clone(), requires_grad=trainable)
         self.current_values = nn.Parameter(values.detach().clone(), requires_grad=trainable)
+
+    def _refuse_shards(self, what):
+        if whole(self.current_keys) is not self.current_keys:
+            raise RuntimeError(
+                f"cannot replace {what}: fully_shard holds these parameters; grow by as many "
+                "atoms, or keep the adapters out of it: "
+                "fully_shard(model, ignored_params=set(moram.parameters(model)))"
+            )
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in ("frozen_keys", "frozen_values"):
-            destination[prefix + name] = destination[prefix + name][: self.num_frozen]
+            # A copy: a view would take the spare rows along wherever its storage is written.
+            rows = destination[prefix + name][: self.num_frozen]
+            destination[prefix + name] = rows.clone()
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
-        names = ("frozen_keys", "frozen_values", "current_keys", "current_values")
-        found = {name: state_dict.get(prefix + name) for name in names}
-        problem = self._check_state(found)
+        found = {name: state_dict.get(prefix + name) for name in (*PARTS, "live")}
+        live, problem = self._check_state(found)
+        missing_keys.extend(prefix + name for name in PARTS if found[name] is None)
         if problem:
             error_msgs.append(f"{prefix.rstrip('.')}: {problem}")
             return
-        missing_keys.extend(prefix + name for name in names if found[name] is None)
-        if any(tensor is None for tensor in found.values()):
-            return
-        self.guard = None
-        with torch.no_grad():
-            live = found["frozen_keys"].shape[0]
-            if local_metadata.get("assign_to_params_buffers"):
-                self.frozen_keys, self.frozen_values = found["frozen_keys"], found["frozen_values"]
-                self.live.fill_(live)
-                self._set_current(found["current_keys"], found["current_values"])
-                return
-            self.reserve(live)
-            self.live.fill_(live)
-            for name in ("frozen_keys", "frozen_values"):
-                # What is loaded may be a view of this very buffer: copy first, clear the rest.
+        self._load(found, live, local_metadata.get("assign_to_params_buffers"))
+
+    @changes_parameters
+    def _load(self, found, live, assign):
+        for name in ("frozen_keys", "frozen_values"):
+            if found[name] is not None and assign:
+                setattr(self, name, found[name])
+                self.live = torch.tensor(live, device=found[name].device)
+            elif found[name] is not None:
+                self.reserve(live)
+                # What is loaded may be this very buffer: copy first, clear the rest.
                 buffer = getattr(self, name)
-                buffer[:live] = found[name]
+                buffer[:live] = found[name][:live]
                 buffer[live:] = 0
-            if found["current_keys"].shape != self.current_keys.shape:
-                like = {"device": self.current_keys.device, "dtype": self.current_keys.dtype}
-                self._set_current(
-                    found["current_keys"].to(**like), found["current_values"].to(**like)
-                )
-            else:
-                self.current_keys.copy_(found["current_keys"])
-                self.current_values.copy_(found["current_values"])
+        self._set_live(live)
+        given = {name: found[name] for name in PARTS[2:] if found[name] is not None}
+        if "current_keys" in given:
+            self.guard = None
+        if len(given) == 2 and (assign or len(given["current_keys"]) != self.num_current):
+            like = {} if assign else {"device": self.live.device, "dtype": self.frozen_keys.dtype}
+            self._set_current(*(tensor.to(**like) for tensor in given.values()))
+        else:
+            for name, tensor in given.items():
+                copy_into(getattr(self, name), tensor)
 
     def _check_state(self, found):
+        """(frozen atoms after loading, what is wrong with a state or None)."""
         widths = {"keys": self.in_features, "values": self.out_features}
-        for name, tensor in found.items():
-            width = widths[name.split("_")[1]]
+        for name in PARTS:
+            width, tensor = widths[name.split("_")[1]], found[name]
             if tensor is not None and (tensor.dim() != 2 or tensor.shape[1] != width):
-                return f"{name} must be [N, {width}], got {tuple(tensor.shape)}"
-        for kind in ("frozen", "current"):
-            keys, values = found[f"{kind}_keys"], found[f"{kind}_values"]
-            if keys is not None and values is not None and len(keys) != len(values):
-                return f"{kind}_keys and {kind}_values must have as many rows, got " + (
-                    f"{len(keys)} and {len(values)}"
+                return 0, f"{name} must be [N, {width}], got {tuple(tensor.shape)}"
+        present = {"frozen": self._read_live(), "current": self.num_current}
+        for kind, rows in present.items():
+            names = (f"{kind}_keys", f"{kind}_values")
+            counts = {n: len(found[n]) for n in names if found[n] is not None}
+            if len(set(counts.values())) > 1:
+                return 0, f"{names[0]} and {names[1]} must have as many rows, got " + (
+                    f"{counts[names[0]]} and {counts[names[1]]}"
                 )
-        return None
+            if len(counts) == 1 and rows not in counts.values():
+                ((name, count),) = counts.items()
+                other = names[name == names[0]]
+                return 0, f"{name} must have {rows} rows as here, because {other} is absent, " + (
+                    f"got {count}"
+                )
+        rows = [len(found[n]) for n in PARTS[:2] if found[n] is not None]
+        live = present["frozen"] if not rows else rows[0]
+        if found["live"] is not None:
+            count = int(found["live"])
+            if count > live or (not rows and count != live):
+                return 0, f"live must count the frozen atoms that come along, {live}, got {count}"
+            live = count
+        return live, None
 
 
 def draw_rows(shape, like, generator=None):

@@ -55,6 +55,9 @@ def retrieve(
         training: if true, the threshold is not applied.
         backend: "auto", "reference", "torch" or "triton". Only "auto" chooses: triton for tensors
             on a GPU, where its kernels cover the call, else torch; never Triton's interpreter.
+            Under the transforms of torch.func (vmap, grad, jvp) it is the reference, which alone
+            they can follow. On the meta device nothing is computed: every name gives shape and
+            dtype.
         precision: of the Triton backend's float32 products: "ieee", or "bf16x6", which is as exact
             to a few float32 roundings and uses tensor cores. 16-bit products ignore it.
         num_frozen: live rows of keys and values if they have spare capacity, an int64 CPU tensor
@@ -88,7 +91,7 @@ def retrieve(
         x = x.reshape(rows, x.shape[-1])
         residual = None if residual is None else residual.reshape(rows, residual.shape[-1])
     args = (backend, x, bank, activation, residual, training, num_frozen, precision, scores)
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             output = _run(*args, True)
     else:
@@ -132,7 +135,7 @@ def retrieve_linear(
         kinds = f"{type(x).__name__} and {type(weight).__name__}"
         raise TypeError(f"x and weight must be tensors, got {kinds}")
     base = [weight] if bias is None else [weight, bias]
-    alone = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
+    alone = torch.compiler.is_compiling() or x.is_meta or torch.is_autocast_enabled(x.device.type)
     alone = alone or any(t.requires_grad or t.dtype != x.dtype for t in base)
     # Wrong sizes are for the Linear and for `retrieve` to refuse.
     alone = alone or weight.shape != (*values.shape[1:], *x.shape[-1:])
@@ -191,6 +194,15 @@ def pick_backend(backend, x, bank, top_k, precision="ieee"):
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    if x.is_meta:
+        return "reference"
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack():
+        if backend in ("torch", "triton"):
+            raise RuntimeError(
+                f"backend={backend!r} cannot run under the transforms of torch.func (vmap, grad, "
+                'jvp); use backend="reference", or "auto", which takes it there'
+            )
+        return "reference"
     if backend == "auto":
         fits = x.is_cuda and available.installed() and not available.interpreting()
         return "triton" if fits and _why_not_triton(x, bank, top_k, precision) is None else "torch"

@@ -19,6 +19,7 @@ _LIBRARY = torch.library.Library("moram", "DEF")
 _BANK = "Tensor keys, Tensor values, Tensor current_keys, Tensor current_values"
 _SETTINGS = "int top_k, float temperature, float threshold, float eps, bool training"
 _SAVED = "Tensor index, Tensor scores, Tensor weights, Tensor norm, Tensor frozen_scores"
+_LIBRARY.define("live_count(Tensor live, Tensor noted) -> Tensor", tags=TAGS)
 _LIBRARY.define(
     f"retrieve(Tensor x, {_BANK}, Tensor? residual, Tensor num_frozen, {_SETTINGS}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -274,7 +275,31 @@ def _retrieve_backward_fake(grad, x, keys, values, current_keys, current_values,
     )
 
 
+def version_of(tensor):
+    """How often a tensor was changed in place; None in inference mode, which does not count it."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _live_count(live, noted):
+    """The value of a count on any device, as a tensor on the CPU.
+
+    Waits for the device only where `noted` (address, version, value) is not of this tensor as it
+    is now; then it notes that.
+    """
+    address, version, count = noted.tolist()
+    now = version_of(live)
+    if now is None or (address, version) != (live.data_ptr(), now):
+        count = int(live)
+        noted.copy_(torch.tensor((live.data_ptr(), -1 if now is None else now, count)))
+    return torch.tensor(count)
+
+
+def _live_count_fake(live, noted):
+    return noted.new_empty(())
+
+
 for _name, _impl, _fake in (
+    ("live_count", _live_count, _live_count_fake),
     ("retrieve", _retrieve, _retrieve_fake),
     ("retrieve_backward", _retrieve_backward, _retrieve_backward_fake),
 ):

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from ..bank import changes_parameters
+
 
 class Adapter(nn.Module):
     """Wraps a module, which it freezes and never copies; subclasses add an update in `forward`.
@@ -20,6 +22,7 @@ class Adapter(nn.Module):
         state = self.state_dict()
         return {name: t for name, t in state.items() if not name.startswith("base_layer.")}
 
+    @changes_parameters
     def load_adapter_state(self, state):
         """Take over what `adapter_state` gave, also of an adapter that has grown since.
 

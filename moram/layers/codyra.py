@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..bank import changes_parameters
 from .lora import LoRALinear
 
 
@@ -33,7 +34,7 @@ class CoDyRALinear(LoRALinear):
         shrunk = self.gate.sign() * (size - amount)
         self.gate.copy_(torch.where(size > amount, shrunk, torch.zeros_like(shrunk)))
 
-    @torch.no_grad()
+    @changes_parameters
     def merge(self):
         """Keep the current ranks whose gate is not zero, drop the others; outputs stay."""
         kept = self.gate.detach() != 0
@@ -42,7 +43,7 @@ class CoDyRALinear(LoRALinear):
         self.frozen_B = torch.cat([self.frozen_B, up[:, kept]], 1)
         self._set_current(self.lora_A.detach()[:0], up[:, :0], self.gate.detach()[:0])
 
-    @torch.no_grad()
+    @changes_parameters
     def renew(self, rank, generator=None):
         """Start a task with fresh ranks: A drawn anew, B zero, gates standard normal."""
         down = self.new_down(rank, generator)

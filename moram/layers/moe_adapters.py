@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..bank import draw_rows
+from ..bank import changes_parameters, draw_rows
 from ..config import check_count
 from .base import Adapter
 
@@ -102,7 +102,7 @@ class MoEAdapterMLP(Adapter):
             raise ValueError(f"task must be in -1..{self.num_routers - 1}, got {task}")
         self.task = task
 
-    @torch.no_grad()
+    @changes_parameters
     def grow(self):
         """Start a task: freeze the current router, put a new one in use, and count anew."""
         self.routers = torch.cat([self.routers, self.router.detach()])
@@ -111,7 +111,7 @@ class MoEAdapterMLP(Adapter):
         self.counts = torch.zeros_like(self.counts)
         self.use(self.num_routers - 1)
 
-    @torch.no_grad()
+    @changes_parameters
     def freeze(self, n):
         """Freeze the n experts most used by this task, of those that still learn.
 

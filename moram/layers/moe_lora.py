@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..bank import draw_rows
+from ..bank import changes_parameters, draw_rows
 from .base import AdapterLinear
 
 
@@ -67,7 +67,7 @@ class MoELoRALinear(AdapterLinear):
         """Frozen and current experts together."""
         return len(self.frozen_A) + len(self.lora_A)
 
-    @torch.no_grad()
+    @changes_parameters
     def grow(self, generator=None):
         """Freeze the current experts and start the next task's: A drawn anew, B zero."""
         down, up, router = self.lora_A.detach(), self.lora_B.detach(), self.router.detach()

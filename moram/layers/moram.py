@@ -77,7 +77,11 @@ class MoRAMLinear(AdapterLinear):
         call["precision"] = self.config.precision
         if torch.compiler.is_compiling():
             # Whole buffers and a count that is data: nothing to recompile when a task is added.
-            keys, values, call["num_frozen"] = bank.frozen_keys, bank.frozen_values, bank.live
+            keys, values, call["num_frozen"] = (
+                bank.frozen_keys,
+                bank.frozen_values,
+                bank.live_count(),
+            )
             call["current_keys"], call["current_values"] = bank.acting_keys(), bank.scaled_values()
             whole = False
         else:

@@ -5,6 +5,7 @@ import weakref
 
 import torch
 
+from moram_kernels.ops import version_of
 from moram_kernels.sharing import shared_scores
 
 
@@ -34,7 +35,7 @@ class SharedInput:
         if not self.enabled:
             return None
         seen, version, waiting = getattr(self._found, "state", (None, None, {}))
-        if seen is None or seen() is not x or version != _version(x) or id(layer) not in waiting:
+        if seen is None or seen() is not x or version != version_of(x) or id(layer) not in waiting:
             if waiting:
                 # Someone was called with another tensor: these layers do not share their input.
                 self.enabled = False
@@ -59,17 +60,12 @@ class SharedInput:
         if found is not None:
             for other, scores in zip(self.layers, found, strict=True):
                 waiting[id(other)] = scores, _bank_version(other.bank)
-            self._found.state = (weakref.ref(x), _version(x), waiting)
+            self._found.state = (weakref.ref(x), version_of(x), waiting)
         return waiting
-
-
-def _version(tensor):
-    """How often a tensor was changed in place; tensors of inference mode do not count it."""
-    return None if tensor.is_inference() else tensor._version
 
 
 def _bank_version(bank):
     """What changes whenever the keys of a bank do."""
     keys = (bank.frozen_keys, bank.current_keys)
-    found = ((id(t), t.shape[0], _version(t)) for t in keys)
+    found = ((id(t), t.shape[0], version_of(t)) for t in keys)
     return (bank.num_frozen, id(bank.guard), *found)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..bank import changes_parameters
 from .lora import LoRALinear
 
 
@@ -34,7 +35,7 @@ class StackedLoRALinear(LoRALinear):
         """Earlier tasks whose factors are kept."""
         return self.frozen_A.shape[0]
 
-    @torch.no_grad()
+    @changes_parameters
     def grow(self, generator=None):
         """Freeze the current factors and start the next task's: A drawn anew, B zero."""
         down, up = self.lora_A.detach(), self.lora_B.detach()

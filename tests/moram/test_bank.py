@@ -169,12 +169,13 @@ def test_frozen_atoms_share_no_memory_with_the_current_ones():
     assert torch.equal(bank.segments()[0], keys) and torch.equal(bank.segments()[1], values)
 
 
-def test_frozen_parameters_stay_frozen_through_growth():
+@pytest.mark.parametrize("n", [3, 2], ids=["as_many", "fewer"])
+@pytest.mark.parametrize("method", ["grow", "append"])
+def test_new_atoms_train_even_where_the_current_ones_were_frozen(method, n):
     bank, _, _ = filled_bank(3)
     bank.requires_grad_(False)
-    bank.grow(2)
-    bank.append(2)
-    assert not bank.current_keys.requires_grad and not bank.current_values.requires_grad
+    getattr(bank, method)(n)
+    assert bank.current_keys.requires_grad and bank.current_values.requires_grad
 
 
 def test_capacity_doubles_when_full_and_not_before():
@@ -209,7 +210,8 @@ def test_reserve_makes_room_and_never_shrinks():
 def test_state_dict_holds_live_rows_alone():
     bank, keys, values = filled_bank(2, 3, capacity=50, value_scale=2.0)
     state = bank.state_dict()
-    assert set(state) == {"frozen_keys", "frozen_values", "current_keys", "current_values"}
+    parts = {"frozen_keys", "frozen_values", "current_keys", "current_values"}
+    assert set(state) == parts | {"live"}
     assert torch.equal(state["frozen_keys"], keys[:2])
     assert torch.equal(state["frozen_values"], values[:2])
     # Current values are stored as they are trained, before the scale of 2.
@@ -303,7 +305,6 @@ def test_bank_prints_its_sizes():
 
 
 def test_loading_its_own_state_dict_changes_nothing():
-    # The state dict holds views of the buffers that it is loaded into.
     bank = AtomBank(3, 2, capacity=8)
     for seed in range(3):
         bank.grow(2, torch.Generator().manual_seed(seed))

@@ -247,13 +247,14 @@ def test_a_state_dict_can_be_assigned_to_a_layer_on_the_meta_device():
     assert torch.equal(other(x), layer(x))
 
 
-def test_a_layer_moves_with_to_and_keeps_its_live_count_on_the_cpu():
+def test_a_layer_on_the_meta_device_knows_its_count_and_the_shape_of_its_output():
     layer = MoRAMLinear(8, 6, config=small_config())
     layer.bank.grow(4)
     layer.to("meta")
-    assert layer.bank.frozen_keys.device.type == "meta"
-    assert layer.bank.live.device.type == "cpu"
+    assert {t.device.type for t in layer.bank.buffers()} == {"meta"}
     assert layer.bank.num_frozen == 4
+    output = layer(torch.empty(2, 3, 8, device="meta"))
+    assert (output.shape, output.dtype, output.device.type) == ((2, 3, 6), torch.float32, "meta")
 
 
 def modules_after(statement):

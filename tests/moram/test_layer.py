@@ -212,6 +212,7 @@ def test_state_dict_loads_into_a_layer_of_another_size(tasks):
         "base_layer.weight",
         "base_layer.bias",
         *(f"bank.{a}_{b}" for a in ("frozen", "current") for b in ("keys", "values")),
+        "bank.live",
     }
     other = make_layer(tasks=tasks, seed=3, atoms_per_task=5, capacity=1)
     other.load_state_dict(layer.state_dict(), strict=True)

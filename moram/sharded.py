@@ -1,0 +1,16 @@
+"""Parameters that `fully_shard` has made into DTensors, as wholes. Nothing here imports torch's."""
+
+
+def whole(tensor):
+    """The tensor itself, or all of a DTensor's rows; then every process must call this."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def copy_into(parameter, tensor):
+    """Overwrite a parameter by a whole tensor, in every process its own shard."""
+    if hasattr(parameter, "full_tensor") and not hasattr(tensor, "full_tensor"):
+        from torch.distributed.tensor import distribute_tensor
+
+        tensor = tensor.to(parameter.device, parameter.dtype)
+        tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+    parameter.copy_(tensor)
