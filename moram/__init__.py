@@ -3,7 +3,7 @@
 from .bank import AtomBank
 from .checkpoint import load, save
 from .config import MoRAMConfig
-from .inject import adapters, eject, grow, inject
+from .inject import adapters, eject, grow, inject, parameters
 from .layers import MoRAMLinear
 
 __version__ = "0.1.0"
@@ -16,5 +16,6 @@ __all__ = [
     "grow",
     "inject",
     "load",
+    "parameters",
     "save",
 ]

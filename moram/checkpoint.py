@@ -2,11 +2,13 @@
 
 The safetensors header holds the whole description too, and is what `load` reads: one file, replaced
 in one step, so a crash leaves either the old checkpoint or the new one. Saving changes nothing in
-the model; loading checks everything before it changes anything.
+the model; loading checks everything before it changes anything. Names are those of the plain model,
+without torch.compile, DistributedDataParallel and other wrappers, on both sides.
 """
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,20 +16,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from .bank import PARTS, AtomBank, changes_parameters
 from .config import MoRAMConfig
-from .inject import adapters, restore, wrap_paths
+from .fit import check_fit, check_trained, fingerprint
+from .inject import adapters, restore, warn_uncalled, wrap_paths
 from .layers import MoRAMLinear
-from .layers.base import why_not_linear
 from .models import split_attention
+from .sharded import copy_into, whole
+from .wrappers import plain_names, plain_paths, plain_tensors, unwrapped
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FORMAT = 1
-_PARTS = ("frozen_keys", "frozen_values", "current_keys", "current_values")
-_SAMPLES = 64
 
 
 def save(model, directory, *, tasks=(), base_model=None):
-    """Write the adapters of a model; the model is not changed.
+    """Write the adapters of a model, and what else of it is trainable; the model is not changed.
+
+    A trainable head, norm or embedding is saved whole, with the buffers of its module, because the
+    base model does not have it. What was frozen again before saving is not.
+
+    Under `fully_shard` every process must call this, and the first one writes.
 
     Args:
         model: a model after `inject`.
@@ -35,43 +43,57 @@ def save(model, directory, *, tasks=(), base_model=None):
         tasks: names of the tasks learned so far, in order.
         base_model: name or path of the base; by default what the model's config says.
     Raises:
-        ValueError: the model has no adapters, or they differ in their settings.
+        ValueError: the model has no adapters, or they differ in their settings (targets and exclude
+            may differ); directory is the base model's own.
         TypeError: tasks is one text.
+        RuntimeError: a tensor is a shard that only its wrapper can make whole.
     """
-    model = _unwrap(model)
-    found = adapters(model)
+    names = plain_names(model)
+    found = {names[path]: adapter for path, adapter in adapters(model).items()}
     if not found:
         raise ValueError("model has no MoRAM adapters to save; call moram.inject first")
     if isinstance(tasks, str):
         raise TypeError(f"tasks must be a sequence of names, got the text {tasks!r}")
-    configs = {adapter.config for adapter in found.values()}
-    if len(configs) > 1:
-        raise ValueError("adapters must share one config to be saved together")
+    directory = Path(directory)
+    if (directory / "config.json").exists():
+        raise ValueError(
+            f"directory must not be a model's own, got {directory}, which holds config.json: with "
+            "an adapter's files beside it the model could not be loaded; save into another folder"
+        )
+    warn_uncalled(model)
+    trained = _trained(model)
     if base_model is None:
-        base_model = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+        config = getattr(unwrapped(model), "config", None)
+        base_model = getattr(config, "_name_or_path", None) or None
     tensors, layers = {}, {}
     for path, adapter in found.items():
-        state = adapter.bank.state_dict()
+        bank = adapter.bank
+        state = bank.state_dict()
         # Guarded keys are saved as they act: what is loaded answers as this model does.
-        state["current_keys"] = adapter.bank.acting_keys()
-        for part in _PARTS:
-            tensors[_tensor_name(path, part)] = state[part].detach().cpu().contiguous()
+        state |= {"current_keys": bank.acting_keys(), "current_values": bank.current_values}
+        for part in PARTS:
+            tensors[_tensor_name(path, part)] = _whole_rows(f"{path}.bank.{part}", state[part])
         layers[path] = {
             "in_features": adapter.in_features,
             "out_features": adapter.out_features,
-            "frozen": adapter.bank.num_frozen,
-            "current": adapter.bank.num_current,
+            "frozen": bank.num_frozen,
+            "current": bank.num_current,
         }
+    for name, tensor in trained.items():
+        tensors[f"base_model.model.{name}"] = whole(tensor).detach().cpu().clone()
     about = {
         "peft_type": "MORAM",
         "format": FORMAT,
         "base_model_name_or_path": base_model,
         "tasks": list(tasks),
-        "settings": next(iter(configs)).to_dict(),
+        "settings": _shared_config(found).to_dict(),
         "layers": layers,
-        "fingerprint": _fingerprint(found),
+        "trained": {name: list(tensor.shape) for name, tensor in trained.items()},
+        "fingerprint": fingerprint(found),
     }
-    directory = Path(directory)
+    sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
+    if sharded and torch.distributed.get_rank() != 0:
+        return
     directory.mkdir(parents=True, exist_ok=True)
     weights_tmp, config_tmp = directory / f".{WEIGHTS}.tmp", directory / f".{CONFIG}.tmp"
     try:
@@ -86,50 +108,93 @@ def save(model, directory, *, tasks=(), base_model=None):
         config_tmp.unlink(missing_ok=True)
 
 
-def load(model, directory, *, generator=None):
+@changes_parameters
+def load(model, directory):
     """Put saved adapters into a model, injecting them first if it has none.
+
+    What was trained besides the adapters is written into the model and trainable again. No random
+    number is drawn from the global state.
 
     Args:
         model: the base model, or one with adapters on the same projections.
         directory: what `save` wrote.
     Returns:
-        The description: settings, tasks, layers, base_model_name_or_path.
+        The description: settings, tasks, layers, trained, base_model_name_or_path.
     Raises:
         FileNotFoundError: there is no checkpoint in directory.
         ValueError: the file is damaged or foreign, or does not fit the model; the message says
             which layer and which size. The model is left untouched.
     """
-    model = _unwrap(model)
     about, tensors, config = _read(Path(directory) / WEIGHTS)
     packed = dict(model.named_modules(remove_duplicate=False))
     try:
         _split_like(model, about["layers"])
-        _check_fit(model, about)
+        actual = check_fit(model, about)
+        owners = check_trained(model, about)
         if not adapters(model):
+            # The keys drawn here are overwritten.
+            generator = torch.Generator()
             wrap_paths(
                 model,
-                tuple(about["layers"]),
+                tuple(actual[path] for path in about["layers"]),
                 lambda linear: MoRAMLinear.from_linear(linear, config, generator=generator),
             )
     except BaseException:
         restore(model, packed)
         raise
-    for path, adapter in adapters(model).items():
+    for path in about["layers"]:
+        adapter = model.get_submodule(actual[path])
         adapter.configure(config)
         adapter.bank.to(getattr(torch, config.atom_dtype))
-        adapter.bank.load_state_dict({part: tensors[_tensor_name(path, part)] for part in _PARTS})
+        adapter.bank.load_state_dict({part: tensors[_tensor_name(path, part)] for part in PARTS})
+    for name, (module, own) in owners.items():
+        present = getattr(module, own)
+        copy_into(present, tensors[f"base_model.model.{name}"])
+        if isinstance(present, nn.Parameter):
+            present.requires_grad_(True)
     return about
 
 
-def _unwrap(model):
-    """The model inside DistributedDataParallel or torch.compile, whose paths are its own."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
+def _trained(model):
+    """Trainable tensors outside the banks, by plain name, with the buffers of their modules."""
+    found, seen = {}, set()
+    for name, (module, own) in plain_tensors(model).items():
+        learns = any(p.requires_grad for p in module._parameters.values() if p is not None)
+        tensor = getattr(module, own)
+        if tensor is None or isinstance(module, AtomBank) or id(tensor) in seen:
+            continue
+        is_buffer = own in module._buffers and own not in module._non_persistent_buffers_set
+        if tensor.requires_grad or (learns and is_buffer):
+            seen.add(id(tensor))
+            found[name] = tensor
+    return found
+
+
+def _whole_rows(name, tensor):
+    tensor = whole(tensor).detach().cpu().contiguous()
+    if tensor.dim() != 2:
+        raise RuntimeError(
+            f"{name} must be whole to be saved, got a shard {tuple(tensor.shape)}; call moram.save "
+            "inside FullyShardedDataParallel.summon_full_params(model)"
+        )
+    return tensor
+
+
+def _shared_config(found):
+    """The settings of all adapters; where they were injected by turns, with their paths as targets.
+
+    Raises:
+        ValueError: they differ in more than targets and exclude.
+    """
+    configs = {adapter.config for adapter in found.values()}
+    if len(configs) == 1:
+        return next(iter(configs))
+    shared = {replace(config, targets=tuple(found), exclude=()) for config in configs}
+    if len(shared) > 1:
+        raise ValueError(
+            "adapters must share one config to be saved together, apart from targets and exclude"
+        )
+    return next(iter(shared))
 
 
 def _tensor_name(path, part):
@@ -156,7 +221,7 @@ def _read(path):
         about = json.loads(header["moram"])
         if about.get("format") != FORMAT:
             raise ValueError(f"it has format {about.get('format')!r}, this version reads {FORMAT}")
-        _check_tensors(about["layers"], tensors)
+        _check_tensors(about, tensors)
         config = MoRAMConfig.from_dict(about["settings"])
         if not about["fingerprint"].keys() <= about["layers"].keys():
             raise ValueError("its fingerprint names layers that it does not hold")
@@ -167,82 +232,24 @@ def _read(path):
     return about, tensors, config
 
 
-def _check_tensors(layers, tensors):
-    for layer, sizes in layers.items():
+def _check_tensors(about, tensors):
+    wanted = {f"base_model.model.{n}": tuple(s) for n, s in about.get("trained", {}).items()}
+    for layer, sizes in about["layers"].items():
         widths = {"keys": sizes["in_features"], "values": sizes["out_features"]}
-        for part in _PARTS:
+        for part in PARTS:
             rows, kind = part.split("_")
-            name, shape = _tensor_name(layer, part), (sizes[rows], widths[kind])
-            if name not in tensors:
-                raise ValueError(f"it lacks {name}")
-            if tuple(tensors[name].shape) != shape:
-                raise ValueError(f"{name} must be {shape}, got {tuple(tensors[name].shape)}")
+            wanted[_tensor_name(layer, part)] = (sizes[rows], widths[kind])
+    for name, shape in wanted.items():
+        if name not in tensors:
+            raise ValueError(f"it lacks {name}")
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(f"{name} must be {shape}, got {tuple(tensors[name].shape)}")
 
 
 def _split_like(model, layers):
     """Split the packed attention whose projections the checkpoint adapts."""
+    actual = plain_paths(model)
+    wanted = {actual.get(layer.rpartition(".")[0]) for layer in layers}
     packed = {path for path, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
-    wanted = {layer.rpartition(".")[0] for layer in layers}
     if packed & wanted:
         split_attention(model, tuple(packed & wanted))
-
-
-def _check_fit(model, about):
-    present, wanted = adapters(model), about["layers"]
-    if present and set(present) != set(wanted):
-        odd = sorted(set(present) ^ set(wanted))
-        raise ValueError(
-            f"model and checkpoint adapt different projections, for example {odd[0]}; "
-            "load into the plain base model"
-        )
-    modules = dict(model.named_modules())
-    for path, sizes in wanted.items():
-        module = modules.get(path)
-        if module is None:
-            raise ValueError(
-                f"model has no layer {path}, which the checkpoint adapts{_made(about)}"
-            )
-        problem = None if isinstance(module, MoRAMLinear) else why_not_linear(module)
-        if problem:
-            raise ValueError(f"layer {path} cannot be adapted: {problem}")
-        for name in ("in_features", "out_features"):
-            if getattr(module, name, None) != sizes[name]:
-                raise ValueError(
-                    f"layer {path} must have {name} {sizes[name]} for this checkpoint, got "
-                    f"{getattr(module, name, None)}{_made(about)}"
-                )
-    bases = {path: modules[path] for path in wanted}
-    for path, expected in about["fingerprint"].items():
-        actual = _samples(bases[path].weight)
-        if actual is None:
-            continue
-        expected = torch.tensor(expected)
-        # Five times what rounding to bfloat16 does.
-        if (actual - expected).abs().max() > 0.02 * expected.abs().max():
-            raise ValueError(
-                f"layer {path} holds other weights than the model this checkpoint was trained on"
-                f"{_made(about)}"
-            )
-
-
-def _made(about):
-    name = about.get("base_model_name_or_path")
-    return f" (made for {name})" if name else ""
-
-
-def _fingerprint(found):
-    """A few base weights of the first and the last layer, to recognise the base model by."""
-    ends = {path: found[path] for path in (next(iter(found)), next(reversed(found)))}
-    samples = {path: _samples(adapter.weight) for path, adapter in ends.items()}
-    return {path: s.tolist() for path, s in samples.items() if s is not None}
-
-
-def _samples(weight):
-    """Evenly spaced entries, or None where the stored weight is not the plain matrix."""
-    plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.is_floating_point()
-    if not plain or weight.dim() != 2 or weight.is_meta:
-        return None
-    flat = weight.detach().reshape(-1)
-    # An odd number of steps that shares no factor with usual widths, so that columns differ.
-    picked = torch.arange(_SAMPLES) * max(1, flat.numel() // 67) % flat.numel()
-    return flat[picked.to(flat.device)].float().cpu()

@@ -1,30 +1,47 @@
 """Puts adapters around the targets of a model, takes them out again, and grows their banks."""
 
-import difflib
+import warnings
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from torch import nn
 
+from .bank import changes_parameters
 from .config import MoRAMConfig
-from .layers import AdapterLinear, MoRAMLinear
-from .layers.base import why_not_linear
+from .layers import Adapter, AdapterLinear, MoRAMLinear
 from .layers.shared import SharedInput
-from .models import PRESETS, TargetPreset, find_preset, split_attention
-from .models.open_clip import why_not_splittable
+from .models import split_attention
+from .models.heads import fresh_heads
+from .models.open_clip import settle_encoders
+from .optimizers import watch
+from .targets import find_targets, resolve_targets
+from .wrappers import unwrapped
 
 
 @dataclass(frozen=True)
 class InjectReport:
-    """What `inject` did: matches per target name, adapted paths, trainable parameters."""
+    """What `inject` did.
+
+    matches: projections by target; paths: of the adapted modules; num_trainable: parameters;
+    excluded: projections by exclude; fresh: paths of frozen heads that look freshly initialised.
+    """
 
     matches: dict[str, int]
     paths: tuple[str, ...]
     num_trainable: int
+    excluded: dict[str, int]
+    fresh: tuple[str, ...]
 
     def __str__(self):
-        counts = ", ".join(f"{name} {count}" for name, count in self.matches.items())
-        return f"{len(self.paths)} projections adapted ({counts}), {self.num_trainable:,} trainable"
+        text = f"{len(self.paths)} projections adapted ({_counts(self.matches)})"
+        if self.excluded:
+            text += f", excluded {_counts(self.excluded)}"
+        if self.fresh:
+            text += f", frozen though freshly initialised {', '.join(self.fresh)}"
+        return f"{text}, {self.num_trainable:,} trainable"
+
+
+def _counts(numbers):
+    return ", ".join(f"{name} {count}" for name, count in numbers.items())
 
 
 # Projections of one block that read the same tensor.
@@ -34,7 +51,9 @@ SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 def inject(model, config=None, *, share_inputs=False, generator=None):
     """Put a `MoRAMLinear` around every target of the model, in place, and freeze all the rest.
 
-    open_clip attention is split first. Only the atoms of the current task stay trainable.
+    open_clip attention is split first. Only the atoms of the current task stay trainable. A head
+    that looks freshly initialised is frozen, too, with a warning: unfreeze it to train it, and
+    `save` keeps it.
 
     Args:
         model: any `nn.Module`.
@@ -45,8 +64,8 @@ def inject(model, config=None, *, share_inputs=False, generator=None):
     Returns:
         `InjectReport`.
     Raises:
-        ValueError: a target matches nothing, or something that must not be adapted; the model is
-            left untouched.
+        ValueError: a target or an exclude matches nothing, a target something that must not be
+            adapted, or a preset nothing in one tower of two; the model is left untouched.
     """
     config = MoRAMConfig() if config is None else config
     if not isinstance(config, MoRAMConfig):
@@ -72,6 +91,7 @@ def _share_inputs(model):
                     layer.shared = group
 
 
+@changes_parameters
 def inject_with(model, targets, exclude, wrap):
     """`inject` for any kind of adapter: wrap(linear) returns the `AdapterLinear` to use."""
     if not isinstance(model, nn.Module):
@@ -80,21 +100,30 @@ def inject_with(model, targets, exclude, wrap):
     packed = dict(model.named_modules(remove_duplicate=False))
     try:
         if preset.split:
-            split_attention(model, preset.split)
-        found = find_targets(model, preset.targets, preset.exclude + tuple(exclude))
+            split_attention(unwrapped(model), preset.split)
+        found = find_targets(model, preset, tuple(exclude))
         firsts = {}
-        for paths in found.values():
+        for paths in found.matches.values():
             for path in paths:
                 firsts.setdefault(id(model.get_submodule(path)), path)
         paths = tuple(firsts.values())
+        fresh = fresh_heads(model, paths)
         wrap_paths(model, paths, wrap)
     except BaseException:
         restore(model, packed)
         raise
+    if fresh:
+        warnings.warn(
+            f"inject froze what looks freshly initialised: {', '.join(fresh)}; to train it, call "
+            "requires_grad_(True) on it after inject",
+            stacklevel=3,
+        )
     return InjectReport(
-        {name: len(paths) for name, paths in found.items()},
+        {name: len(paths) for name, paths in found.matches.items()},
         paths,
         sum(p.numel() for p in model.parameters() if p.requires_grad),
+        found.excluded,
+        fresh,
     )
 
 
@@ -104,102 +133,12 @@ def restore(model, modules):
         if path and isinstance(module, nn.MultiheadAttention):
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, module)
-
-
-def resolve_targets(model, targets):
-    """The `TargetPreset` for what `MoRAMConfig.targets` holds."""
-    if not isinstance(targets, str):
-        return TargetPreset(tuple(targets))
-    name = find_preset(model) if targets == "auto" else targets
-    if name not in PRESETS:
-        raise ValueError(
-            f'targets must be "auto", a preset or a tuple of names, got {targets!r}; '
-            f"presets: {', '.join(PRESETS)}"
-        )
-    return PRESETS[name]
-
-
-def find_targets(model, targets, exclude=()):
-    """Paths of the Linears that each target names.
-
-    Returns:
-        A dict from target to a tuple of paths, in the order of the model.
-    Raises:
-        ValueError: a target matches nothing, or a module that cannot or must not be adapted.
-    """
-    modules = {
-        path: module
-        for path, module in model.named_modules(remove_duplicate=False)
-        if path and not any(fnmatchcase(path, pattern) for pattern in exclude)
-    }
-    inside = [path for path, module in modules.items() if isinstance(module, AdapterLinear)]
-    found = {
-        target: tuple(
-            path
-            for path in modules
-            if _matches(path, target) and not path.startswith(tuple(f"{p}." for p in inside))
-        )
-        for target in targets
-    }
-    for target, paths in found.items():
-        if not paths:
-            raise ValueError(_no_match(target, model, modules))
-        for path in paths:
-            problem = _why_refused(model, path, modules[path])
-            if problem:
-                raise ValueError(f"target {target!r} matches {path}: {problem}")
-    return found
-
-
-def _matches(path, target):
-    if "*" in target:
-        return fnmatchcase(path, target)
-    return path == target or path.endswith(f".{target}")
-
-
-def _no_match(target, model, modules):
-    names = {
-        path.rpartition(".")[2]
-        for path, module in modules.items()
-        if why_not_linear(module) is None or "Conv1D" in type(module).__name__
-    }
-    close = difflib.get_close_matches(target.rpartition(".")[2], sorted(names), n=3, cutoff=0.4)
-    if not close:
-        close = sorted(names)[:8]
-    packed = any(isinstance(m, nn.MultiheadAttention) for m in model.modules())
-    hint = (
-        "; the model has nn.MultiheadAttention, whose projections are packed: use an open_clip "
-        "preset or call moram.models.split_attention(model) first"
-        if packed and target.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj")
-        else ""
-    )
-    return (
-        f"target {target!r} matches no module of {type(model).__name__}; "
-        f"closest names: {', '.join(close) or 'the model has no Linear'}{hint}"
-    )
-
-
-def _why_refused(model, path, module):
-    parent, _, name = path.rpartition(".")
-    attention = model.get_submodule(parent)
-    if isinstance(attention, nn.MultiheadAttention):
-        problem = why_not_splittable(attention)
-        if problem:
-            return f"{parent} is an nn.MultiheadAttention that cannot be split: {problem}"
-        return (
-            f"{name} inside nn.MultiheadAttention is read, never called, so an adapter there would "
-            "do nothing; use an open_clip preset or call moram.models.split_attention(model) first"
-        )
-    get_head = getattr(model, "get_output_embeddings", None)
-    if name == "lm_head" or (get_head is not None and get_head() is module):
-        return "the output head is not adapted: fused losses read its weight and skip the module"
-    return why_not_linear(module)
+    settle_encoders(model)
 
 
 def wrap_paths(model, paths, wrap):
     """Replace the modules at the paths by wrap(module), wherever used, and freeze the rest."""
-    present = [m for m in model.modules() if isinstance(m, AdapterLinear)]
-    kept = {id(p) for adapter in present for p in adapter.parameters() if p.requires_grad}
+    adapted = any(isinstance(m, Adapter) for m in model.modules())
     trainable = [p for p in model.parameters() if p.requires_grad]
     names = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -214,8 +153,11 @@ def wrap_paths(model, paths, wrap):
         for parameter in trainable:
             parameter.requires_grad_(True)
         raise
+    # What is trainable beside adapters of an earlier injection is so by choice.
+    wrappers = [adapter for _, adapter in wrapped]
+    bases = {id(p) for adapter in wrappers for p in adapter.base_layer.parameters()}
     for parameter in trainable:
-        parameter.requires_grad_(id(parameter) in kept)
+        parameter.requires_grad_(adapted and id(parameter) not in bases)
     for uses, adapter in wrapped:
         for use in uses:
             parent, _, name = use.rpartition(".")
@@ -228,6 +170,8 @@ def eject(model):
     Base parameters stay frozen; split open_clip attention stays split (`pack_attention` undoes it).
     """
     paths = []
+    if isinstance(model, AdapterLinear):
+        raise ValueError(f"model must hold adapters, got a {type(model).__name__} itself")
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, AdapterLinear):
             parent, _, name = path.rpartition(".")
@@ -242,17 +186,53 @@ def adapters(model, kind=MoRAMLinear):
     return {path: m for path, m in model.named_modules() if isinstance(m, kind)}
 
 
+def parameters(model):
+    """The trainable atoms of all adapters: what an optimiser of the current task gets."""
+    return [p for adapter in adapters(model).values() for p in adapter.bank.parameters()]
+
+
 def grow(model, n=None, *, generator=None):
     """Start a new task: freeze the current atoms of every adapter and append fresh ones.
+
+    An optimiser from before trains nothing, or moves the new atoms by the old ones' moments: its
+    next step raises or warns. An adapter that no call reached while others were is reported.
 
     Args:
         n: atoms to append to each; by default what each adapter's config says.
         generator: for the new keys.
+    Returns:
+        The parameters to train, for a fresh optimiser: those of `moram.parameters(model)`.
     Raises:
         ValueError: the model has no adapters.
     """
     found = adapters(model)
     if not found:
         raise ValueError("model has no MoRAM adapters; call moram.inject(model, config) first")
-    for adapter in found.values():
-        adapter.bank.grow(adapter.config.atoms_per_task if n is None else n, generator)
+    warn_uncalled(model)
+
+    def change():
+        for adapter in found.values():
+            adapter.bank.grow(adapter.config.atoms_per_task if n is None else n, generator)
+
+    watch(lambda: parameters(model), change)
+    return parameters(model)
+
+
+def uncalled(model):
+    """Paths of the adapters that no forward pass called, if it called others; else empty."""
+    found = adapters(model, Adapter)
+    missed = tuple(path for path, adapter in found.items() if not adapter.calls.seen)
+    return missed if len(missed) < len(found) else ()
+
+
+def warn_uncalled(model):
+    """Warn, by path, of adapters that learn and change nothing because nothing calls them."""
+    missed = uncalled(model)
+    if missed:
+        named = ", ".join(missed[:8]) + (f" and {len(missed) - 8} more" if missed[8:] else "")
+        warnings.warn(
+            "no call reached these adapters while others were called, so they learn and change "
+            f"nothing: {named}; if the model reads their weight instead, leave them out with "
+            "exclude",
+            stacklevel=3,
+        )

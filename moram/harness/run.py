@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..inject import adapters
+from ..inject import adapters, warn_uncalled
 from ..layers import Adapter
 from ..methods.train import TaskTrainer
 from .compare import differences
@@ -160,6 +160,7 @@ class Run:
             else:
                 self.progress.answered(self.plan.examples(members))
             self.method.end_task(self.model, number, stage)
+            warn_uncalled(self.model)
             self.note_costs()
         self.state = {"stage": number, "finished": True}
         self.save()

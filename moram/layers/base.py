@@ -6,6 +6,14 @@ from torch import nn
 from ..bank import changes_parameters
 
 
+class Calls:
+    """Whether an adapter was called. An object of its own: setting it costs a forward nothing, and
+    torch.compile sets it without a guard."""
+
+    def __init__(self):
+        self.seen = False
+
+
 class Adapter(nn.Module):
     """Wraps a module, which it freezes and never copies; subclasses add an update in `forward`.
 
@@ -16,6 +24,8 @@ class Adapter(nn.Module):
     def __init__(self, base_layer):
         super().__init__()
         self.base_layer = base_layer.requires_grad_(False)
+        # Every forward sets `seen`.
+        self.calls = Calls()
 
     def adapter_state(self):
         """Every tensor of the adapter, by name, without those of the base."""
@@ -74,6 +84,28 @@ class AdapterLinear(Adapter):
 
     def extra_repr(self):
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def device_of(linear):
+    """Where a Linear computes: where its weight is, or where accelerate brings it if offloaded."""
+    hook = _offload_hook(linear)
+    return linear.weight.device if hook is None else torch.device(hook.execution_device)
+
+
+def stored_weight(linear):
+    """The weight of a Linear or of an adapter's, also of one that accelerate has offloaded."""
+    linear = getattr(linear, "base_layer", linear)
+    hook = _offload_hook(linear)
+    return linear.weight if hook is None else hook.weights_map["weight"]
+
+
+def _offload_hook(linear):
+    """The hook that holds a Linear's weight while it is on the meta device, or None."""
+    hook = getattr(linear, "_hf_hook", None)
+    for each in (hook, *getattr(hook, "hooks", ())):
+        if linear.weight.is_meta and getattr(each, "weights_map", None) is not None:
+            return each
+    return None
 
 
 def why_not_linear(module):

@@ -51,6 +51,7 @@ class CoDyRALinear(LoRALinear):
         self._set_current(down, up, self._new_gate(rank, generator))
 
     def forward(self, x):
+        self.calls.seen = True
         base = self.base_layer(x)
         update = None
         if len(self.gate):

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..bank import draw_rows
-from .base import AdapterLinear
+from .base import AdapterLinear, device_of
 
 
 class LoRALinear(AdapterLinear):
@@ -31,7 +31,7 @@ class LoRALinear(AdapterLinear):
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.scale = (2 * rank if alpha is None else alpha) / rank
         self.dropout = dropout
-        like = {"device": base_layer.weight.device, "dtype": dtype}
+        like = {"device": device_of(base_layer), "dtype": dtype}
         self.lora_A = nn.Parameter(torch.empty(0, self.in_features, **like))
         self.lora_A = nn.Parameter(self.new_down(rank, generator))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, **like))
@@ -46,6 +46,7 @@ class LoRALinear(AdapterLinear):
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
     def forward(self, x):
+        self.calls.seen = True
         base = self.base_layer(x)
         down = F.linear(self.dropped(x), self.lora_A)
         return base + (F.linear(down, self.lora_B) * self.scale).to(base.dtype)

@@ -157,6 +157,7 @@ class MoEAdapterMLP(Adapter):
         return top.softmax(-1), chosen
 
     def forward(self, x):
+        self.calls.seen = True
         residual, self._residual = self._residual, None
         base = self.base_layer(x)
         if self.task < 0:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..bank import changes_parameters, draw_rows
-from .base import AdapterLinear
+from .base import AdapterLinear, device_of
 
 
 class MoELoRALinear(AdapterLinear):
@@ -54,7 +54,7 @@ class MoELoRALinear(AdapterLinear):
         # The gates of the last forward pass in training [..., N], with graph, if asked for.
         self.keep_gates, self.gates = False, None
         shape, wide = (experts, rank // experts), self.in_features
-        like = {"device": base_layer.weight.device, "dtype": dtype}
+        like = {"device": device_of(base_layer), "dtype": dtype}
         self.register_buffer("frozen_A", torch.empty(0, shape[1], wide, **like))
         self.register_buffer("frozen_B", torch.empty(0, self.out_features, shape[1], **like))
         self.register_buffer("frozen_router", torch.empty(0, wide, **like))
@@ -89,6 +89,7 @@ class MoELoRALinear(AdapterLinear):
         return torch.zeros_like(logits).scatter(-1, chosen, top.softmax(-1))
 
     def forward(self, x):
+        self.calls.seen = True
         base = self.base_layer(x)
         x = x.to(self.lora_A.dtype)
         gates = self.gate(x)

@@ -8,7 +8,7 @@ from moram_kernels import reference, retrieve, retrieve_linear
 
 from ..bank import AtomBank
 from ..config import MoRAMConfig
-from .base import AdapterLinear
+from .base import AdapterLinear, device_of
 
 
 class MoRAMLinear(AdapterLinear):
@@ -57,7 +57,7 @@ class MoRAMLinear(AdapterLinear):
             self.out_features,
             capacity=capacity,
             value_scale=config.value_scale,
-            device=base_layer.weight.device,
+            device=device_of(base_layer),
             dtype=getattr(torch, config.atom_dtype),
         )
         self.bank.append(config.atoms_per_task, generator)
@@ -73,6 +73,7 @@ class MoRAMLinear(AdapterLinear):
             self.bank.value_scale = config.value_scale
 
     def forward(self, x):
+        self.calls.seen = True
         bank, call = self.bank, {"training": self.training, "backend": self.backend}
         call["precision"] = self.config.precision
         if torch.compiler.is_compiling():

@@ -45,6 +45,7 @@ class StackedLoRALinear(LoRALinear):
         self.lora_B = nn.Parameter(torch.zeros_like(up))
 
     def forward(self, x):
+        self.calls.seen = True
         base = self.base_layer(x)
         x = self.dropped(x)
         if not self.separate:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from ..continual.metrics import majority_accuracy
 from ..continual.scoring import encode, exact_match, predict
+from ..inject import warn_uncalled
 from .train import Stage, TaskTrainer
 
 
@@ -58,6 +59,7 @@ def run_stream(model, tokenizer, stream, method, settings, step=lambda count: No
         result.seconds.append(time.perf_counter() - start)
         result.losses.append(losses)
         method.end_task(model, index, stage)
+        warn_uncalled(model)
         row, result.predictions = score(model, data, settings, step)
         result.matrix.append(row)
     return result

@@ -19,6 +19,10 @@ class SplitAttention(nn.Module):
         ValueError: the attention has a form that cannot be split; the message says which.
     """
 
+    # What `nn.TransformerEncoderLayer` looks at before it takes its fast path, which reads weights
+    # and calls nothing. These say no, so that it calls this module and its own Linears.
+    in_proj_bias, _qkv_same_embed_dim = None, False
+
     def __init__(self, packed):
         super().__init__()
         problem = why_not_splittable(packed)
@@ -190,4 +194,18 @@ def _swap(model, prefixes, matches, build):
                 parent, _, name = path.rpartition(".")
                 setattr(model.get_submodule(parent), name, built)
             swapped.append(paths[0])
+    settle_encoders(model)
     return swapped
+
+
+def settle_encoders(model):
+    """Keep every `nn.TransformerEncoder` with split attention from nested tensors, which only the
+    packed one takes, and let it use them again once packed."""
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder):
+            is_split = any(isinstance(module, SplitAttention) for module in encoder.modules())
+            if is_split and encoder.use_nested_tensor:
+                encoder.use_nested_tensor, encoder.used_nested_tensor = False, True
+            elif not is_split and getattr(encoder, "used_nested_tensor", False):
+                encoder.use_nested_tensor = True
+                del encoder.used_nested_tensor

@@ -23,11 +23,14 @@ class TargetPreset:
     Args:
         targets, exclude: as in `MoRAMConfig`.
         split: path prefixes below which packed attention must be split first (open_clip).
+        towers: of each tower the path prefixes that it may have; a target must match in each that
+            the model has.
     """
 
     targets: tuple[str, ...]
     exclude: tuple[str, ...] = ()
     split: tuple[str, ...] = ()
+    towers: tuple[tuple[str, ...], ...] = ()
 
 
 def _language_presets():
@@ -38,21 +41,26 @@ def _language_presets():
         yield f"{family}+mlp", TargetPreset(_ATTENTION + _MLP, exclude.get(family, ()))
 
 
+_OPEN_CLIP_VISION, _OPEN_CLIP_TEXT = ("visual.",), ("transformer.", "text.")
+
 # The paper's placements: attention in language models (TRACE), attention and MLP in CLIP (X-TAIL).
 PRESETS = {
     **dict(_language_presets()),
-    "clip": TargetPreset(_HF_CLIP),
+    "clip": TargetPreset(_HF_CLIP, towers=(("vision_model.",), ("text_model.",))),
     "clip-vision": TargetPreset(_HF_CLIP, exclude=("*text_model.*",)),
     "clip-text": TargetPreset(_HF_CLIP, exclude=("*vision_model.*",)),
     "open_clip": TargetPreset(
-        _OPEN_CLIP, exclude=("visual.attn_pool.*",), split=("visual.", "transformer.", "text.")
+        _OPEN_CLIP,
+        exclude=("visual.attn_pool.*",),
+        split=_OPEN_CLIP_VISION + _OPEN_CLIP_TEXT,
+        towers=(_OPEN_CLIP_VISION, _OPEN_CLIP_TEXT),
     ),
     "open_clip-vision": TargetPreset(
-        _OPEN_CLIP, exclude=("transformer.*", "text.*", "visual.attn_pool.*"), split=("visual.",)
+        _OPEN_CLIP,
+        exclude=("transformer.*", "text.*", "visual.attn_pool.*"),
+        split=_OPEN_CLIP_VISION,
     ),
-    "open_clip-text": TargetPreset(
-        _OPEN_CLIP, exclude=("visual.*",), split=("transformer.", "text.")
-    ),
+    "open_clip-text": TargetPreset(_OPEN_CLIP, exclude=("visual.*",), split=_OPEN_CLIP_TEXT),
 }
 
 _MODEL_TYPES = {

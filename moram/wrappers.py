@@ -1,0 +1,66 @@
+"""Names of modules without what compiles, shards, checkpoints or adapts them. A leaf.
+
+A checkpoint made of a wrapped model must load into the plain one, and the other way round.
+"""
+
+# The attribute that holds the wrapped module, by the wrapper's class.
+_INNER = {
+    "OptimizedModule": "_orig_mod",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "ActivationWrapper": "_checkpoint_wrapped_module",
+    "AveragedModel": "module",
+    "DeepSpeedEngine": "module",
+    "PeftModel": "base_model",
+    "BaseTuner": "model",
+    "Adapter": "base_layer",
+}
+_PACKAGES = ("torch", "peft", "deepspeed", "moram")
+
+
+def inner_name(module):
+    """The name under which a wrapper holds what it wraps; None for any other module."""
+    for kind in type(module).__mro__:
+        if kind.__name__ in _INNER and kind.__module__.partition(".")[0] in _PACKAGES:
+            return _INNER[kind.__name__]
+    return None
+
+
+def unwrapped(model):
+    """The model inside all wrappers around the whole of it; adapters are not taken off."""
+    while (name := inner_name(model)) not in (None, "base_layer"):
+        model = getattr(model, name)
+    return model
+
+
+def plain_names(model):
+    """The path of every module without wrappers, by its path with them, in the model's order."""
+    names = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path in modules:
+        parent, _, name = path.rpartition(".")
+        if not path:
+            names[path] = ""
+        elif inner_name(modules[parent]) == name:
+            names[path] = names[parent]
+        else:
+            names[path] = f"{names[parent]}.{name}".lstrip(".")
+    return names
+
+
+def plain_paths(model):
+    """The inverse of `plain_names`: of a wrapper and what it wraps, the wrapper has the name."""
+    found = {}
+    for path, plain in plain_names(model).items():
+        found.setdefault(plain, path)
+    return found
+
+
+def plain_tensors(model):
+    """Where each parameter and buffer is: {name without wrappers: (its module, its name there)}."""
+    names, found = plain_names(model), {}
+    for path, module in model.named_modules():
+        for name in (*module._parameters, *module._buffers):
+            found.setdefault(f"{names[path]}.{name}".lstrip("."), (module, name))
+    return found
