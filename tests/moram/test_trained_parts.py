@@ -1,0 +1,324 @@
+"""What else of a model was trained is saved and loaded with its adapters."""
+
+import json
+import re
+
+import pytest
+import torch
+from tiny_models import (
+    CONFIG,
+    WEIGHTS,
+    Mlp,
+    assert_untouched,
+    describe,
+    fill_values,
+    language_model,
+    small_config,
+    token_ids,
+    trained_mlp,
+)
+from torch import nn
+
+import moram
+from moram import MoRAMLinear, adapters
+from moram.models.heads import fresh_heads
+
+IDS = token_ids()
+
+
+def classifier(seed=0):
+    """A Llama with a classification head; the base is the same for every seed, the head is not."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=64,
+        pad_token_id=0,
+        num_labels=3,
+    )
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(config).eval()
+    torch.manual_seed(100 + seed)
+    nn.init.normal_(model.score.weight, std=0.02)
+    return model
+
+
+@pytest.fixture
+def trained():
+    """A classifier whose head was unfrozen and trained."""
+    model = classifier()
+    with pytest.warns(UserWarning, match="inject froze what looks freshly initialised: score;"):
+        moram.inject(model, small_config())
+    fill_values(model)
+    model.score.requires_grad_(True)
+    with torch.no_grad():
+        model.score.weight.normal_()
+    return model
+
+
+@torch.no_grad()
+def answers(model):
+    return model(IDS).logits
+
+
+@pytest.mark.parametrize("into", ["plain", "injected"])
+def test_a_trained_head_is_saved_and_loaded(tmp_path, trained, into):
+    moram.save(trained, tmp_path)
+    fresh = classifier(seed=1)
+    if into == "injected":
+        with pytest.warns(UserWarning, match="freshly initialised"):
+            moram.inject(fresh, small_config())
+    about = moram.load(fresh, tmp_path)
+    assert about["trained"] == {"score.weight": [3, 32]}
+    assert torch.equal(answers(fresh), answers(trained))
+    learns = {name for name, p in fresh.named_parameters() if p.requires_grad}
+    assert learns == {name for name, p in trained.named_parameters() if p.requires_grad}
+    # So a second round keeps it, too.
+    moram.save(fresh, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["trained"] == about["trained"]
+
+
+def test_what_is_frozen_is_not_saved(tmp_path):
+    model = language_model()
+    moram.inject(model, small_config())
+    moram.save(model, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["trained"] == {}
+
+
+def test_resized_embeddings_are_saved_and_must_be_resized_again(tmp_path):
+    def resized():
+        model = language_model(tie_word_embeddings=False)
+        torch.manual_seed(7)
+        model.resize_token_embeddings(70)
+        return model
+
+    model = resized()
+    moram.inject(model, small_config())
+    fill_values(model)
+    model.get_input_embeddings().requires_grad_(True)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[64:].normal_()
+    moram.save(model, tmp_path)
+    fresh = resized()
+    moram.load(fresh, tmp_path)
+    assert torch.equal(answers(fresh), answers(model))
+    small = language_model(tie_word_embeddings=False)
+    before = describe(small)
+    message = (
+        "model.embed_tokens.weight must be (70, 32), as it was trained with the checkpoint, got "
+        "(64, 32); embeddings that were resized for it must be here, too "
+        "(model.resize_token_embeddings)"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        moram.load(small, tmp_path)
+    assert_untouched(small, before)
+
+
+def test_tied_embeddings_are_saved_once_and_stay_tied(tmp_path):
+    model = language_model(tie_word_embeddings=True)
+    moram.inject(model, small_config())
+    model.get_input_embeddings().requires_grad_(True)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.normal_()
+    moram.save(model, tmp_path)
+    fresh = language_model(tie_word_embeddings=True)
+    about = moram.load(fresh, tmp_path)
+    assert list(about["trained"]) == ["model.embed_tokens.weight"]
+    assert fresh.lm_head.weight is fresh.model.embed_tokens.weight
+    assert torch.equal(answers(fresh), answers(model))
+
+
+class Normed(nn.Module):
+    """A projection and a norm with running statistics."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.norm = nn.Linear(8, 12), nn.BatchNorm1d(12)
+
+    def forward(self, x):
+        return self.norm(self.up(x))
+
+
+def test_a_trained_norm_keeps_its_statistics(tmp_path):
+    model, x = Normed(), torch.randn(16, 8)
+    moram.inject(model, small_config(targets=("up",)))
+    fill_values(model)
+    model.norm.requires_grad_(True)
+    with torch.no_grad():
+        model.norm.weight.normal_()
+        model.train()(x)
+    moram.save(model.eval(), tmp_path)
+    fresh = Normed().eval()
+    moram.load(fresh, tmp_path)
+    assert torch.equal(fresh(x), model(x))
+
+
+def test_a_trained_base_weight_is_saved(tmp_path):
+    model, x = trained_mlp(), torch.randn(4, 8)
+    model.up.base_layer.bias.requires_grad_(True)
+    with torch.no_grad():
+        model.up.base_layer.bias.normal_()
+    moram.save(model, tmp_path)
+    fresh = Mlp().eval()
+    assert list(moram.load(fresh, tmp_path)["trained"]) == ["up.bias"]
+    assert torch.equal(fresh(x), model(x))
+
+
+def test_a_model_without_the_trained_tensor_is_refused_and_untouched(tmp_path):
+    learner = trained_mlp()
+    learner.head = nn.Linear(8, 2)
+    moram.save(learner, tmp_path)
+    model = Mlp()
+    before = describe(model)
+    message = "model has no tensor head.weight, which was trained with the checkpoint"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        moram.load(model, tmp_path)
+    assert_untouched(model, before)
+
+
+def test_a_second_injection_keeps_a_trained_head_trainable(trained):
+    moram.inject(trained, small_config(targets=("up_proj",)))
+    assert trained.score.weight.requires_grad
+    assert not trained.model.embed_tokens.weight.requires_grad
+
+
+def test_only_heads_that_look_as_drawn_are_named():
+    model = classifier()
+    assert fresh_heads(model) == ("score",)
+    assert fresh_heads(model, adapted=("score",)) == ()
+    with torch.no_grad():
+        model.score.weight.mul_(2)
+    assert fresh_heads(model) == ()
+    with torch.no_grad():
+        model.score.weight.zero_()
+    assert fresh_heads(model) == ("score",)
+    # Output embeddings are pretrained, however they look.
+    assert fresh_heads(language_model(tie_word_embeddings=False)) == ()
+
+
+def test_a_head_of_plain_torch_is_recognised_by_name_and_spread():
+    model = nn.ModuleDict({"body": nn.Linear(64, 64), "head": nn.Linear(64, 50)})
+    assert fresh_heads(model) == ("head",)
+    with torch.no_grad():
+        model["head"].weight.mul_(0.8)
+    assert fresh_heads(model) == ()
+
+
+def test_the_report_names_a_frozen_fresh_head():
+    with pytest.warns(UserWarning, match="freshly initialised: score; to train it, call"):
+        report = moram.inject(classifier(), small_config())
+    assert report.fresh == ("score",)
+    assert "frozen though freshly initialised score" in str(report)
+
+
+def test_a_models_own_folder_is_refused(tmp_path):
+    model = language_model()
+    model.save_pretrained(tmp_path)
+    moram.inject(model, small_config())
+    message = (
+        f"directory must not be a model's own, got {tmp_path}, which holds config.json: with an "
+        "adapter's files beside it the model could not be loaded; save into another folder"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        moram.save(model, tmp_path)
+    assert not (tmp_path / CONFIG).exists() and not (tmp_path / WEIGHTS).exists()
+
+
+def test_adapters_of_two_injections_are_saved_together(tmp_path):
+    model, x = Mlp().eval(), torch.randn(4, 8)
+    moram.inject(model, small_config(targets=("up",), exclude=("down",)))
+    moram.inject(model, small_config(targets=("down",)))
+    fill_values(model)
+    moram.save(model, tmp_path)
+    fresh = Mlp().eval()
+    about = moram.load(fresh, tmp_path)
+    assert (about["settings"]["targets"], about["settings"]["exclude"]) == (["up", "down"], [])
+    assert torch.equal(fresh(x), model(x))
+    moram.save(fresh, tmp_path)
+
+
+def test_a_bare_layer_is_loaded_into_a_bare_layer_alone(tmp_path):
+    torch.manual_seed(0)
+    layer = MoRAMLinear(8, 6, config=small_config())
+    fill_values(layer)
+    moram.save(layer, tmp_path)
+    linear = nn.Linear(8, 6)
+    linear.load_state_dict(layer.base_layer.state_dict())
+    message = (
+        "model must hold the adapted Linear, got a Linear itself; load into "
+        "MoRAMLinear.from_linear(model)"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        moram.load(linear, tmp_path)
+    assert repr(linear) == "Linear(in_features=8, out_features=6, bias=True)"
+    twin = MoRAMLinear.from_linear(linear, small_config())
+    moram.load(twin, tmp_path)
+    x = torch.randn(3, 8)
+    assert torch.equal(twin(x), layer(x))
+    with pytest.raises(ValueError, match="model must hold adapters, got a MoRAMLinear itself"):
+        moram.eject(twin)
+
+
+def test_a_base_full_of_nan_is_another_base(tmp_path):
+    moram.save(trained_mlp(), tmp_path)
+    model = Mlp()
+    with torch.no_grad():
+        model.up.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="layer up holds other weights than the model"):
+        moram.load(model, tmp_path)
+
+
+def test_loading_draws_nothing_from_the_global_state(tmp_path):
+    moram.save(trained_mlp(), tmp_path)
+    before = torch.get_rng_state()
+    moram.load(Mlp(), tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("act", ["inject", "load", "grow"])
+def test_what_is_made_in_inference_mode_can_be_trained(tmp_path, act):
+    moram.save(trained_mlp(), tmp_path)
+    model = trained_mlp() if act == "grow" else Mlp()
+    with torch.inference_mode():
+        if act == "inject":
+            moram.inject(model, small_config(targets=("up", "down")))
+        elif act == "load":
+            moram.load(model, tmp_path)
+        else:
+            moram.grow(model)
+            moram.grow(model, 3)
+    model(torch.randn(2, 8)).sum().backward()
+    assert all(p.grad is not None for p in moram.parameters(model))
+    moram.grow(model)
+    assert not any(t.is_inference() for a in adapters(model).values() for t in a.bank.buffers())
+
+
+def test_under_vmap_the_torch_backend_says_what_to_do_and_auto_does_it():
+    model, x = trained_mlp(), torch.randn(3, 4, 8)
+    torch.testing.assert_close(torch.func.vmap(model)(x), model(x))
+    for adapter in adapters(model).values():
+        adapter.backend = "torch"
+    message = (
+        "backend='torch' cannot run under the transforms of torch.func (vmap, grad, jvp); use "
+        'backend="reference", or "auto", which takes it there'
+    )
+    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+        torch.func.vmap(model)(x)
+
+
+def test_torch_func_differentiates_through_auto():
+    model, x = trained_mlp(), torch.randn(4, 8)
+    values = dict(model.named_parameters())
+
+    def loss(parameters):
+        return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    found = torch.func.grad(loss)(values)
+    model(x).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(found[name], parameter.grad)
