@@ -9,7 +9,7 @@ from torch import nn
 from moram_kernels.ops import version_of
 
 from .config import check_count
-from .sharded import copy_into, whole
+from .sharded import copy_into, is_managed, whole
 
 PARTS = ("frozen_keys", "frozen_values", "current_keys", "current_values")
 
@@ -180,6 +180,8 @@ class AtomBank(nn.Module):
     @changes_parameters
     def freeze(self):
         """Make all current atoms frozen; the output stays what it was."""
+        if self.num_current:
+            self._check_replaceable("the current atoms by none")
         self._store_current()
         self._set_current(*(t[:0] for t in (self.current_keys, self.current_values)))
 
@@ -192,8 +194,9 @@ class AtomBank(nn.Module):
         that is not). The new atoms are trainable, even where the current ones no longer were.
         """
         keys, values = self._new_atoms(n, generator)
+        self.check_whole()
         if self.num_current != n:
-            self._refuse_shards(f"{self.num_current} atoms by {n}")
+            self._check_replaceable(f"{self.num_current} atoms by {n}")
         self._store_current()
         if self.num_current == n:
             for parameter, rows in ((self.current_keys, keys), (self.current_values, values)):
@@ -234,13 +237,22 @@ class AtomBank(nn.Module):
         self.guard = None
 
     def _set_current(self, keys, values, trainable=None):
-        self._refuse_shards("the current atoms by others")
+        self._check_replaceable("the current atoms by others")
         trainable = self.current_keys.requires_grad if trainable is None else trainable
         self.current_keys = nn.Parameter(keys.detach().clone(), requires_grad=trainable)
         self.current_values = nn.Parameter(values.detach().clone(), requires_grad=trainable)
 
-    def _refuse_shards(self, what):
-        if whole(self.current_keys) is not self.current_keys:
+    def check_whole(self):
+        """Raise where FullyShardedDataParallel has cut the current atoms into flat shards."""
+        if self.current_keys.dim() != 2:
+            raise RuntimeError(
+                f"current_keys must be whole, [N, {self.in_features}], got a shard "
+                f"{tuple(self.current_keys.shape)}; do this inside "
+                "FullyShardedDataParallel.summon_full_params(model)"
+            )
+
+    def _check_replaceable(self, what):
+        if is_managed(self.current_keys):
             raise RuntimeError(
                 f"cannot replace {what}: fully_shard holds these parameters; grow by as many "
                 "atoms, or keep the adapters out of it: "

@@ -68,11 +68,13 @@ def save(model, directory, *, tasks=(), base_model=None):
     tensors, layers = {}, {}
     for path, adapter in found.items():
         bank = adapter.bank
+        bank.check_whole()
         state = bank.state_dict()
         # Guarded keys are saved as they act: what is loaded answers as this model does.
         state |= {"current_keys": bank.acting_keys(), "current_values": bank.current_values}
         for part in PARTS:
-            tensors[_tensor_name(path, part)] = _whole_rows(f"{path}.bank.{part}", state[part])
+            rows = whole(state[part]).detach()
+            tensors[_tensor_name(path, part)] = rows.cpu().contiguous()
         layers[path] = {
             "in_features": adapter.in_features,
             "out_features": adapter.out_features,
@@ -168,16 +170,6 @@ def _trained(model):
             seen.add(id(tensor))
             found[name] = tensor
     return found
-
-
-def _whole_rows(name, tensor):
-    tensor = whole(tensor).detach().cpu().contiguous()
-    if tensor.dim() != 2:
-        raise RuntimeError(
-            f"{name} must be whole to be saved, got a shard {tuple(tensor.shape)}; call moram.save "
-            "inside FullyShardedDataParallel.summon_full_params(model)"
-        )
-    return tensor
 
 
 def _shared_config(found):

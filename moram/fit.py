@@ -9,7 +9,8 @@ from torch import nn
 from .inject import adapters
 from .layers import MoRAMLinear
 from .layers.base import stored_weight, why_not_linear
-from .wrappers import plain_paths, plain_tensors
+from .targets import why_not_alone
+from .wrappers import plain_names, plain_paths, plain_tensors
 
 _SAMPLES = 64
 
@@ -17,8 +18,8 @@ _SAMPLES = 64
 def check_fit(model, about):
     """Where in the model each layer of the checkpoint is: {path without wrappers: path}."""
     actual, wanted = plain_paths(model), about["layers"]
-    inside = {path: plain for plain, path in actual.items()}
-    present = {inside[path] for path in adapters(model)}
+    names = plain_names(model)
+    present = {names[path] for path in adapters(model)}
     if "" in wanted and not present:
         raise ValueError(
             f"model must hold the adapted Linear, got a {type(model).__name__} itself; load into "
@@ -37,7 +38,9 @@ def check_fit(model, about):
             raise ValueError(
                 f"model has no layer {path}, which the checkpoint adapts{_made(about)}"
             )
-        problem = None if isinstance(module, MoRAMLinear) else why_not_linear(module)
+        problem = why_not_alone(model, actual[path])
+        if not isinstance(module, MoRAMLinear):
+            problem = why_not_linear(module) or problem
         if problem:
             raise ValueError(f"layer {path} cannot be adapted: {problem}")
         for name in ("in_features", "out_features"):

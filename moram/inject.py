@@ -107,7 +107,7 @@ def inject_with(model, targets, exclude, wrap):
             for path in paths:
                 firsts.setdefault(id(model.get_submodule(path)), path)
         paths = tuple(firsts.values())
-        fresh = fresh_heads(model, paths)
+        fresh = fresh_heads(unwrapped(model), [model.get_submodule(path) for path in paths])
         wrap_paths(model, paths, wrap)
     except BaseException:
         restore(model, packed)

@@ -1,4 +1,4 @@
-"""Parameters that `fully_shard` has made into DTensors, as wholes. Nothing here imports torch's."""
+"""Parameters that `fully_shard` or FullyShardedDataParallel hold: as wholes, and which they are."""
 
 
 def whole(tensor):
@@ -14,3 +14,8 @@ def copy_into(parameter, tensor):
         tensor = tensor.to(parameter.device, parameter.dtype)
         tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
     parameter.copy_(tensor)
+
+
+def is_managed(parameter):
+    """Whether a sharding library holds a parameter, so that no other may take its place."""
+    return hasattr(parameter, "full_tensor") or hasattr(parameter, "_fsdp_flattened")

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from .layers import AdapterLinear
-from .layers.base import why_not_linear
+from .layers.base import offload_hooks, why_not_linear
 from .models import PRESETS, TargetPreset, find_preset
 from .models.open_clip import why_not_splittable
 from .models.reads import why_read
@@ -144,4 +144,17 @@ def _why_refused(model, path, module):
     get_head = getattr(unwrapped(model), "get_output_embeddings", None)
     if name == "lm_head" or (get_head is not None and get_head() is module):
         return "the output head is not adapted: fused losses read its weight and skip the module"
-    return why_not_linear(module) or why_read(holder, name)
+    return why_not_linear(module) or why_read(holder, name) or why_not_alone(model, path)
+
+
+def why_not_alone(model, path):
+    """Why a module's weights do not move without those around it, one sentence, or None."""
+    parts = path.split(".")
+    for end in range(len(parts)):
+        around = ".".join(parts[:end])
+        if any(hook.place_submodules for hook in offload_hooks(model.get_submodule(around))):
+            return (
+                f"accelerate offloads {around or 'the model'} as a whole, and would look for the "
+                "atoms among its stored weights; offload without preload_module_classes"
+            )
+    return None

@@ -101,11 +101,15 @@ def stored_weight(linear):
 
 def _offload_hook(linear):
     """The hook that holds a Linear's weight while it is on the meta device, or None."""
-    hook = getattr(linear, "_hf_hook", None)
+    return next(offload_hooks(linear), None) if linear.weight.is_meta else None
+
+
+def offload_hooks(module):
+    """The hooks by which accelerate brings a module's weights when it is called."""
+    hook = getattr(module, "_hf_hook", None)
     for each in (hook, *getattr(hook, "hooks", ())):
-        if linear.weight.is_meta and getattr(each, "weights_map", None) is not None:
-            return each
-    return None
+        if getattr(each, "weights_map", None) is not None:
+            yield each
 
 
 def why_not_linear(module):

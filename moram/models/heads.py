@@ -15,7 +15,8 @@ def fresh_heads(model, adapted=()):
     changes; the smaller the head, the less sure is that.
 
     Args:
-        adapted: paths of modules that get adapters.
+        model: without wrappers around the whole of it.
+        adapted: modules that get adapters.
     """
     prefix = getattr(model, "base_model_prefix", "")
     outside = bool(prefix) and hasattr(model, prefix)
@@ -26,7 +27,7 @@ def fresh_heads(model, adapted=()):
         named = any(part in _NAMES for part in path.split(".")[-2:])
         if not named and not (outside and path and not f"{path}.".startswith(f"{prefix}.")):
             continue
-        if type(module) is nn.Linear and module is not embeddings and path not in adapted:
+        if type(module) is nn.Linear and module is not embeddings and module not in adapted:
             spread = getattr(getattr(model, "config", None), "initializer_range", None)
             if _looks_drawn(module, spread):
                 found.append(path)

@@ -189,7 +189,7 @@ def test_a_second_injection_keeps_a_trained_head_trainable(trained):
 def test_only_heads_that_look_as_drawn_are_named():
     model = classifier()
     assert fresh_heads(model) == ("score",)
-    assert fresh_heads(model, adapted=("score",)) == ()
+    assert fresh_heads(model, adapted=[model.score]) == ()
     with torch.no_grad():
         model.score.weight.mul_(2)
     assert fresh_heads(model) == ()
