@@ -203,6 +203,39 @@ def test_exclude_adds_to_what_a_preset_excludes():
     assert set(report.paths) == {f"model.language_model.layers.0.self_attn.{n}" for n in ATTENTION}
 
 
+@pytest.mark.parametrize(
+    ("exclude", "left", "counts"),
+    [
+        (
+            ("1.self_attn.v_proj",),
+            {"q_proj.0", "v_proj.0", "q_proj.1"},
+            {"1.self_attn.v_proj": 1},
+        ),
+        (("layers.0",), {"q_proj.1", "v_proj.1"}, {"layers.0": 2}),
+        (("model.layers.1.self_attn",), {"q_proj.0", "v_proj.0"}, {"model.layers.1.self_attn": 2}),
+        (("*.0.*.q_proj",), {"v_proj.0", "q_proj.1", "v_proj.1"}, {"*.0.*.q_proj": 1}),
+        (("lm_head", "mlp"), {"q_proj.0", "v_proj.0", "q_proj.1", "v_proj.1"}, None),
+    ],
+    ids=["suffix", "block", "path", "pattern", "no target"],
+)
+def test_exclude_follows_the_rule_of_targets_and_is_counted(exclude, left, counts):
+    model = language_model()
+    report = moram.inject(model, small_config(targets=("q_proj", "v_proj"), exclude=exclude))
+    found = {f"{path.split('.')[-1]}.{path.split('.')[2]}" for path in report.paths}
+    assert found == left
+    assert report.excluded == (dict.fromkeys(exclude, 0) if counts is None else counts)
+    named = ", ".join(f"{name} {count}" for name, count in report.excluded.items())
+    assert f", excluded {named}, " in str(report)
+
+
+@pytest.mark.parametrize("exclude", ["visual", "visual.*"])
+def test_a_tower_that_is_excluded_by_name_is_not_asked_for(exclude):
+    model = open_clip_model(layers=[1, 1, 1, 1], patch_size=None, head_width=16)
+    report = moram.inject(model, small_config(exclude=(exclude,)))
+    assert len(report.paths) == 2 * 6
+    assert all(path.startswith("transformer.") for path in report.paths)
+
+
 def test_base_modules_are_wrapped_and_not_copied():
     model = language_model("Qwen2")
     linear = model.model.layers[0].self_attn.k_proj

@@ -106,6 +106,55 @@ def test_refused_target_is_explained_and_the_model_untouched(case):
     assert_untouched(model, before)
 
 
+@pytest.mark.parametrize("name", ["k_porj", "model.layers.7", "proj", "*.vision.*"])
+def test_an_exclude_that_matches_nothing_is_refused_and_the_model_untouched(name):
+    model = language_model()
+    before = describe(model)
+    message = f"exclude {name!r} matches no module of LlamaForCausalLM; closest names: "
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        moram.inject(model, small_config(exclude=(name,)))
+    assert_untouched(model, before)
+
+
+class TimmTower(nn.Module):
+    """An image encoder whose blocks have timm's names."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.ModuleDict({"attn": nn.ModuleDict({"qkv": nn.Linear(8, 24)})})
+
+
+def timm_clip():
+    model = open_clip_model()
+    model.visual = TimmTower()
+    return model
+
+
+TOWERS = {
+    "resnet": (
+        lambda: open_clip_model(layers=[1, 1, 1, 1], patch_size=None, head_width=16),
+        "visual (ModifiedResNet)",
+    ),
+    "timm": (timm_clip, "visual (TimmTower)"),
+}
+
+
+@pytest.mark.parametrize("targets", ["auto", "open_clip"])
+@pytest.mark.parametrize("case", TOWERS)
+def test_one_tower_of_two_is_not_adapted_in_silence(case, targets):
+    build, tower = TOWERS[case]
+    model = build()
+    before = describe(model)
+    message = (
+        f"targets must match projections in every tower, got none in {tower}, whose blocks this "
+        "preset does not know; take a preset for the other tower alone, name projections, or "
+        'exclude "visual"'
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        moram.inject(model, small_config(targets=targets))
+    assert_untouched(model, before)
+
+
 def test_injecting_twice_is_refused():
     model = language_model()
     moram.inject(model, small_config())
