@@ -69,22 +69,10 @@ class AtomBank(nn.Module):
 
     @property
     def num_frozen(self):
-        """Live frozen atoms.
-
-        Raises:
-            RuntimeError: `live` counts rows that the frozen atoms do not have.
-        """
-        count = self._read_live()
-        if not 0 <= count <= self.frozen_keys.shape[0]:
-            raise RuntimeError(
-                f"live must count the live rows of frozen_keys, 0 to {self.frozen_keys.shape[0]}, "
-                f"got {count}: load a state dict, or move live together with the other tensors"
-            )
-        return count
-
-    def _read_live(self):
-        live = self.live
-        if live.device.type == "cpu":
+        """Live frozen atoms."""
+        # Not self.live: a module's attributes are slow to find, and every call asks.
+        live = self._buffers["live"]
+        if live.is_cpu:
             return int(live)
         seen, version, count = self._seen
         if not live.is_meta and (seen is not live or version != version_of(live)):
@@ -99,7 +87,7 @@ class AtomBank(nn.Module):
 
     def live_count(self):
         """`num_frozen` as an int64 CPU tensor, which torch.compile does not specialise on."""
-        if self.live.device.type == "cpu":
+        if self.live.is_cpu:
             return self.live
         return torch.ops.moram.live_count(self.live, self.noted)
 
@@ -122,14 +110,18 @@ class AtomBank(nn.Module):
         """(keys, values, current_keys, current_values) as the operator takes them, live rows only.
 
         Current keys and values come as they act, see `acting_keys` and `scaled_values`.
+
+        Raises:
+            RuntimeError: `live` counts rows that the frozen atoms do not have.
         """
         live = self.num_frozen
-        return (
-            self.frozen_keys[:live],
-            self.frozen_values[:live],
-            self.acting_keys(),
-            self.scaled_values(),
-        )
+        keys, values = self.frozen_keys[:live], self.frozen_values[:live]
+        if keys.shape[0] != live:
+            raise RuntimeError(
+                f"live must count the live rows of frozen_keys, 0 to {self.capacity}, got {live}: "
+                "load a state dict, or move live together with the other tensors"
+            )
+        return keys, values, self.acting_keys(), self.scaled_values()
 
     def scaled_values(self):
         """The current values as they act, [C, O]."""
@@ -218,7 +210,7 @@ class AtomBank(nn.Module):
 
     def extra_repr(self):
         return (
-            f"{self.in_features} -> {self.out_features}, frozen={self._read_live()}, "
+            f"{self.in_features} -> {self.out_features}, frozen={self.num_frozen}, "
             f"current={self.num_current}, capacity={self.capacity}"
         )
 
@@ -307,7 +299,7 @@ class AtomBank(nn.Module):
             width, tensor = widths[name.split("_")[1]], found[name]
             if tensor is not None and (tensor.dim() != 2 or tensor.shape[1] != width):
                 return 0, f"{name} must be [N, {width}], got {tuple(tensor.shape)}"
-        present = {"frozen": self._read_live(), "current": self.num_current}
+        present = {"frozen": self.num_frozen, "current": self.num_current}
         for kind, rows in present.items():
             names = (f"{kind}_keys", f"{kind}_values")
             counts = {n: len(found[n]) for n in names if found[n] is not None}

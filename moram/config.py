@@ -26,7 +26,8 @@ class MoRAMConfig:
         targets: "auto" (by the model's family), the name of a preset (`moram.models.PRESETS`), or
             names of projections: a suffix of the module's path ("q_proj", "layers.0.mlp.up_proj")
             or a pattern with * ("visual.*.c_fc").
-        exclude: patterns with * of module paths that are never adapted.
+        exclude: names or patterns like targets, of modules that are left alone with all that is
+            inside them.
         backend: "auto", "reference", "torch" or "triton".
         precision: of the Triton backend's float32 products, "ieee" or "bf16x6" (faster on tensor
             cores, as exact to a few roundings).
