@@ -11,6 +11,7 @@ import torch
 from .. import checkpoint
 from ..config import check_count
 from ..continual import load_stream
+from ..continual.data import check_characters
 from ..harness.files import read_json, write_json, write_text
 from ..harness.run import CONFIG, RESULTS
 from ..harness.settings import EXAMPLES
@@ -149,6 +150,7 @@ def _batches(encoder, settings, task, limit):
 
 
 def _encode_text(encoder, task, text):
+    check_characters("text", text)
     ids = encoder.prompts(task, [text]).ids[0] if text.strip() else []
     if not ids:
         raise ValueError(f"text must hold at least one token, got {text!r}")

@@ -5,13 +5,13 @@ stay), EuroSAT's with " satellite location" appended, MNIST's worded as a number
 so again), CIFAR-100's and those of folders with spaces for underscores.
 """
 
-import json
 import os
 from collections import Counter
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
+from ..continual.data import check_characters, read_json_text
 from .catalog import DEFAULT_TEMPLATE, FACTS
 from .domains import ArraySplit, Domain, FileSplit
 
@@ -46,6 +46,8 @@ def load_domain(name, root, spaces=False):
         raise FileNotFoundError("missing: " + ", ".join(str(path) for path, _ in absent))
     read = _READERS.get(name, _read_coop) if name in FACTS else _read_folders
     domain = read(name, root)
+    for label, text in enumerate(domain.classes):
+        check_characters(f"{name}: the name of class {label}", text)
     if spaces:
         domain = domain._replace(classes=tuple(text.replace("_", " ") for text in domain.classes))
     return domain
@@ -157,10 +159,7 @@ def _read_coop(name, root):
     """CoOp's split file: {"train": [[path, label, class name], ...], "val": ..., "test": ...}."""
     folder, images = _layout(name, root)
     file = folder / FACTS[name].files[0]
-    try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+    content = read_json_text(file)
     rows = {split: _coop_rows(file, content, split) for split in ("train", "test")}
     texts = {}
     for _, label, text in rows["train"]:
