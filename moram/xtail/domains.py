@@ -117,18 +117,44 @@ class Subset:
 
 
 class Domain(NamedTuple):
-    """One dataset of a stream. A label is an index into `classes`; `template` has one `{}`."""
+    """One dataset of a stream. A label is an index into `classes`; `template` has one `{}`.
+
+    passed_over: files and folders in its folder that are not read, hidden ones aside.
+    """
 
     name: str
     classes: tuple[str, ...]
     template: str
     train: FileSplit | ArraySplit | Subset
     test: FileSplit | ArraySplit | Subset
+    passed_over: tuple[str, ...] = ()
 
     @property
     def prompts(self):
         """The text of each class, in order of labels."""
         return [self.template.format(name) for name in self.classes]
+
+
+def empty_classes(domain, split):
+    """The names of a domain's classes of which a split has no image."""
+    present = set(split.labels)
+    return [name for label, name in enumerate(domain.classes) if label not in present]
+
+
+def check_covered(domain):
+    """Raise ValueError unless each class has images to learn from and images to be scored on."""
+    _check_split(domain, "training", domain.train)
+    _check_split(domain, "test", domain.test)
+
+
+def _check_split(domain, kind, split):
+    empty = empty_classes(domain, split)
+    if empty:
+        raise ValueError(
+            f"{domain.name} has no {kind} image of {len(empty)} of its {len(domain.classes)} "
+            f"classes: {', '.join(map(repr, empty[:5]))}{', ...' if len(empty) > 5 else ''}; "
+            "add some, or leave the class out"
+        )
 
 
 class Shots(NamedTuple):
@@ -206,13 +232,7 @@ def few_shot(domain, shots, seed):
     by_class = [[] for _ in domain.classes]
     for i, label in enumerate(domain.train.labels):
         by_class[label].append(i)
-    empty = [name for name, found in zip(domain.classes, by_class, strict=True) if not found]
-    if empty:
-        raise ValueError(
-            f"{domain.name} has no training image of {len(empty)} of its {len(by_class)} classes: "
-            + ", ".join(repr(name) for name in empty[:5])
-            + (", ..." if len(empty) > 5 else "")
-        )
+    _check_split(domain, "training", domain.train)
     # Python's hash() of a text changes with each process.
     digest = hashlib.sha256(f"{seed}:{domain.name}".encode()).digest()
     generator = random.Random(int.from_bytes(digest[:8], "big"))

@@ -15,7 +15,7 @@ from .settings import SMALL_BACKBONE
 
 # The image encoders of open_clip's and Hugging Face's CLIP.
 VISION = ("visual.", "vision_model.")
-# Images that cannot be decoded, named for each dataset at most.
+# Images that cannot be decoded, and classes, named for each dataset at most.
 NAMED = 10
 
 __all__ = ["Stopped", "XtailRun", "run_xtail"]
@@ -128,6 +128,13 @@ class XtailRun(Run):
                 f"{domain.name}: {len(domain.classes)} classes, {len(domain.train)} train, "
                 f"{len(domain.test)} test images"
             )
+            lost = self.plan.unscored.get(domain.name)
+            if lost:
+                self.log(
+                    f"{domain.name}: {len(lost)} of {len(domain.classes)} classes have no test "
+                    f"image and are not scored: {', '.join(lost[:NAMED])}"
+                    + (", ..." if len(lost) > NAMED else "")
+                )
         self.log(
             f"{len(self.plan.prompts)} classes in all; the cache has "
             f"{self.store.left / 2**30:.1f} GiB left"
@@ -194,6 +201,7 @@ class XtailRun(Run):
             "format": FORMAT,
             "classes": [len(domain.classes) for domain in self.stream],
             "test_images": [len(domain.test) for domain in self.stream],
+            "unscored": self.plan.unscored,
             "trained_with_steps": self.method.has_steps,
             "needs_task_id": self.method.needs_task_id,
             "versions": versions("open_clip", "transformers", "sklearn"),
