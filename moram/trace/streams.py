@@ -48,7 +48,9 @@ class StreamRows:
         self.train = [encoder.examples(task.name, task.train) for task in stream]
         self.test = []
         for task in stream:
-            prompts = method.prompts(task, lambda text: len(encoder.tokens(text)))
+            # Of several examples, the prompt of all together begins once.
+            parts = encoder.without_beginnings(task)
+            prompts = method.prompts(parts, lambda text: len(encoder.tokens(text)))
             prompts = [e.prompt for e in task.test] if prompts is None else prompts
             if is_forced(settings, task.name):
                 pairs = [(p, e.answer) for p, e in zip(prompts, task.test, strict=True)]
