@@ -107,8 +107,11 @@ class XtailRun(Run):
 
         Test images first: they are read after every task, training images in one task alone.
         """
-        tests = [self.store.find_bad(d.test, self.transforms.test) for d in self.stream]
-        trains = [self.store.find_bad(d.train) if trained else {} for d in self.stream]
+        total = sum(len(d.test) + len(d.train) * trained for d in self.stream)
+        find, test = self.store.find_bad, self.transforms.test
+        with self.watch("images", total) as bar:
+            tests = [find(d.test, test, bar.advance) for d in self.stream]
+            trains = [find(d.train, None, bar.advance) if trained else {} for d in self.stream]
         bad = list(zip(tests, trains, strict=True))
         reasons = [list(dict.fromkeys([*t.values(), *r.values()])) for t, r in bad]
         lines = [

@@ -110,7 +110,7 @@ def test_demonstrations_that_begin_so_begin_once_together(tokenizer, labels, dec
         "m", "d", "o", "in-context", labels=labels, decoding=decoding, max_prompt=300
     )
     method = make_method("in-context", demonstrations=2)
-    rows = StreamRows(stream, Encoder(tokenizer, own), method, None, own, False, {})
+    rows = StreamRows(stream, Encoder(tokenizer, own), method, None, own, False, {}, None)
     for ids in rows.test[0].ids:
         assert ids[0] == BOS and ids.count(BOS) == 1
         assert tokenizer.decode(ids).count("q") > 1, "the case should have demonstrations"
