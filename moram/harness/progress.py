@@ -18,14 +18,14 @@ class Bar:
     Args:
         total: examples. name: of the bar. settings: of the run; says whether it is quiet.
         processes: `Processes`; only the first of them says anything.
-        log: called with the lines. told: what the lines begin with; None = the name.
+        log: called with the lines. prefix: what the lines begin with; None = the name.
     """
 
-    def __init__(self, total, name, settings, processes, log=print, told=None):
+    def __init__(self, total, name, settings, processes, log=print, prefix=None):
         from tqdm import tqdm
 
         self.total, self.done, self.log = max(1, total), 0, log
-        self.prefix = f"{name}: " if told is None else told
+        self.prefix = f"{name}: " if prefix is None else prefix
         self.began = self.told = time.perf_counter()
         silent = settings.quiet or not processes.is_first
         shown = sys.stderr.isatty() and not silent
@@ -67,7 +67,7 @@ class Progress:
     """
 
     def __init__(self, total, settings, out, processes, log=print):
-        self.bar = Bar(total, settings.method, settings, processes, log, told="")
+        self.bar = Bar(total, settings.method, settings, processes, log, prefix="")
         self.first, self.path, self.size = processes.is_first, out / STEPS, settings.batch_size
         self.file = self.board = None
         if settings.tensorboard and self.first:

@@ -2,7 +2,7 @@
 
 from .catalog import FACTS, XTAIL
 from .datasets import load_domain, missing, shared_names
-from .domains import check_images
+from .domains import check_covered, check_images
 from .folders import describe_passed_over
 from .small import is_small, load_small
 
@@ -47,7 +47,9 @@ def _check(name, root, images):
     """The dataset, or None if it cannot be read; a line for each problem."""
     try:
         if is_small(name):
-            return load_small(name, root), []
+            domain = load_small(name, root)
+            check_covered(domain)
+            return domain, []
         absent = missing(name, root)
         if absent:
             return None, [f"missing: {path}, from {origin}" for path, origin in absent]

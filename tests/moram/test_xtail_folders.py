@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from xtail_data import encoded, jpeg, write_coop, write_folders
+from xtail_data import encoded, jpeg, write_coop, write_folders, write_mnist
 from xtail_support import run, settings_for, write_domains
 
 from moram.cli import main
@@ -133,6 +133,17 @@ def test_a_published_split_without_test_images_of_a_class_is_an_error(tmp_path):
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         load_domain("dtd", tmp_path)
+
+
+def test_a_small_domain_without_test_images_of_a_class_is_an_error_and_a_problem(tmp_path):
+    # 5010 images, a digit after the other; of the second half every tenth one is tested: zeros.
+    write_mnist(tmp_path, test=501)
+    said = "mnist10k has no test image of 9 of its 10 classes: '1 - one', '2 - two', '3 - three', "
+    problems, lines = checked(tmp_path, "mnist10k")
+    assert problems == 1 and lines[1].startswith(f"  {said}")
+    settings = settings_for(tmp_path, tmp_path / "out", datasets=("mnist10k",))
+    with pytest.raises(ValueError, match=re.escape(said)):
+        Plan(settings, log=lambda line: None)
 
 
 @pytest.fixture(scope="module")
