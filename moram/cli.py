@@ -12,6 +12,13 @@ INTERRUPTED = 130
 
 def main(argv=None):
     """Run the command line; returns the exit status."""
+    from .harness.chatter import without_chatter
+
+    with without_chatter():
+        return _main(argv)
+
+
+def _main(argv):
     parser = argparse.ArgumentParser(prog="moram", description="Continual learning with MoRAM.")
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser(

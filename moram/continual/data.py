@@ -33,7 +33,7 @@ def load_stream(directory, names, train_split=None, test_split="test"):
         A list of `Task`.
     Raises:
         FileNotFoundError, ValueError: a task is missing, repeated or not of this format; the
-            message names the file.
+            message names the file, and the entry where it is one.
     """
     directory, names = Path(directory), list(names)
     if not names or len(set(names)) != len(names):
@@ -64,10 +64,7 @@ def load_stream(directory, names, train_split=None, test_split="test"):
 def _read(path):
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    rows = read_json_text(path)
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"{path} must hold a non-empty list, got {type(rows).__name__}")
     for i, row in enumerate(rows):
@@ -76,4 +73,33 @@ def _read(path):
             raise ValueError(
                 f'{path}: entry {i} must be {{"prompt": text, "answer": text}}, got {row!r:.80}'
             )
+        for name, text in zip(Example._fields, texts, strict=True):
+            check_characters(f"{path}: the {name} of entry {i}", text)
     return tuple(Example(row["prompt"], row["answer"]) for row in rows)
+
+
+def read_json_text(path):
+    """The value in a JSON file; a byte-order mark before it, as Windows writes one, is no part.
+
+    Raises:
+        ValueError: it is not JSON; names the file.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def check_characters(name, text):
+    """Refuse a text that no tokenizer takes: JSON can write half of a surrogate pair.
+
+    Raises:
+        ValueError: it holds one; the message begins with name.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} must hold whole characters, got {text[error.start]!r} in place "
+            f"{error.start}: half of a surrogate pair"
+        ) from error

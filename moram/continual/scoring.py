@@ -31,7 +31,9 @@ class Encoded(NamedTuple):
 
 
 def encode(tokenizer, examples, max_length=192, multiple=16):
-    """Tokenise prompt + answer + end of text; long prompts lose their beginning.
+    """Tokenise prompt + answer + end of text; long prompts lose their first tokens.
+
+    Each prompt begins, once, with what the tokenizer itself puts before a text (`beginning`).
 
     Args:
         tokenizer: a Hugging Face tokenizer.
@@ -42,16 +44,17 @@ def encode(tokenizer, examples, max_length=192, multiple=16):
     Raises:
         ValueError: an answer leaves no room for its prompt.
     """
-    rows = []
+    rows, begin = [], beginning(tokenizer)
     for prompt, answer in examples:
-        head = tokenizer(prompt, add_special_tokens=False).input_ids
+        head = without_beginning(tokenizer(prompt, add_special_tokens=False).input_ids, begin)
         spaced = answer if prompt[-1:].isspace() else f" {answer}"
         tail = [*tokenizer(spaced, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-        if len(tail) >= max_length:
+        room = max_length - len(tail) - len(begin)
+        if room < 1:
             raise ValueError(
                 f"an answer has {len(tail)} tokens, max_length is {max_length}: {answer!r:.60}"
             )
-        rows.append((head[-(max_length - len(tail)) :], tail))
+        rows.append(([*begin, *head[-room:]], tail))
     longest = max(len(head) + len(tail) for head, tail in rows)
     length = -(-longest // multiple) * multiple
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -64,6 +67,31 @@ def encode(tokenizer, examples, max_length=192, multiple=16):
         mask[i, -used:] = 1
         labels[i, -len(tail) :] = torch.tensor(tail)
     return Encoded(ids, mask, labels, max(len(tail) for _, tail in rows))
+
+
+def beginning(tokenizer):
+    """The tokens that a tokenizer itself puts before a text: often one, often none.
+
+    Models that were trained with a beginning-of-text token (Gemma, Llama 3) need it.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+    Returns:
+        list of token ids.
+    """
+    # A tokenizer may end texts, too: what stands before one tells the two apart.
+    if not list(tokenizer("", add_special_tokens=True).input_ids):
+        return []
+    whole, alone = (
+        list(tokenizer("a", add_special_tokens=special).input_ids) for special in (True, False)
+    )
+    starts = range(len(whole) - len(alone) + 1)
+    return next((whole[:s] for s in starts if whole[s : s + len(alone)] == alone), [])
+
+
+def without_beginning(ids, begin):
+    """The tokens of a text that may begin as the tokenizer would let it begin."""
+    return ids[len(begin) :] if begin and ids[: len(begin)] == begin else ids
 
 
 def answer_logits(model, input_ids, attention_mask, tail):

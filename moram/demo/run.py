@@ -159,7 +159,7 @@ def firing(model, data, batch_size):
         for i, (_, test) in enumerate(data)
     }
     report = inspect_atoms(model, batches, list(batches))
-    path = max(report.paths, key=lambda path: report.weights[path].std(0).sum())
+    path = max(report.paths, key=lambda path: report.weights[path].std(0, correction=0).sum())
     return {
         "share": report.share().tolist(),
         "path": path,

@@ -1,4 +1,4 @@
-"""What a run says while it runs: a bar with its remaining time, steps.csv, TensorBoard."""
+"""What a run says while it runs: bars with their remaining time, steps.csv, TensorBoard."""
 
 import csv
 import io
@@ -12,24 +12,63 @@ MINUTE = 60.0
 COLUMNS = ("stage", "step", "loss", "lr", "seconds")
 
 
+class Bar:
+    """A bar over some examples; a line a minute where there is no terminal for it.
+
+    Args:
+        total: examples. name: of the bar. settings: of the run; says whether it is quiet.
+        processes: `Processes`; only the first of them says anything.
+        log: called with the lines. prefix: what the lines begin with; None = the name.
+    """
+
+    def __init__(self, total, name, settings, processes, log=print, prefix=None):
+        from tqdm import tqdm
+
+        self.total, self.done, self.log = max(1, total), 0, log
+        self.prefix = f"{name}: " if prefix is None else prefix
+        self.began = self.told = time.perf_counter()
+        silent = settings.quiet or not processes.is_first
+        shown = sys.stderr.isatty() and not silent
+        self.bar = tqdm(total=total, unit="ex", desc=name, mininterval=1, disable=not shown)
+        self.speaks = not shown and not silent
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def advance(self, count):
+        """So many more examples are done."""
+        self.bar.update(count)
+        self.done += count
+        now = time.perf_counter()
+        if self.speaks and now - self.told >= MINUTE:
+            self.told = now
+            rest = (now - self.began) * (self.total - self.done) / max(1, self.done) / MINUTE
+            share = 100 * self.done / self.total
+            self.log(f"{self.prefix}{share:.0f} %, about {rest:.0f} minutes to go")
+
+    def note(self, text):
+        """Show a text behind the bar."""
+        self.bar.set_postfix_str(text, refresh=False)
+
+    def close(self):
+        """The examples are done, or given up."""
+        self.bar.close()
+
+
 class Progress:
     """One bar over all examples of a run, and one row a step in out/steps.csv.
 
     Args:
         total: examples to train on and to answer. settings: of the run. out: the run's folder.
-        processes: `Processes`; only the first of them says anything.
-        log: called with a line a minute where there is no terminal for the bar.
+        processes, log: see `Bar`.
     """
 
     def __init__(self, total, settings, out, processes, log=print):
-        from tqdm import tqdm
-
-        self.total, self.done, self.log = max(1, total), 0, log
-        self.began = self.told = time.perf_counter()
-        self.first, self.path = processes.is_first, out / STEPS
-        quiet = settings.quiet or not self.first or not sys.stderr.isatty()
-        self.bar = tqdm(total=total, unit="ex", desc=settings.method, mininterval=1, disable=quiet)
-        self.size, self.speaks = settings.batch_size, quiet and not settings.quiet
+        self.bar = Bar(total, settings.method, settings, processes, log, prefix="")
+        self.first, self.path, self.size = processes.is_first, out / STEPS, settings.batch_size
         self.file = self.board = None
         if settings.tensorboard and self.first:
             from torch.utils.tensorboard import SummaryWriter
@@ -38,7 +77,7 @@ class Progress:
 
     def start_stage(self, stage, done):
         """Training of a stage begins at a step: rows that a killed run wrote beyond it go."""
-        self._advance(done * self.size)
+        self.bar.advance(done * self.size)
         self.start = time.perf_counter()
         if not self.first:
             return
@@ -54,8 +93,8 @@ class Progress:
 
     def step(self, trainer, loss):
         """A step was made."""
-        self._advance(self.size)
-        self.bar.set_postfix_str(f"task {trainer.index + 1} loss {loss:.3f}", refresh=False)
+        self.bar.advance(self.size)
+        self.bar.note(f"task {trainer.index + 1} loss {loss:.3f}")
         if self.file is None:
             return
         rate = trainer.optimizer.param_groups[0]["lr"]
@@ -75,16 +114,7 @@ class Progress:
 
     def answered(self, count):
         """Examples were answered, or had been before."""
-        self._advance(count)
-
-    def _advance(self, count):
-        self.bar.update(count)
-        self.done += count
-        now = time.perf_counter()
-        if self.speaks and now - self.told >= MINUTE:
-            self.told = now
-            rest = (now - self.began) * (self.total - self.done) / max(1, self.done) / MINUTE
-            self.log(f"{100 * self.done / self.total:.0f} %, about {rest:.0f} minutes to go")
+        self.bar.advance(count)
 
     def close(self):
         """The run is over."""

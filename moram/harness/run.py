@@ -16,7 +16,7 @@ from ..methods.train import TaskTrainer
 from .compare import differences
 from .files import check_space, read_json, read_state, write_json, write_state
 from .memory import peak_mib, reset_peak
-from .progress import STEPS, Progress
+from .progress import STEPS, Bar, Progress
 from .settings import EXAMPLES
 
 STATE, CONFIG, RESULTS = "state.pt", "config.json", "results.json"
@@ -106,6 +106,10 @@ class Run:
 
     def made(self):
         """Called when the adapters are in the model."""
+
+    def watch(self, name, total):
+        """A `Bar` over what is prepared before the run's own bar begins."""
+        return Bar(total, name, self.settings, self.processes, self.log)
 
     def open_folder(self):
         """Make the folder, or check that what it holds is of this very run."""

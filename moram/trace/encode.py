@@ -4,12 +4,18 @@ Two ways of joining prompt and answer. "separate" is the published one: prompt a
 tokenised as one text, and as many final tokens are learned as the answer has when it is tokenised
 alone. "joined" tokenises both apart, with a space between them where the prompt ends in none, so
 that what is learned is the answer exactly. Both end in the end-of-text token.
+
+Before a prompt, "joined" has what the tokenizer itself puts before a text, often a token, often
+nothing; it counts as part of the prompt, and cutting leaves it. "separate" has, as published, the
+beginning-of-text token (or else the end-of-text token) where there is room for it, whether or not
+the tokenizer puts it there. A text that begins so already gets no second one.
 """
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from ..continual.scoring import IGNORED
+from ..continual.data import Task
+from ..continual.scoring import IGNORED, beginning, without_beginning
 
 
 class Rows:
@@ -74,6 +80,8 @@ class Encoder:
         if self.eos is None:
             raise ValueError("the tokenizer has no end-of-text token")
         self.bos = self.eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        # What each prompt begins with, also one that is cut.
+        self.begin = beginning(tokenizer) if settings.labels == "joined" else []
         # The published choice: unknown, else end, else beginning of text.
         options = (tokenizer.pad_token_id, tokenizer.unk_token_id, self.eos)
         self.pad = next(token for token in options if token is not None)
@@ -87,9 +95,9 @@ class Encoder:
         limit = self.settings.of("max_prompt", task)
         rows = []
         for text in texts:
-            ids = self._cut(self.tokens(text), task, limit)
+            ids = self._head(text, task)
             if self.settings.labels == "separate" and len(ids) < limit:
-                ids = [self.bos, *ids]
+                ids = self._begun(ids)
             rows.append(ids)
         return Rows(rows, [0] * len(rows), self.pad, self.settings.pad_multiple)
 
@@ -120,29 +128,56 @@ class Encoder:
         joined = self.settings.labels == "joined"
         answers = [_spaced(e.prompt, e.answer) if joined else e.answer for e in examples]
         return (
-            sum(len(self.tokens(e.prompt)) > prompt for e in examples),
+            sum(len(self._body(e.prompt)) + len(self.begin) > prompt for e in examples),
             sum(len(self.tokens(text)) + joined > answer for text in answers),
         )
 
-    def _cut(self, ids, task, limit):
+    def without_beginnings(self, task):
+        """A task whose prompts lack what the tokenizer would put before each: to be put together.
+
+        Args:
+            task: `Task`.
+        """
+        begin = beginning(self.tokenizer)
+        if not begin:
+            return task
+        text = self.tokenizer.decode(begin)
+        return Task(
+            task.name,
+            *(
+                tuple(e._replace(prompt=e.prompt.removeprefix(text)) for e in part)
+                for part in (task.train, task.test)
+            ),
+        )
+
+    def _body(self, prompt):
+        return without_beginning(self.tokens(prompt), self.begin)
+
+    def _begun(self, ids):
+        """With the published beginning before them, once."""
+        return [self.bos, *without_beginning(ids, [self.bos])]
+
+    def _head(self, prompt, task):
+        """The tokens of a prompt within its limit."""
+        room = max(0, self.settings.of("max_prompt", task) - len(self.begin))
+        ids = self._body(prompt)
         # Something must come before the answer's first token, to predict it.
-        ids = ids or [self.bos]
-        if len(ids) <= limit:
-            return ids
-        return ids[:limit] if task in self.settings.truncate_right else ids[-limit:]
+        ids = ids if ids or self.begin else [self.bos]
+        right = task in self.settings.truncate_right
+        return [*self.begin, *(ids[:room] if right else ids[max(0, len(ids) - room) :])]
 
     def _joined(self, task, prompt, answer):
         spaced = self.tokens(_spaced(prompt, answer))
         tail = [*spaced[: self.settings.max_answer - 1], self.eos]
-        head = self._cut(self.tokens(prompt), task, self.settings.of("max_prompt", task))
-        return head + tail, len(tail)
+        return self._head(prompt, task) + tail, len(tail)
 
     def _separate(self, task, prompt, answer):
         limit, room = self.settings.of("max_prompt", task), self.settings.max_answer
         if task in self.settings.truncate_right:
             # The answer first, with room for both special tokens; the prompt takes what is left.
             label = [*self.tokens(answer)[: room + 1], self.eos]
-            head = self.tokens(prompt)[: max(0, limit + room - len(label) - 1)]
+            head = without_beginning(self.tokens(prompt), [self.bos])
+            head = head[: max(0, limit + room - len(label) - 1)]
             return [self.bos, *head, *label], len(label)
         length = limit + room
         ids = self.tokens(prompt + answer)[-length:]
@@ -151,7 +186,7 @@ class Encoder:
         if len(ids) < length:
             ids = [*ids, self.eos]
         if len(ids) < length:
-            ids = [self.bos, *ids]
+            ids = self._begun(ids)
         return ids, min(count, len(ids) - 1)
 
 

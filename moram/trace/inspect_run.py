@@ -11,6 +11,7 @@ import torch
 from .. import checkpoint
 from ..config import check_count
 from ..continual import load_stream
+from ..continual.data import check_characters
 from ..harness.files import read_json, write_json, write_text
 from ..harness.run import CONFIG, RESULTS
 from ..harness.settings import EXAMPLES
@@ -95,7 +96,7 @@ def inspect_run(
             {"token": token, "atoms": [[a.task, a.index, round(a.weight, 4)] for a in atoms]}
             for token, atoms in zip(tokens, view, strict=True)
         ]
-        lines += ["", *_text_lines(found)]
+        lines += ["", *_text_lines(path, tokens, view)]
     out = run / "inspect" if out is None else Path(out)
     write_json(out / "inspect.json", found)
     write_text(out / "inspect.md", "\n".join(lines) + "\n")
@@ -149,6 +150,7 @@ def _batches(encoder, settings, task, limit):
 
 
 def _encode_text(encoder, task, text):
+    check_characters("text", text)
     ids = encoder.prompts(task, [text]).ids[0] if text.strip() else []
     if not ids:
         raise ValueError(f"text must hold at least one token, got {text!r}")
@@ -222,14 +224,14 @@ def _lines(report, found):
     ]
 
 
-def _text_lines(found):
+def _text_lines(path, tokens, view):
     """The view of a text, token by token, as Markdown lines."""
+    # Of the weights themselves: those of inspect.json are rounded already.
     rows = [
         [
-            f"`{row['token']!r}`",
-            ", ".join(f"{task} #{index} {weight:.2f}" for task, index, weight in row["atoms"])
-            or "none fired",
+            f"`{token!r}`",
+            ", ".join(f"{a.task} #{a.index} {a.weight:.2f}" for a in atoms) or "none fired",
         ]
-        for row in found["text"]
+        for token, atoms in zip(tokens, view, strict=True)
     ]
-    return [markdown(["token", f"strongest atoms of {found['adapter']}"], rows).rstrip("\n")]
+    return [markdown(["token", f"strongest atoms of {path}"], rows).rstrip("\n")]

@@ -14,6 +14,7 @@ _PAPER = {
         "dropout": 0.1,
         "max_prompt": {"MeetingBank": 4096, "*": 1024},
         "fit_context": True,
+        "labels": "separate",
         "truncate_right": ("MeetingBank",),
         "repetition_penalty": 1.2,
         "no_repeat_ngram": 3,

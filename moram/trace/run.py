@@ -82,6 +82,7 @@ class TraceRun(Run):
             self.fitted,
             any(self.plan.stages),
             self.cached,
+            self.watch,
         )
 
     def training_model(self):

@@ -64,9 +64,10 @@ class TraceSettings:
             see `TrainSettings`; batch_size counts all processes.
         fit_context: cut prompts further where they and the answer exceed the model's context,
             instead of refusing to run.
-        max_prompt*, max_answer: tokens at most. labels: how prompt and answer become tokens, see
-            `moram.trace.encode`. truncate_right: tasks whose long prompts lose their end; all
-            others lose their beginning. pad_multiple: lengths are padded up to a multiple of it.
+        max_prompt*, max_answer: tokens at most. labels: how prompt and answer become tokens, and
+            what a prompt begins with, see `moram.trace.encode`. truncate_right: tasks whose long
+            prompts lose their end; all others lose their beginning. pad_multiple: lengths are
+            padded up to a multiple of it.
         train_split: dict from task to the split it is trained on, where that is not "train".
         eval_split: what is scored: "test", "eval", or "held-out": the last `held_out` training
             examples, which are then not trained on. For choosing settings, where a data set's eval

@@ -41,14 +41,17 @@ class StreamRows:
         model: the model, in eval mode. settings: `TraceSettings`.
         trained: whether anything is trained on.
         cached: dict in which runs in one process share hidden states.
+        watch: function from a name and a number of examples to a `Bar` over them.
     """
 
-    def __init__(self, stream, encoder, method, model, settings, trained, cached):
+    def __init__(self, stream, encoder, method, model, settings, trained, cached, watch):
         self.settings, self.cached, self.upper = settings, cached, nullcontext
         self.train = [encoder.examples(task.name, task.train) for task in stream]
         self.test = []
         for task in stream:
-            prompts = method.prompts(task, lambda text: len(encoder.tokens(text)))
+            # Of several examples, the prompt of all together begins once.
+            parts = encoder.without_beginnings(task)
+            prompts = method.prompts(parts, lambda text: len(encoder.tokens(text)))
             prompts = [e.prompt for e in task.test] if prompts is None else prompts
             if is_forced(settings, task.name):
                 pairs = [(p, e.answer) for p, e in zip(prompts, task.test, strict=True)]
@@ -57,22 +60,31 @@ class StreamRows:
                 self.test.append(encoder.prompts(task.name, prompts))
         if settings.cache_prefix:
             prefix = Prefix(model, settings.first_layer)
+            forced = [is_forced(settings, task.name) for task in stream]
+            parts = [rows for rows, wanted in zip(self.test, forced, strict=True) if wanted]
+            self._cache(prefix, [*self.train, *parts] if trained else parts, watch)
             if trained:
-                self.train = [self._cache(prefix, rows) for rows in self.train]
-            self.test = [
-                self._cache(prefix, rows) if is_forced(settings, task.name) else rows
-                for task, rows in zip(stream, self.test, strict=True)
-            ]
+                self.train = [self._kept(rows) for rows in self.train]
+            pairs = zip(self.test, forced, strict=True)
+            self.test = [self._kept(rows) if wanted else rows for rows, wanted in pairs]
             self.upper = prefix.upper
 
-    def _cache(self, prefix, rows):
-        """`CachedRows`, those of an earlier run where they are of the same tokens."""
+    def _cache(self, prefix, parts, watch):
+        """Keep hidden states, but those of an earlier run that are of the same tokens."""
+        new = {key: rows for rows in parts if (key := self._key(rows)) not in self.cached}
+        if not new:
+            return
+        with watch("hidden states", sum(map(len, new.values()))) as bar:
+            for key, rows in new.items():
+                self.cached[key] = prefix.cache(rows, self.settings.eval_batch, bar.advance)
+
+    def _kept(self, rows):
+        return CachedRows(rows, self.cached[self._key(rows)])
+
+    def _key(self, rows):
         settings = self.settings
-        base = (settings.model, settings.dtype, settings.quantize)
-        key = (*base, prefix.first, tuple(map(tuple, rows.ids)))
-        if key not in self.cached:
-            self.cached[key] = prefix.cache(rows, settings.eval_batch)
-        return CachedRows(rows, self.cached[key])
+        base = (settings.model, settings.dtype, settings.quantize, settings.first_layer)
+        return (*base, tuple(map(tuple, rows.ids)))
 
 
 def is_forced(settings, task):

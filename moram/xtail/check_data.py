@@ -2,16 +2,18 @@
 
 from .catalog import FACTS, XTAIL
 from .datasets import load_domain, missing, shared_names
-from .domains import check_images
+from .domains import check_covered, check_images
+from .folders import describe_passed_over
 from .small import is_small, load_small
 
 
 def check_data(root, names=None, images=False, log=print):
     """Say of each dataset whether it is complete, and what is missing where.
 
-    Folders, split files, the number of classes and that every listed image exists are checked. A
-    number of images other than that of the official split is a note and no problem, as is a prompt
-    that two classes share.
+    Folders, split files, the number of classes, that every listed image exists and that each class
+    has training and test images are checked. A number of images other than that of the official
+    split is a note and no problem, as are files that are passed over and a prompt that two classes
+    share.
 
     Args:
         root: folder of all datasets; need not exist.
@@ -45,7 +47,9 @@ def _check(name, root, images):
     """The dataset, or None if it cannot be read; a line for each problem."""
     try:
         if is_small(name):
-            return load_small(name, root), []
+            domain = load_small(name, root)
+            check_covered(domain)
+            return domain, []
         absent = missing(name, root)
         if absent:
             return None, [f"missing: {path}, from {origin}" for path, origin in absent]
@@ -68,6 +72,5 @@ def _notes(domain):
         for split, images, expected in pairs:
             if len(images) != expected:
                 yield f"{len(images)} {split} images, expected {expected}"
-    empty = len(domain.classes) - len(set(domain.train.labels))
-    if empty:
-        yield f"{empty} classes have no training image"
+    if domain.passed_over:
+        yield describe_passed_over(domain)

@@ -1,21 +1,19 @@
-"""Datasets on disk as `Domain`s: published ones and folders of one's own. Downloads nothing.
+"""Datasets on disk as `Domain`s. Downloads nothing. Folders of one's own are read in folders.py.
 
 Class names are those of the published protocol: as the split file or list has them (underscores
 stay), EuroSAT's with " satellite location" appended, MNIST's worded as a number (its template says
 so again), CIFAR-100's and those of folders with spaces for underscores.
 """
 
-import json
 import os
-from collections import Counter
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
-from .catalog import DEFAULT_TEMPLATE, FACTS
-from .domains import ArraySplit, Domain, FileSplit
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+from ..continual.data import check_characters, read_json_text
+from .catalog import FACTS
+from .domains import ArraySplit, Domain, FileSplit, check_covered
+from .folders import read_folders, read_lines
 
 
 class Missing(NamedTuple):
@@ -34,18 +32,23 @@ def load_domain(name, root, spaces=False):
         root: folder of all datasets.
         spaces: if true, underscores in class names become spaces in every dataset, as in RAIL.
     Returns:
-        A `Domain`. Every image that is listed exists; none was decoded.
+        A `Domain`. Every image that is listed exists; none was decoded. Each class has images in
+        both splits.
     Raises:
         FileNotFoundError: a folder, split file or listed image is missing; says where it belongs
             (`missing` also says where it comes from).
-        ValueError: a file is damaged, of another dataset or not of the expected format.
+        ValueError: a file is damaged, of another dataset or not of the expected format; a class
+            has no image to learn from, or none to be scored on.
     """
     root = Path(root)
     absent = missing(name, root)
     if absent:
         raise FileNotFoundError("missing: " + ", ".join(str(path) for path, _ in absent))
-    read = _READERS.get(name, _read_coop) if name in FACTS else _read_folders
+    read = _READERS.get(name, _read_coop) if name in FACTS else read_folders
     domain = read(name, root)
+    for label, text in enumerate(domain.classes):
+        check_characters(f"{name}: the name of class {label}", text)
+    check_covered(domain)
     if spaces:
         domain = domain._replace(classes=tuple(text.replace("_", " ") for text in domain.classes))
     return domain
@@ -157,10 +160,7 @@ def _read_coop(name, root):
     """CoOp's split file: {"train": [[path, label, class name], ...], "val": ..., "test": ...}."""
     folder, images = _layout(name, root)
     file = folder / FACTS[name].files[0]
-    try:
-        content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+    content = read_json_text(file)
     rows = {split: _coop_rows(file, content, split) for split in ("train", "test")}
     texts = {}
     for _, label, text in rows["train"]:
@@ -237,13 +237,13 @@ def _read_aircraft(name, root):
     """Variants as classes; the official train list alone is trained on, as published."""
     folder, images = _layout(name, root)
     variants, *lists = (folder / file for file in FACTS[name].files)
-    classes = tuple(_lines(variants))
+    classes = tuple(read_lines(variants))
     label_of = {text: label for label, text in enumerate(classes)}
     _check_classes(name, variants, set(label_of.values()))
     splits = []
     for file in lists:
         paths, labels = [], []
-        for line in _lines(file):
+        for line in read_lines(file):
             image, _, variant = line.partition(" ")
             if variant not in label_of:
                 raise ValueError(f"{file}: {line!r} must be an image and one of {variants}")
@@ -252,17 +252,6 @@ def _read_aircraft(name, root):
         splits.append(FileSplit(paths, labels))
         _check_listed(name, file, images, splits[-1:])
     return Domain(name, classes, FACTS[name].template, *splits)
-
-
-def _lines(file):
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not text: {error}") from error
-    lines = [line for line in lines if line]
-    if not lines:
-        raise ValueError(f"{file} is empty")
-    return lines
 
 
 def _read_mnist(name, root):
@@ -298,48 +287,6 @@ def _read_arrays(name, dataset, folder, root, classes=None):
         _check_classes(name, folder, set(split.labels))
     classes = tuple(text.replace("_", " ") for text in classes or train.classes)
     return Domain(name, classes, FACTS[name].template, *splits)
-
-
-def _read_folders(name, root):
-    """NAME/{train,test}/CLASS/IMAGE, a class for each folder in train, sorted by name."""
-    folder = root / name
-    names = sorted(path.name for path in (folder / "train").iterdir() if _is_class(path))
-    if not names:
-        raise ValueError(f"{folder / 'train'} must hold a folder for each class")
-    classes = tuple(text.replace("_", " ") for text in names)
-    twice = [text for text, count in Counter(classes).items() if count > 1]
-    if twice:
-        raise ValueError(f"two folders in {folder / 'train'} mean {twice[0]!r}")
-    unknown = {path.name for path in (folder / "test").iterdir() if _is_class(path)} - set(names)
-    if unknown:
-        raise ValueError(
-            f"{folder / 'test'} has classes that train lacks: {', '.join(sorted(unknown))}"
-        )
-    splits = []
-    for split in ("train", "test"):
-        found = [
-            (path, label)
-            for label, text in enumerate(names)
-            for path in sorted((folder / split / text).glob("*"))
-            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-        ]
-        if not found:
-            raise ValueError(f"{folder / split} has no image ({', '.join(IMAGE_SUFFIXES)})")
-        splits.append(FileSplit(*zip(*found, strict=True)))
-    return Domain(name, classes, _template(folder / "template.txt"), *splits)
-
-
-def _is_class(path):
-    return path.is_dir() and not path.name.startswith(".")
-
-
-def _template(file):
-    if not file.is_file():
-        return DEFAULT_TEMPLATE
-    lines = _lines(file)
-    if len(lines) != 1 or lines[0].count("{}") != 1 or set("{}") & set(lines[0].replace("{}", "")):
-        raise ValueError(f"{file} must be one line with one {{}}, got {lines}")
-    return lines[0]
 
 
 _READERS = {"aircraft": _read_aircraft, "mnist": _read_mnist, "cifar100": _read_cifar100}

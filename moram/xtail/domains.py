@@ -117,18 +117,44 @@ class Subset:
 
 
 class Domain(NamedTuple):
-    """One dataset of a stream. A label is an index into `classes`; `template` has one `{}`."""
+    """One dataset of a stream. A label is an index into `classes`; `template` has one `{}`.
+
+    passed_over: files and folders in its folder that are not read, hidden ones aside.
+    """
 
     name: str
     classes: tuple[str, ...]
     template: str
     train: FileSplit | ArraySplit | Subset
     test: FileSplit | ArraySplit | Subset
+    passed_over: tuple[str, ...] = ()
 
     @property
     def prompts(self):
         """The text of each class, in order of labels."""
         return [self.template.format(name) for name in self.classes]
+
+
+def empty_classes(domain, split):
+    """The names of a domain's classes of which a split has no image."""
+    present = set(split.labels)
+    return [name for label, name in enumerate(domain.classes) if label not in present]
+
+
+def check_covered(domain):
+    """Raise ValueError unless each class has images to learn from and images to be scored on."""
+    _check_split(domain, "training", domain.train)
+    _check_split(domain, "test", domain.test)
+
+
+def _check_split(domain, kind, split):
+    empty = empty_classes(domain, split)
+    if empty:
+        raise ValueError(
+            f"{domain.name} has no {kind} image of {len(empty)} of its {len(domain.classes)} "
+            f"classes: {', '.join(map(repr, empty[:5]))}{', ...' if len(empty) > 5 else ''}; "
+            "add some, or leave the class out"
+        )
 
 
 class Shots(NamedTuple):
@@ -154,18 +180,35 @@ def to_rgb(image):
     """An RGB copy of a PIL image of any mode.
 
     Grayscale and palette images become RGB, CMYK is converted as Pillow does (without a colour
-    profile), transparency is laid on white. Gray of 16 bits is scaled to 8 (Pillow would clip it);
-    so is mode "I", in which some versions of Pillow open the same files.
+    profile), transparency is laid on white. Whole numbers (modes "I" and "I;16") are scaled from
+    0..65535 to 8 bits if one of them is above 255; floats (mode "F") from 0..1 if none is above 1.
+    Pillow itself would clip them.
+
+    Raises:
+        ValueError: numbers beyond these ranges; their meaning cannot be told.
     """
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        # 65535 / 257 = 255. `point` truncates: the half makes it round.
-        eight_bit = image.convert("I").point(lambda value: value * (1 / 257) + 0.5)
-        return eight_bit.convert("L").convert("RGB")
+    if image.mode[0] in "IF":
+        return Image.fromarray(_to_eight_bits(image)).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
     rgba = image.convert("RGBA")
     white = Image.new("RGBA", rgba.size, "white")
     return Image.alpha_composite(white, rgba).convert("RGB")
+
+
+def _to_eight_bits(image):
+    """The numbers of a PIL image of mode "I", "I;16" or "F" as brightness 0..255, uint8."""
+    numbers = np.asarray(image).astype(np.float64)
+    least, most = numbers.min(), numbers.max()
+    small, large = (1, 255) if image.mode == "F" else (255, 65535)
+    # Written so that a NaN is refused.
+    if not (least >= 0 and most <= large):
+        raise ValueError(
+            f"the brightness of a {image.mode[0]} image must be 0 to {small} or to {large}, got "
+            f"{least:.7g} to {most:.7g}"
+        )
+    scale = 255 / (small if most <= small else large)
+    return (numbers * scale + 0.5).astype(np.uint8)
 
 
 def few_shot(domain, shots, seed):
@@ -189,13 +232,7 @@ def few_shot(domain, shots, seed):
     by_class = [[] for _ in domain.classes]
     for i, label in enumerate(domain.train.labels):
         by_class[label].append(i)
-    empty = [name for name, found in zip(domain.classes, by_class, strict=True) if not found]
-    if empty:
-        raise ValueError(
-            f"{domain.name} has no training image of {len(empty)} of its {len(by_class)} classes: "
-            + ", ".join(repr(name) for name in empty[:5])
-            + (", ..." if len(empty) > 5 else "")
-        )
+    _check_split(domain, "training", domain.train)
     # Python's hash() of a text changes with each process.
     digest = hashlib.sha256(f"{seed}:{domain.name}".encode()).digest()
     generator = random.Random(int.from_bytes(digest[:8], "big"))

@@ -57,8 +57,12 @@ class ImageStore:
                 self.kept[key] = (image, split)
         return image
 
-    def find_bad(self, split, prepare=None):
-        """Decode every image once: {row: reason} of those that cannot be."""
+    def find_bad(self, split, prepare=None, step=lambda count: None):
+        """Decode every image once: {row: reason} of those that cannot be.
+
+        Args:
+            step: called with the number of images done.
+        """
 
         def reason(row):
             try:
@@ -67,8 +71,12 @@ class ImageStore:
                 return row, str(error)
             return None
 
-        rows = range(len(split))
-        return dict(found for found in self.map(reason, rows) if found is not None)
+        bad = {}
+        for found in self.map(reason, range(len(split))):
+            if found is not None:
+                bad[found[0]] = found[1]
+            step(1)
+        return bad
 
 
 class Transforms:

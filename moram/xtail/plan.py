@@ -7,7 +7,8 @@ from pathlib import Path
 
 from ..methods.registry import accepted_arguments, make_method
 from .datasets import load_domains, offsets, shared_names
-from .domains import FileSplit, few_shot, origin, take
+from .domains import FileSplit, check_covered, empty_classes, few_shot, origin, take
+from .folders import describe_passed_over
 from .small import is_small, load_small
 
 
@@ -27,6 +28,9 @@ class Plan:
         self.settings = settings
         self.method = build_method(settings)
         whole = read_domains(settings)
+        for domain in whole:
+            if domain.passed_over:
+                log(describe_passed_over(domain))
         self.stream = [self._cut(domain, log) for domain in whole]
         self.offsets = offsets(self.stream)
         for prompt, first, second in shared_names(self.stream):
@@ -82,13 +86,21 @@ class Plan:
                 take(split, [row for row in range(len(split)) if row not in found])
                 for split, found in zip((domain.test, domain.train), rows, strict=True)
             )
-            present = set(train.labels)
-            if trained and len(present) < len(domain.classes):
-                lost = [c for label, c in enumerate(domain.classes) if label not in present]
+            lost = empty_classes(domain, train)
+            if trained and lost:
                 raise ValueError(f"{domain.name} has no image left of {', '.join(lost)}")
             if not len(test):
                 raise ValueError(f"{domain.name} has no test image left")
             self.stream[place] = domain._replace(test=test, train=train)
+
+    @property
+    def unscored(self):
+        """The classes without a test image, by dataset, where there are any.
+
+        Data have none. A limit, held-out images and images that are left out may make some.
+        """
+        empty = {domain.name: empty_classes(domain, domain.test) for domain in self.stream}
+        return {name: classes for name, classes in empty.items() if classes}
 
     @property
     def prompts(self):
@@ -155,6 +167,7 @@ def read_domains(settings):
             if settings.data_dir and (folder / "train").is_dir():
                 raise ValueError(f"{name} is a domain of its own: give {folder} another name")
             found[name] = load_small(name, settings.data_dir or None)
+            check_covered(found[name])
     return [found[name] for name in settings.datasets]
 
 

@@ -110,6 +110,7 @@ def is_published_protocol(run):
     expected |= {"eval_limit": None, "held_out": False}
     return (
         tuple(run["tasks"]) == XTAIL
+        and not run.get("unscored")
         and settings["pretrained"] in ("auto", "openai")
         and all(settings[name] == value for name, value in expected.items())
     )
@@ -147,7 +148,14 @@ def dataset_table(runs):
             if by_task:
                 rows.append([name, metric, *(spread([b[task] for b in by_task]) for task in tasks)])
         rows += _published_datasets(group[0])
-    return ["method", "metric", *tasks], rows
+    return ["method", "metric", *(_title(runs[0], task) for task in tasks)], rows
+
+
+def _title(run, task):
+    """A dataset's name; with how many classes are scored, where some have no test image."""
+    lost = len(run.get("unscored", {}).get(task, ()))
+    total = run["classes"][run["tasks"].index(task)]
+    return f"{task} ({total - lost} of {total} classes)" if lost else task
 
 
 def _published_datasets(run):
@@ -173,6 +181,10 @@ def _check_alike(runs):
             one, other = first[key], run[key]
             if sorted(map(str, one)) != sorted(map(str, other)):
                 raise ValueError(f"runs must share their {key}, got {one} and {other}")
+        # Earlier versions did not say it.
+        one, other = (r.get("unscored", {}) for r in (first, run))
+        if one != other:
+            raise ValueError(f"runs must share their unscored, got {one} and {other}")
         for key in ("backbone", "pretrained", "shots"):
             one, other = (r["settings"][key] for r in (first, run))
             if one != other:

@@ -15,7 +15,7 @@ from .settings import SMALL_BACKBONE
 
 # The image encoders of open_clip's and Hugging Face's CLIP.
 VISION = ("visual.", "vision_model.")
-# Images that cannot be decoded, named for each dataset at most.
+# Images that cannot be decoded, and classes, named for each dataset at most.
 NAMED = 10
 
 __all__ = ["Stopped", "XtailRun", "run_xtail"]
@@ -107,8 +107,11 @@ class XtailRun(Run):
 
         Test images first: they are read after every task, training images in one task alone.
         """
-        tests = [self.store.find_bad(d.test, self.transforms.test) for d in self.stream]
-        trains = [self.store.find_bad(d.train) if trained else {} for d in self.stream]
+        total = sum(len(d.test) + len(d.train) * trained for d in self.stream)
+        find, test = self.store.find_bad, self.transforms.test
+        with self.watch("images", total) as bar:
+            tests = [find(d.test, test, bar.advance) for d in self.stream]
+            trains = [find(d.train, None, bar.advance) if trained else {} for d in self.stream]
         bad = list(zip(tests, trains, strict=True))
         reasons = [list(dict.fromkeys([*t.values(), *r.values()])) for t, r in bad]
         lines = [
@@ -128,6 +131,13 @@ class XtailRun(Run):
                 f"{domain.name}: {len(domain.classes)} classes, {len(domain.train)} train, "
                 f"{len(domain.test)} test images"
             )
+            lost = self.plan.unscored.get(domain.name)
+            if lost:
+                self.log(
+                    f"{domain.name}: {len(lost)} of {len(domain.classes)} classes have no test "
+                    f"image and are not scored: {', '.join(lost[:NAMED])}"
+                    + (", ..." if len(lost) > NAMED else "")
+                )
         self.log(
             f"{len(self.plan.prompts)} classes in all; the cache has "
             f"{self.store.left / 2**30:.1f} GiB left"
@@ -194,6 +204,7 @@ class XtailRun(Run):
             "format": FORMAT,
             "classes": [len(domain.classes) for domain in self.stream],
             "test_images": [len(domain.test) for domain in self.stream],
+            "unscored": self.plan.unscored,
             "trained_with_steps": self.method.has_steps,
             "needs_task_id": self.method.needs_task_id,
             "versions": versions("open_clip", "transformers", "sklearn"),

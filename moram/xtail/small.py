@@ -152,7 +152,7 @@ def _cifar(name, root):
                 for path, content in tree.read(f"{split}/{kind}", each):
                     try:
                         image = to_rgb(Image.open(io.BytesIO(content)))
-                    except (OSError, SyntaxError) as error:
+                    except (OSError, SyntaxError, ValueError) as error:
                         raise ValueError(f"{path} cannot be decoded: {error}") from error
                     if image.size != (32, 32):
                         raise ValueError(f"{path} must be of 32 x 32 pixels, got {image.size}")

@@ -124,6 +124,32 @@ def test_malformed_file_is_named_with_its_entry(tmp_path, case, part):
         load_stream(tmp_path, ["one"])
 
 
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_byte_order_mark_before_a_task_is_no_part_of_it(tmp_path, part):
+    write_task(tmp_path)
+    path = tmp_path / "one" / f"{part}.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    (task,) = load_stream(tmp_path, ["one"])
+    assert task.train == task.test == (Example("p", "a"),)
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+@pytest.mark.parametrize("field", ["prompt", "answer"])
+def test_half_a_surrogate_pair_in_a_task_is_named_with_its_entry(tmp_path, part, field):
+    # As ASCII, JSON writes both halves of a pair; one alone is no character.
+    whole = [{"prompt": "p \U0001f642", "answer": "a"}]
+    write_task(tmp_path, train=whole, test=whole)
+    assert load_stream(tmp_path, ["one"])[0].train[0].prompt == "p \U0001f642"
+    path = tmp_path / "one" / f"{part}.json"
+    path.write_text(json.dumps([GOOD, GOOD | {field: "ab\ud83d"}]), encoding="utf-8")
+    message = (
+        f"{path}: the {field} of entry 1 must hold whole characters, got '\\ud83d' in place 2: "
+        "half of a surrogate pair"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        load_stream(tmp_path, ["one"])
+
+
 def test_encoding_pads_left_and_labels_the_answer_and_its_end():
     # Ids in order of appearance: "a" 2, " b" 3, " c" 4, " X" 5; then " Y" 6, " Z" 7.
     examples = [Example("a b c", "X"), Example("a", "Y Z")]

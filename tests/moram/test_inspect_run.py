@@ -136,6 +136,7 @@ def test_a_text_shows_the_strongest_atoms_of_the_chosen_adapter(run, capsys):
         (["--limit", "0"], "limit must be >= 1, got 0"),
         (["--last", "0"], "last must be >= 1, got 0"),
         (["--text", " "], "text must hold at least one token, got ' '"),
+        (["--text", "a\udcff"], "text must hold whole characters, got '\\udcff' in place 1"),
     ],
 )
 def test_a_bad_argument_is_one_clear_line(run, capsys, arguments, message):

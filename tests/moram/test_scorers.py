@@ -188,8 +188,8 @@ def test_sari_takes_one_text_for_a_list_of_one():
         ("MeetingBank", "rouge_l", "ROUGE-L (rouge 1.0.1, summary level)"),
         ("Py150", "edit_similarity", "edit similarity (fuzz.ratio, difflib)"),
         ("ScienceQA", "first_letter_accuracy", "accuracy (first character)"),
-        ("NumGLUE-cm", "numeric_accuracy", "accuracy (last number, no sympy)"),
-        ("NumGLUE-ds", "numeric_accuracy", "accuracy (last number, no sympy)"),
+        ("NumGLUE-cm", "numeric_accuracy_published", "accuracy (last number, no sympy)"),
+        ("NumGLUE-ds", "numeric_accuracy_published", "accuracy (last number, no sympy)"),
         ("20Minuten", "sari", "SARI (huggingface evaluate, 13a, source = whole prompt)"),
         ("topic", "prefix_accuracy", "accuracy (answer begins with the gold)"),
     ],
@@ -228,6 +228,7 @@ UNIFORM = {
     "letter_accuracy": 0.0,
     "first_letter_accuracy": 50.0,
     "numeric_accuracy": 0.0,
+    "numeric_accuracy_published": 0.0,
     # One of two words, then none.
     "rouge_l": pytest.approx(25.0),
     "rouge_l_rouge_score": pytest.approx(25.0),

@@ -5,11 +5,13 @@ import re
 import pytest
 
 from moram.continual.scorers import (
+    SCORERS,
     exact_accuracy,
     first_letter_accuracy,
     letter_accuracy,
     numeric_accuracy,
     prefix_accuracy,
+    scorer_for,
 )
 
 
@@ -90,6 +92,7 @@ def test_first_letter_accuracy_compares_one_character(prediction, gold, right):
     assert is_right(first_letter_accuracy, prediction, gold) == right
 
 
+@pytest.mark.parametrize("variant", ["values", "published"])
 @pytest.mark.parametrize(
     ("prediction", "gold", "right"),
     [
@@ -128,8 +131,8 @@ def test_first_letter_accuracy_compares_one_character(prediction, gold, right):
         (r"\boxed{50\%}", "50", True),
         (r"\boxed{7", "7", True),
         (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}", True),
-        # No sympy here: formulas are text.
-        (r"\boxed{\frac{1}{2}}", "0.5", False),
+        # No sympy here: formulas but fractions are text.
+        (r"\boxed{\sqrt{4}}", "2", False),
         (r"\boxed{} is 9", "9", True),
         ("12", "12 ", True),
         ("12", "$12.00", True),
@@ -147,5 +150,66 @@ def test_first_letter_accuracy_compares_one_character(prediction, gold, right):
         ("7", " ", False),
     ],
 )
-def test_numeric_accuracy_reads_the_box_then_the_last_number_then_the_text(prediction, gold, right):
-    assert is_right(numeric_accuracy, prediction, gold) == right
+def test_numeric_accuracy_reads_the_box_then_the_last_number_then_the_text(
+    prediction, gold, right, variant
+):
+    assert is_right(numeric_accuracy, prediction, gold, variant=variant) == right
+
+
+DIFFERENT = [
+    # prediction, gold, right by value, right as published
+    ("1/2", "0.5", True, False),
+    ("1/2", "2", False, True),
+    ("so it is 3 / 4 of it", "0.75", True, False),
+    ("-1/4", "-0.25", True, False),
+    # The published rule reads 4, which is a hundred times 0.04.
+    ("-1/4", "0.04", False, True),
+    ("2 1/2 hours", "2.5", True, False),
+    ("1,000/3", "333.3333", True, False),
+    (r"It is $\frac{1}{2}$.", "0.5", True, False),
+    (r"It is $\frac{1}{2}$.", "2", False, True),
+    (r"$-\dfrac{3}{8}$", "-0.375", True, False),
+    (r"\tfrac12", "0.5", True, False),
+    (r"1\frac{1}{2}", "1.5", True, False),
+    (r"\boxed{\frac{1}{2}}", "0.5", True, False),
+    (r"\boxed{1/2}", r"\frac{1}{2}", True, False),
+    (r"\boxed{2 \frac{1}{4}}", "2.25", True, False),
+    ("0.5", "1/2", True, False),
+    (".5", "0.5", True, False),
+    (".5", "5", False, True),
+    ("it weighs -.25 kg", "-0.25", True, False),
+    (r"\boxed{.5}", "0.5", True, False),
+    # A minus sign as printed, and a power of ten.
+    ("\N{MINUS SIGN}5", "-5", True, False),
+    ("1.5e3", "1500", True, False),
+    ("1.5e3", "3", False, True),
+    (r"\boxed{+7}", "7", True, False),
+    ("August 5", "August 5", True, False),
+    # No fraction of two numbers: the last number stays.
+    ("on 1/2/2024", "2024", True, True),
+    ("on 11/22/2024", "2024", True, True),
+    ("1/0", "1", False, False),
+    ("version 3.5.1", "1", True, True),
+]
+
+
+@pytest.mark.parametrize(("prediction", "gold", "value", "published"), DIFFERENT)
+def test_numbers_are_read_by_value_or_as_published(prediction, gold, value, published):
+    assert is_right(numeric_accuracy, prediction, gold) == value
+    assert is_right(numeric_accuracy, prediction, gold, variant="published") == published
+
+
+@pytest.mark.parametrize("task", ["NumGLUE-cm", "NumGLUE-ds"])
+def test_the_tasks_of_the_benchmark_are_scored_by_the_published_rule(task):
+    scorer = scorer_for(task)
+    assert scorer.function([""], ["1/2"], ["2"]) == 100.0
+    # Earlier tables call it so.
+    assert scorer.variant == "accuracy (last number, no sympy)"
+    own = SCORERS["numeric_accuracy"]
+    assert own.function([""], ["1/2"], ["2"]) == 0.0 and own.variant != scorer.variant
+
+
+def test_a_variant_of_numbers_that_does_not_exist_is_refused():
+    message = "variant must be one of values, published, got 'sympy'"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        numeric_accuracy(["1"], ["1"], variant="sympy")

@@ -165,7 +165,7 @@ class Pairs:
     bos_token_id, eos_token_id, pad_token_id, unk_token_id = 2, 1, 0, None
 
     def __call__(self, text, add_special_tokens):
-        assert not add_special_tokens
+        assert not (add_special_tokens and text)
         found = text.replace("bx", "#")
         return type("Encoding", (), {"input_ids": [ord(c) for c in found]})
 

@@ -177,13 +177,20 @@ def test_a_file_may_write_numbers_without_a_dot(tmp_path):
         ("- lr", "must hold a mapping from setting to value"),
         ("", "must hold a mapping from setting to value"),
         ("1: 2", "must hold a mapping from setting to value"),
+        ("model: \xe9", "is not YAML: 'utf-8' codec can't decode byte 0xe9"),
     ],
 )
 def test_a_file_that_is_no_mapping_is_named(tmp_path, content, message):
     path = tmp_path / "a.yaml"
-    path.write_text(content)
+    path.write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=f"{re.escape(str(path))} {message}"):
         read_yaml(path)
+
+
+def test_a_byte_order_mark_before_a_file_of_settings_is_no_part_of_it(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_bytes(b"\xef\xbb\xbflr: 0.5\n")
+    assert read_yaml(path) == {"lr": 0.5}
 
 
 def test_an_unknown_setting_is_refused_with_the_closest():

@@ -1,6 +1,7 @@
 """Which datasets are read, and how; which are refused, and with which words."""
 
 import json
+import re
 
 import pytest
 from xtail_data import TEN, without_checksums, write_coop, write_folders, write_tree
@@ -254,6 +255,21 @@ def test_a_damaged_split_file(tmp_path, change, message):
     file.write_text(changed if isinstance(changed, str) else json.dumps(changed))
     with pytest.raises(ValueError, match=message):
         load_domain("dtd", tmp_path)
+
+
+def test_half_a_surrogate_pair_in_a_class_name_is_named(tmp_path):
+    file = write_coop(tmp_path, "dtd")
+    file.write_text(file.read_text().replace("blotchy", "blotch\\ud800"))
+    message = (
+        "dtd: the name of class 1 must hold whole characters, got '\\ud800' in place 6: half of "
+        "a surrogate pair"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        load_domain("dtd", tmp_path)
+    # A folder's name in bytes that are not UTF-8.
+    write_folders(tmp_path, "birds", ["auk", "emu\udcff"])
+    with pytest.raises(ValueError, match="birds: the name of class 1 must hold whole characters"):
+        load_domain("birds", tmp_path)
 
 
 @pytest.mark.parametrize(

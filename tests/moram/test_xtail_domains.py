@@ -57,6 +57,18 @@ MODES = {
     ),
     "I16-ends": (Image.fromarray(np.array([[0, 65535]], dtype=np.uint16)), (0, 0, 0), WHITE),
     "I": (Image.fromarray(np.array([[65535, 25700]], dtype=np.int32)), WHITE, GRAY),
+    # A maximum of 255 or less: the numbers are those of 8 bits already.
+    "I16-of-8-bits": (
+        Image.fromarray(np.array([[255, 100]], dtype=np.uint16)),
+        WHITE,
+        GRAY,
+    ),
+    "I-of-8-bits": (Image.fromarray(np.array([[255, 100]], dtype=np.int32)), WHITE, GRAY),
+    # 25700 = 100 * 257, stored with the high byte first.
+    "I16B": (Image.frombytes("I;16B", (2, 1), bytes([255, 255, 100, 100])), WHITE, GRAY),
+    # 0.392 * 255 = 99.96
+    "F-up-to-1": (Image.fromarray(np.array([[1.0, 0.392]], dtype=np.float32)), WHITE, GRAY),
+    "F-up-to-255": (Image.fromarray(np.array([[255.0, 99.6]], dtype=np.float32)), WHITE, GRAY),
 }
 
 
@@ -86,6 +98,35 @@ def test_files_of_every_mode_are_read_as_rgb(tmp_path, image, kind, wanted):
     loaded = FileSplit([tmp_path / "image"], [0]).load(0)
     assert loaded.mode == "RGB"
     assert all(abs(a - b) <= 2 for a, b in zip(loaded.getpixel((0, 0)), wanted, strict=True))
+
+
+OUT_OF_RANGE = {
+    "I-negative": (np.array([[-1, 100]], dtype=np.int32), "-1 to 100"),
+    "I-of-17-bits": (np.array([[0, 65536]], dtype=np.int32), "0 to 65536"),
+    "F-negative": (np.array([[-0.5, 1.0]], dtype=np.float32), "-0.5 to 1"),
+    "F-above-255": (np.array([[0.0, 255.5]], dtype=np.float32), "0 to 255.5"),
+    "F-nan": (np.array([[0.0, np.nan]], dtype=np.float32), "nan to nan"),
+    "F-inf": (np.array([[0.0, np.inf]], dtype=np.float32), "0 to inf"),
+}
+
+
+@pytest.mark.parametrize("case", OUT_OF_RANGE)
+def test_numbers_that_are_no_brightness_are_a_bad_image(tmp_path, case):
+    array, found = OUT_OF_RANGE[case]
+    path = tmp_path / "image.tiff"
+    path.write_bytes(encoded(Image.fromarray(array), "TIFF"))
+    with pytest.raises(BadImage) as error:
+        FileSplit([path], [0]).load(0)
+    rule = {"I": "0 to 255 or to 65535", "F": "0 to 1 or to 255"}[case[0]]
+    assert str(error.value) == (
+        f"{path}: the brightness of a {case[0]} image must be {rule}, got {found}"
+    )
+
+
+def test_float_images_in_files_are_scaled(tmp_path):
+    path = tmp_path / "image.tiff"
+    path.write_bytes(encoded(Image.fromarray(np.full((4, 4), 0.392, dtype=np.float32)), "TIFF"))
+    assert FileSplit([path], [0]).load(0).getpixel((0, 0)) == GRAY
 
 
 def test_exif_orientation_is_ignored(tmp_path):
@@ -242,7 +283,9 @@ def test_a_class_with_just_enough_images_is_not_short():
 
 
 def test_a_class_without_training_images_is_named():
-    with pytest.raises(ValueError, match=r"toy has no training image of 1 of its 3 classes: 'b'$"):
+    with pytest.raises(
+        ValueError, match="toy has no training image of 1 of its 3 classes: 'b'; add"
+    ):
         few_shot(toy(per_class=(20, 0, 20)), 16, seed=0)
 
 

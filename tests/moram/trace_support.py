@@ -9,9 +9,14 @@ from moram.trace.settings import make_settings
 TASKS = ("letters", "colours", "sizes")
 
 
-def make_tokenizer():
-    """A tokenizer of bytes: any text can be written with it, one token a byte."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def make_tokenizer(template=None):
+    """A tokenizer of bytes: any text can be written with it, one token a byte.
+
+    Args:
+        template: what it puts around a text that is asked for with special tokens, such as
+            "<bos> $A", as Gemma and Llama 3 do; None = nothing.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     special = ["<pad>", "<eos>", "<bos>", "<unk>"]
@@ -20,6 +25,10 @@ def make_tokenizer():
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    if template is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[("<bos>", 2), ("<eos>", 1)]
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -29,14 +38,14 @@ def make_tokenizer():
     )
 
 
-def write_model(folder, **changes):
-    """Save a tiny Llama and its tokenizer; returns the folder as text."""
+def write_model(folder, template=None, **changes):
+    """Save a tiny Llama and its tokenizer (see `make_tokenizer`); returns the folder as text."""
     # The weights of a head that starts at 0.02 are too weak to tell answers apart.
     sizes = {"vocab_size": 264, "initializer_range": 0.15, "max_position_embeddings": 128}
     ids = {"bos_token_id": 2, "eos_token_id": 1}
     model = language_model(**(sizes | ids | changes))
     model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    make_tokenizer(template).save_pretrained(folder)
     return str(folder)
 
 

@@ -11,9 +11,9 @@ from .accuracy import (
     exact_accuracy,
     first_letter_accuracy,
     letter_accuracy,
-    numeric_accuracy,
     prefix_accuracy,
 )
+from .numeric import numeric_accuracy
 from .rouge import rouge_l
 from .sari import sari
 from .similarity import edit_similarity
@@ -60,7 +60,12 @@ SCORERS = {
         ("exact_accuracy", _of_pairs(exact_accuracy), "accuracy (exact match)"),
         ("letter_accuracy", _of_pairs(letter_accuracy), "accuracy (first letter of ABC found)"),
         ("first_letter_accuracy", _of_pairs(first_letter_accuracy), "accuracy (first character)"),
-        ("numeric_accuracy", _of_pairs(numeric_accuracy), "accuracy (last number, no sympy)"),
+        ("numeric_accuracy", _of_pairs(numeric_accuracy), "accuracy (last number, by value)"),
+        (
+            "numeric_accuracy_published",
+            _of_pairs(numeric_accuracy, variant="published"),
+            "accuracy (last number, no sympy)",
+        ),
         ("rouge_l", _of_pairs(rouge_l), "ROUGE-L (rouge 1.0.1, summary level)"),
         (
             "rouge_l_rouge_score",
@@ -83,8 +88,8 @@ _OF_TASK = {
     "MeetingBank": "rouge_l",
     "Py150": "edit_similarity",
     "ScienceQA": "first_letter_accuracy",
-    "NumGLUE-cm": "numeric_accuracy",
-    "NumGLUE-ds": "numeric_accuracy",
+    "NumGLUE-cm": "numeric_accuracy_published",
+    "NumGLUE-ds": "numeric_accuracy_published",
     "20Minuten": "sari",
 }
 _VARIANTS = {
