@@ -100,6 +100,10 @@ class MoRAMLinear(AdapterLinear):
             x = F.dropout(x, self.config.dropout, self.training)
         return retrieve(x, keys, values, self.activation, residual=base, **call)
 
+    def adapter_state(self):
+        # As many frozen rows as live ones say how many are live.
+        return {name: t for name, t in super().adapter_state().items() if name != "bank.live"}
+
     def load_adapter_state(self, state):
         self.bank.load_state_dict({name.removeprefix("bank."): t for name, t in state.items()})
 
