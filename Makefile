@@ -6,7 +6,13 @@ OUT ?= out
 CONSTRAINTS ?= -c tests/constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean plain interpreted parity traffic gate launches opcheck
+# What limits torch, its two libraries and numpy to the instructions of the oldest x86-64 CPUs. MKL
+# ignores MKL_ENABLE_INSTRUCTIONS on CPUs of AMD; MKL_CBWR acts on both.
+OLDEST := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2 \
+	MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Nehalem \
+	NPY_DISABLE_CPU_FEATURES="X86_V3 X86_V4 AVX512_ICL AVX512_SPR"
+
+.PHONY: demo test portable lint bench clean plain interpreted parity traffic gate launches opcheck
 
 demo: $(VENV)/.demo
 	$(BIN)/moram demo --out $(OUT)/demo $(ARGS)
@@ -14,6 +20,10 @@ demo: $(VENV)/.demo
 # Two processes, because Triton decides at its import whether it interprets kernels.
 test: $(VENV)/.dev lint
 	$(MAKE) --no-print-directory -j2 -Otarget plain interpreted
+
+# Both processes as the oldest CPUs run them, which round otherwise than this one.
+portable: $(VENV)/.dev
+	$(OLDEST) $(MAKE) --no-print-directory -j2 -Otarget plain interpreted
 
 plain: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)

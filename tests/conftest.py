@@ -1,4 +1,4 @@
-"""Session-wide setup: the repository and its benchmarks on the path, torch on one thread."""
+"""Session-wide setup: the repository and its benchmarks on the path, the threads of torch."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,20 @@ sys.path.insert(0, str(ROOT))
 # Appended, so that a benchmark's file name never hides another module.
 sys.path.append(str(ROOT / "benchmarks"))
 
-torch.set_num_threads(1)
+
+def pytest_addoption(parser):
+    parser.addoption("--threads", type=int, default=1, help="CPU threads of torch, default 1")
+
+
+def pytest_configure(config):
+    # Before any fixture: what a session or a module shares is made with as many.
+    torch.set_num_threads(config.getoption("--threads"))
+
+
+@pytest.fixture(autouse=True)
+def threads(request):
+    """Each test starts with the threads of the session: a run of the library sets its own."""
+    torch.set_num_threads(request.config.getoption("--threads"))
 
 
 @pytest.fixture(params=["small", "large"])

@@ -1,7 +1,9 @@
 """`moram inspect` on a run of moram trace over a tiny model."""
 
 import json
+import re
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from moram.trace.run import run_trace
 
 # Of the first adapter of the tiny Llama.
 QUERY = "model.layers.0.self_attn.q_proj"
+# Scores in units of their norm, in float32: ten times their rounding.
+NEAR = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +54,30 @@ def answered(run, task):
     return [(torch.tensor([[*ids, 1]]), torch.ones(1, len(ids) + 1)) for ids in texts]
 
 
+def unclear(model, batches):
+    """By adapter, in which part of each task's tokens rounding decides on an atom, [tasks, N]."""
+    found = {path: [] for path in moram.adapters(model)}
+
+    def watch(adapter, x, path):
+        frozen, _, current, _ = adapter.bank.segments()
+        scores = x[0].flatten(0, -2).double() @ torch.cat([frozen, current]).double().T
+        scores /= scores.norm(dim=-1, keepdim=True)
+        top_k, ordered = adapter.config.top_k, scores.sort(dim=-1, descending=True).values
+        last, next_one = ordered[:, top_k - 1, None], ordered[:, top_k, None]
+        border = (scores < next_one + NEAR) & (scores > last - NEAR)
+        found[path].append(border | ((scores - adapter.config.threshold).abs() < NEAR))
+
+    for path, adapter in moram.adapters(model).items():
+        adapter.register_forward_pre_hook(partial(watch, path=path))
+    for task in TASKS:
+        for ids, mask in batches[task]:
+            model(input_ids=ids, attention_mask=mask)
+    return {
+        path: torch.cat(rows).view(len(TASKS), -1, rows[0].shape[1]).double().mean(1)
+        for path, rows in found.items()
+    }
+
+
 def inspected(run):
     return json.loads((run / "inspect" / "inspect.json").read_text())
 
@@ -60,14 +88,16 @@ def test_the_files_hold_what_the_library_finds_without_batches(run, capsys):
     found, printed = inspected(run), capsys.readouterr().out
     batches = {task: answered(run, task) for task in TASKS}
     report = inspect_atoms(loaded(run), batches, TASKS)
+    unsure = unclear(loaded(run), batches)
     assert found["inputs"] == found["tasks"] == list(TASKS)
     assert found["tokens"] == [16 * 11] * 3 == list(report.num_tokens)
     assert list(found["adapters"]) == list(report.paths)
     for path, details in found["adapters"].items():
         for name in ("weights", "fired"):
-            expected = getattr(report, name)[path].float()
-            torch.testing.assert_close(torch.tensor(details[name]), expected, rtol=0, atol=1e-3)
-        assert details["dead"] == list(report.dead(path))
+            off = torch.tensor(details[name], dtype=torch.float64) - getattr(report, name)[path]
+            assert (off.abs() <= 1e-3 + unsure[path]).all(), (path, name)
+        different = set(details["dead"]) ^ set(report.dead(path))
+        assert different <= set(unsure[path].any(0).nonzero().flatten().tolist())
         assert details["owners"] == [0] * 4 + [1] * 4 + [2] * 4
     share = torch.tensor(found["share"])
     torch.testing.assert_close(share, report.share().float(), rtol=0, atol=0.05)
@@ -109,6 +139,13 @@ def test_data_and_split_may_be_other_ones(run, tmp_path):
     assert inspected(run)["tokens"] == [4 * 11] * 3
 
 
+def read_atoms(cell):
+    """What a cell of the printed table says: task, index and weight of each atom."""
+    found = [] if cell == "none fired" else [atom.split(" ") for atom in cell.split(", ")]
+    assert all(index.startswith("#") and len(w.split(".")[1]) == 2 for _, index, w in found)
+    return [(task, int(index[1:]), float(weight)) for task, index, weight in found]
+
+
 def test_a_text_shows_the_strongest_atoms_of_the_chosen_adapter(run, capsys):
     arguments = ["--limit", "2", "--text", "col|", "--adapter", QUERY]
     assert main(["inspect", str(run), *arguments]) == 0
@@ -118,11 +155,12 @@ def test_a_text_shows_the_strongest_atoms_of_the_chosen_adapter(run, capsys):
     assert found["adapter"] == QUERY
     assert [row["token"] for row in found["text"]] == list("col|")
     for row, atoms in zip(found["text"], view, strict=True):
-        assert [(task, index) for task, index, _ in row["atoms"]] == [a[:2] for a in atoms]
-        assert [w for _, _, w in row["atoms"]] == pytest.approx([a.weight for a in atoms], abs=1e-4)
-        cells = ", ".join(f"{a.task} #{a.index} {a.weight:.2f}" for a in atoms) or "none fired"
         token = "\\|" if row["token"] == "|" else row["token"]
-        assert f"| `'{token}'` | {cells} |" in printed
+        (cell,) = re.findall(rf"^\| `'{re.escape(token)}'` \| (.*) \|$", printed, re.MULTILINE)
+        # Half of the last decimal that is printed, besides what the file's numbers may differ by.
+        for shown, close in ((row["atoms"], 1e-4), (read_atoms(cell), 0.005 + 1e-4)):
+            assert [(task, index) for task, index, _ in shown] == [a[:2] for a in atoms]
+            assert [w for *_, w in shown] == pytest.approx([a.weight for a in atoms], abs=close)
 
 
 @pytest.mark.parametrize(
