@@ -141,13 +141,14 @@ def _sum_splits_kernel(
     BLOCK: tl.constexpr,
 ):
     """Grid (tiles of size,)."""
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < size
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    offs = tl.arange(0, BLOCK)
+    mask = offs < size - first
     acc = tl.zeros((BLOCK,), tl.float32)
     stride = tl.cast(size, tl.int64)
     for split in range(SPLITS):
-        acc += tl.load(partial_ptr + split * stride + offs, mask=mask, other=0.0)
-    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+        acc += tl.load(partial_ptr + split * stride + first + offs, mask=mask, other=0.0)
+    tl.store(out_ptr + first + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

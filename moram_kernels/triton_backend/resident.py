@@ -88,15 +88,12 @@ def _resident_kernel(
 
     Rows of x and of the bank past the end repeat the last one; what they give is masked after.
     """
-    pid = tl.program_id(0)
-    first = pid.to(tl.int64) * BLOCK_M
-    offs_m = tl.arange(0, BLOCK_M)
-    left = M - pid * BLOCK_M
-    mask_m = offs_m < left
-    row = tl.minimum(offs_m, left - 1)
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < M
+    row = tl.minimum(offs_m, M - 1)
     offs_d = tl.arange(0, BLOCK_D)
     offs_n = tl.arange(0, BLOCK_N)
-    x_rows = x_ptr + first * stride_xm + row[:, None] * stride_xm + offs_d[None, :]
+    x_rows = x_ptr + row[:, None] * stride_xm + offs_d[None, :]
     keys = row_pointers(
         tl.minimum(offs_n, N - 1),
         keys_ptr,
@@ -130,7 +127,7 @@ def _resident_kernel(
     mask_n = offs_n < N
     if SAVE:
         # Right after the product, before the selection needs the registers.
-        saved = scores_ptr + first * stride_sm + offs_m[:, None] * stride_sm
+        saved = scores_ptr + offs_m[:, None] * stride_sm
         tl.store(saved + offs_n[None, :], scores, mask=mask_m[:, None] & mask_n[None, :])
         if BLOCK_N2 > 0:
             mask_n2 = offs_n2 < N
@@ -164,7 +161,7 @@ def _resident_kernel(
         total += tl.sum(share2, 1)
     inverse_sum = 1.0 / total
     if SAVE:
-        store_stats(stats_ptr + first, offs_m, stride_stats, mask_m, norm, top, inverse_sum, value)
+        store_stats(stats_ptr, offs_m, stride_stats, mask_m, norm, top, inverse_sum, value)
     written = written_scores(
         z, share, value, inverse_sum, norm, clamped, threshold, HAS_THRESHOLD
     ).to(DOT_VALUES)
@@ -193,8 +190,8 @@ def _resident_kernel(
             ALIGNED,
         )
         values2 = values2[:, None] + offs_o[None, :]
-    residual_rows = residual_ptr + first * stride_rm + offs_m[:, None] * stride_rm
-    out_rows = out_ptr + first * stride_om + offs_m[:, None] * stride_om
+    residual_rows = residual_ptr + offs_m[:, None] * stride_rm
+    out_rows = out_ptr + offs_m[:, None] * stride_om
     for o in range(0, num_out, BLOCK_O):
         update = tl.dot(written, tl.load(values + o).to(DOT_VALUES), input_precision=PRECISION)
         if BLOCK_N2 > 0:

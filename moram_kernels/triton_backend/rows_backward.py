@@ -60,22 +60,23 @@ def _rows_backward_kernel(
     LOG_N: tl.constexpr,
 ):
     """Grid (row tiles,)."""
-    pid = tl.program_id(0)
-    first = pid.to(tl.int64) * BLOCK_M
-    offs_m = tl.arange(0, BLOCK_M)
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
-    mask_m = offs_m < M - pid * BLOCK_M
+    mask_m = offs_m < M
     mask_n = (offs_n < N)[None, :]
     mask = mask_m[:, None] & mask_n
     offs = offs_m[:, None] * stride_sm + offs_n[None, :]
-    scores = tl.load(scores_ptr + first * stride_sm + offs, mask=mask, other=0.0)
+    scores = tl.load(scores_ptr + offs, mask=mask, other=0.0)
     offs = offs_m[:, None] * stride_pm + offs_n[None, :]
-    pull = tl.load(pull_ptr + first * stride_pm + offs, mask=mask, other=0.0)
-    stats = stats_ptr + first + offs_m
+    pull = tl.load(pull_ptr + offs, mask=mask, other=0.0)
+    stats = stats_ptr + offs_m
     norm = tl.load(stats, mask=mask_m, other=1.0)
-    top = tl.load(stats + stride_stats, mask=mask_m, other=0.0)
-    inverse_sum = tl.load(stats + 2 * stride_stats, mask=mask_m, other=0.0)
-    value = tl.load(stats + 3 * stride_stats, mask=mask_m, other=float("inf"))
+    stats += stride_stats
+    top = tl.load(stats, mask=mask_m, other=0.0)
+    stats += stride_stats
+    inverse_sum = tl.load(stats, mask=mask_m, other=0.0)
+    stats += stride_stats
+    value = tl.load(stats, mask=mask_m, other=float("inf"))
     clamped = clamped_norm(norm, eps)
     scale = softmax_scale(inv_temperature, clamped)
     x = candidates(scores, mask_n, ALL)
@@ -90,11 +91,11 @@ def _rows_backward_kernel(
     dscores -= scores * factor[:, None]
     offs = offs_m[:, None] * stride_dm + offs_n[None, :]
     cast = dscores.to(dscores_ptr.dtype.element_ty)
-    tl.store(dscores_ptr + first * stride_dm + offs, cast, mask=mask)
+    tl.store(dscores_ptr + offs, cast, mask=mask)
     column = (offs_n - num_frozen)[None, :]
     offs = offs_m[:, None] * stride_wm + column
     cast = written.to(written_ptr.dtype.element_ty)
-    tl.store(written_ptr + first * stride_wm + offs, cast, mask=mask & (column >= 0))
+    tl.store(written_ptr + offs, cast, mask=mask & (column >= 0))
 
 
 def tiles(num_atoms):

@@ -49,8 +49,9 @@ def _select_kernel(
     mask_m = offs_m < M - pid * BLOCK_M
     mask_n = offs_n < N
     mask = mask_m[:, None] & mask_n[None, :]
-    offs = offs_m[:, None] * stride_sm + offs_n[None, :]
-    scores = tl.load(scores_ptr + first * stride_sm + offs, mask=mask, other=0.0)
+    row = (first + offs_m)[:, None]
+    offs = row * stride_sm + offs_n[None, :]
+    scores = tl.load(scores_ptr + offs, mask=mask, other=0.0)
     norm = tl.sqrt(tl.sum(scores * scores, 1))
     clamped = clamped_norm(norm, eps)
     x = candidates(scores, mask_n[None, :], ALL)
@@ -69,6 +70,7 @@ def _select_kernel(
     inverse_sum = 1.0 / tl.sum(share, 1)
     written = written_scores(x, share, value, inverse_sum, norm, clamped, threshold, HAS_THRESHOLD)
     if LISTS:
+        # Places in this program's lists fit in 32 bits, and 64 would take registers.
         selected = x >= value[:, None]
         place = tl.cumsum(selected.to(tl.int32), 1) - 1
         kept = selected & mask_m[:, None]
@@ -79,9 +81,9 @@ def _select_kernel(
         tl.store(written_ptr + base + offs_list, written, mask=kept)
         tl.store(picked_ptr + base + offs_list, scores, mask=kept)
     else:
-        offs_written = offs_m[:, None] * stride_wm + offs_n[None, :]
+        offs_written = row * stride_wm + offs_n[None, :]
         cast = written.to(written_ptr.dtype.element_ty)
-        tl.store(written_ptr + first * stride_wm + offs_written, cast, mask=mask)
+        tl.store(written_ptr + offs_written, cast, mask=mask)
     if SAVE_CURRENT:
         num_current = N - num_frozen
         column = offs_n - num_frozen

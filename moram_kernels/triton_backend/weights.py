@@ -52,7 +52,11 @@ def written_scores(
 @triton.jit
 def store_stats(stats_ptr, offs, stride, mask, norm, top, inverse_sum, value):
     """Per token, for the backward: one row each of stats [4, M], so that loads are contiguous."""
-    tl.store(stats_ptr + offs, norm, mask=mask)
-    tl.store(stats_ptr + stride + offs, top, mask=mask)
-    tl.store(stats_ptr + 2 * stride + offs, inverse_sum, mask=mask)
-    tl.store(stats_ptr + 3 * stride + offs, value, mask=mask)
+    stats = stats_ptr + offs
+    tl.store(stats, norm, mask=mask)
+    stats += stride
+    tl.store(stats, top, mask=mask)
+    stats += stride
+    tl.store(stats, inverse_sum, mask=mask)
+    stats += stride
+    tl.store(stats, value, mask=mask)
