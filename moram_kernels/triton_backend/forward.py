@@ -95,7 +95,7 @@ def _split(x, keys, values, residual, out, settings, threshold, saved, plan, pre
     stats = None if saved is None else saved.stats
     if plan.path != "split-gather":
         columns = -(-atoms // 16) * 16
-        dtype = torch.promote_types(x.dtype, values.dtype)
+        dtype = launcher.meet(x, values, out)
         written = x.new_empty(tokens, columns, dtype=dtype)[:, :atoms]
         launch_select(scores, settings, threshold, written=written, stats=stats)
         aggregate(written, values, residual, out, precision, plan.tiles["aggregate"])

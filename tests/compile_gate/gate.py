@@ -52,7 +52,8 @@ def check(launch, target, facts, golden):
 def _check_products(launch, target, facts):
     if not launch.dots:
         return []
-    wrong, low = [], launch.dtypes[-1] != "fp32" or launch.meta["PRECISION"] != "ieee"
+    narrow = launch.dtypes[-1] != "fp32" and not launch.wide_products
+    wrong, low = [], narrow or launch.meta["PRECISION"] != "ieee"
     if low and not facts["mma"]:
         wrong.append("no tensor-core instruction")
     wide = {"sm_90": "hgmma", "sm_100": "tcgen05"}.get(target)

@@ -91,7 +91,8 @@ def follow(case, kept, fires=None, dtype=torch.float64, order=None, gram=False):
         order: a seed that makes it a plain run: atoms, features and outputs are summed in an order
             drawn with it (features one by one if it is even), the last rounding of every stage may
             fall either way, and where inputs and atoms have one 16-bit dtype, what meets them in a
-            product is rounded to it: the weighted scores, and the gradient of the scores.
+            product is rounded to it: the gradient of the scores and, if the output has that dtype
+            too, the weighted scores.
         gram: the norm's gradient goes through x (keys^T keys), as it does for large banks.
     """
     tensors = {name: getattr(case, name) for name in LEAVES}
@@ -131,7 +132,8 @@ def follow(case, kept, fires=None, dtype=torch.float64, order=None, gram=False):
     written = rounded(logits.softmax(-1)) * fires * scores
     if order is not None:
         scores.register_hook(lambda grad: grad.to(met).to(dtype))
-        written = written + (written.to(met).to(dtype) - written).detach()
+        low = met if case.residual is None else torch.promote_types(met, case.residual.dtype)
+        written = written + (written.to(low).to(dtype) - written).detach()
     update = written @ values
     if order is not None:
         update = update[:, columns.argsort()]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle import exact_scores, fired, live
 from paths import ALL, TRAINED, call, check_call, forced, run_training, selection
-from support import LEAVES, laid_out, make_case, with_spare_rows
+from support import LEAVES, assert_within_budget, laid_out, make_case, run, with_spare_rows
 
 from moram_kernels import SelfActivation, fused_ops, retrieve
 
@@ -39,6 +39,16 @@ def test_segments_and_dtypes(bank, dtype, training, path):
 def test_decode_of_segments_and_dtypes(threshold, bank, dtype):
     case = a_case("decode", frozen=bank[0], current=bank[1], dtype=dtype, threshold=threshold)
     assert check_call(case, "decode").swapped == 0
+
+
+@ALL_PATHS
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_update_of_16_bit_atoms_onto_a_float32_residual_is_as_exact_as_in_torch(dtype, path):
+    case = a_case(path, dtype=dtype, training=False)
+    case = replace(case, residual=case.residual.float())
+    high = run(case.to(torch.float64), "reference", ())["output"]
+    low = run(case, "torch", ())["output"]
+    assert_within_budget(call(case, path), low, high)
 
 
 @ALL_PATHS
