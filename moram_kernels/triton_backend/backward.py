@@ -37,17 +37,20 @@ def _from_scores(grad, x, keys, values, saved, settings, threshold, tiles, preci
     pull = x.new_empty(tokens, columns, dtype=torch.float32)[:, :atoms]
     score(grad, values, pull, precision, tiles["scores"])
     dscores = x.new_empty(tokens, columns, dtype=launcher.meet(x, keys))[:, :atoms]
-    written = x.new_empty(tokens, atoms - frozen, dtype=launcher.meet(grad, values))
+    written = x.new_empty(tokens, atoms - frozen, dtype=launcher.summed(grad, values))
+    own, unscale = dscores[:, frozen:], None
+    if dscores.dtype == torch.float16:
+        own, unscale = (pull.new_empty(shape) for shape in ((tokens, atoms - frozen), (tokens,)))
     launch_rows_backward(
-        saved.scores, pull, saved.stats, dscores, written, frozen, settings, threshold
+        saved.scores, pull, saved.stats, dscores, written, frozen, settings, threshold, own, unscale
     )
     dx = dkeys = dvalues = None
     if needs[0]:
         dx = torch.empty_like(x)
-        aggregate(dscores, keys, None, dx, precision, tiles["aggregate"])
+        aggregate(dscores, keys, None, dx, precision, tiles["aggregate"], unscale)
     if needs[1]:
         dkeys, dvalues = launch_bank_gradient(
-            dscores[:, frozen:],
+            own,
             x,
             written,
             grad,
@@ -63,8 +66,8 @@ def _from_lists(grad, x, keys, values, saved, settings, threshold, tiles, precis
     tokens = x.shape[0]
     current = keys.num_rows - keys.num_frozen
     dlist, factor = torch.empty_like(saved.picked), saved.picked.new_empty(tokens)
-    dscores = x.new_empty(tokens, current, dtype=launcher.meet(x, keys))
-    written = x.new_empty(tokens, current, dtype=launcher.meet(grad, values))
+    dscores = x.new_empty(tokens, current, dtype=launcher.summed(x, keys))
+    written = x.new_empty(tokens, current, dtype=launcher.summed(grad, values))
     launch_lists_backward(
         grad,
         (saved.index, saved.picked),

@@ -88,6 +88,15 @@ def meet(*tensors):
     return torch.float32 if rest else first
 
 
+def summed(*tensors):
+    """The dtype of a factor that meets tensors in a sum over tokens: `meet`, but not float16.
+
+    Tokens' factors differ by more than float16's range; the sum scales them where they meet.
+    """
+    met = meet(*tensors)
+    return torch.float32 if met == torch.float16 else met
+
+
 def dot_dtype(*tensors):
     """`meet` as Triton's dtype, for a `tl.dot`."""
     return DTYPES[meet(*tensors)]

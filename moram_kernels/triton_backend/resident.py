@@ -14,7 +14,15 @@ from .launcher import cdiv, dot_dtype, launch, rows, target
 from .networks import network
 from .segments import row_pointers
 from .threshold import count_from, drop_ties, tied_column
-from .weights import candidates, clamped_norm, shares, softmax_scale, store_stats, written_scores
+from .weights import (
+    candidates,
+    clamped_norm,
+    half_scale,
+    shares,
+    softmax_scale,
+    store_stats,
+    written_scores,
+)
 
 
 @triton.jit
@@ -162,6 +170,10 @@ def _resident_kernel(
     inverse_sum = 1.0 / total
     if SAVE:
         store_stats(stats_ptr, offs_m, stride_stats, mask_m, norm, top, inverse_sum, value)
+    if tl.float16 == DOT_VALUES:
+        # No weighted score is larger than the norm.
+        scale_half, unscale = half_scale(norm)
+        inverse_sum *= scale_half
     written = written_scores(
         z, share, value, inverse_sum, norm, clamped, threshold, HAS_THRESHOLD
     ).to(DOT_VALUES)
@@ -197,6 +209,8 @@ def _resident_kernel(
         if BLOCK_N2 > 0:
             v2 = tl.load(values2 + o).to(DOT_VALUES)
             update = tl.dot(written2, v2, update, input_precision=PRECISION)
+        if tl.float16 == DOT_VALUES:
+            update *= unscale[:, None]
         column = (o + offs_o)[None, :]
         if HAS_RESIDUAL:
             residual = tl.load(residual_rows + column, mask=mask_m[:, None], other=0.0)

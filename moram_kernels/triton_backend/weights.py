@@ -2,6 +2,9 @@
 
 Names and stages are the reference's. A row whose norm is not finite (an inf or NaN came in, or the
 squares overflow float32) writes NaN, and only into its own output.
+
+Factors that were computed in float32 meet 16-bit rows in a product as bfloat16, or as float16 times
+a power of two a row (`half_scale`), because float16 would overflow or lose small ones.
 """
 
 import triton
@@ -47,6 +50,18 @@ def written_scores(
         cut = tl.maximum(value, threshold * clamped)
     inside = share * x * (inverse_sum + outside)[:, None]
     return tl.where(x >= cut[:, None], inside, outside[:, None])
+
+
+@triton.jit
+def half_scale(largest):
+    """(scale, 1 / scale): powers of two; scale takes numbers of up to largest into float16.
+
+    The largest comes to [2^14, 2^15) of 65504; what is 2^28 times smaller keeps its 11 bits.
+    """
+    exponent = largest.to(tl.int32, bitcast=True) >> 23
+    exponent = tl.minimum(tl.maximum(268 - exponent, 1), 253)
+    scale = (exponent << 23).to(tl.float32, bitcast=True)
+    return scale, ((254 - exponent) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -131,9 +131,9 @@ def follow(case, kept, fires=None, dtype=torch.float64, order=None, gram=False):
     logits = (norm_scores / case.activation.temperature).masked_fill(~kept, float("-inf"))
     written = rounded(logits.softmax(-1)) * fires * scores
     if order is not None:
-        scores.register_hook(lambda grad: grad.to(met).to(dtype))
+        scores.register_hook(lambda grad: _with_bits_of(met, grad))
         low = met if case.residual is None else torch.promote_types(met, case.residual.dtype)
-        written = written + (written.to(low).to(dtype) - written).detach()
+        written = written + (_with_bits_of(low, written) - written).detach()
     update = written @ values
     if order is not None:
         update = update[:, columns.argsort()]
@@ -144,6 +144,12 @@ def follow(case, kept, fires=None, dtype=torch.float64, order=None, gram=False):
     grad = torch.ones_like(output) if case.grad is None else case.grad.to(output.dtype)
     output.backward(grad)
     return {"output": output.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+
+
+def _with_bits_of(dtype, numbers):
+    """Numbers rounded to as many bits as a dtype has, whatever its range."""
+    mantissa, exponent = numbers.frexp()
+    return torch.ldexp(mantissa.to(dtype).to(numbers.dtype), exponent)
 
 
 def _one_by_one(x, keys):
