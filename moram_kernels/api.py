@@ -68,6 +68,10 @@ def retrieve(
         norm, softmax and sums are float32 (float64 for float64 inputs), autocast or not, and the
         update is rounded once, to that dtype. Where x, bank and output all have one 16-bit dtype,
         w_i s_i may be rounded to it before it meets values_i, and nowhere else.
+        What is not finite in a row of x stays in that row of the output. A value that is not
+        finite reaches the tokens that select its atom; where all values are multiplied (the
+        reference, small banks) it makes its feature NaN for every other token too, as 0 x inf is;
+        where selected ones are gathered (large banks, few tokens) it does not.
     Raises:
         TypeError: an argument is of the wrong kind.
         ValueError: shape, dtype, device or name mismatch; the message names argument and value.

@@ -214,6 +214,19 @@ def test_row_that_is_not_finite_stays_in_its_row(bad, path):
 
 
 @ALL_PATHS
+@pytest.mark.parametrize("bad", [NAN, float("inf"), -float("inf")], ids=str)
+def test_value_that_is_not_finite_reaches_all_tokens_where_all_values_are_multiplied(bad, path):
+    # Only the last token selects the last atom: of equal scores the lowest index wins.
+    x, values = torch.eye(32)[[0, 1, 2, 31]], torch.ones(32, 32)
+    values[31, 7] = bad
+    with forced(path):
+        out = retrieve(x, torch.eye(32), values, SelfActivation(4), backend="triton")
+    expected = torch.ones(4, 32, dtype=torch.bool)
+    expected[slice(3, 4) if path in ("split-gather", "decode") else slice(None), 7] = False
+    assert torch.equal(out.isfinite(), expected)
+
+
+@ALL_PATHS
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e12], ids=str)
 def test_inputs_near_the_ends_of_float32(scale, path):
     case = a_case(path, rows=5)
