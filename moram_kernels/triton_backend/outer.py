@@ -150,7 +150,7 @@ def _sum_splits_kernel(
     """Grid (tiles of size,)."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     offs = tl.arange(0, BLOCK)
-    mask = offs < size - first
+    mask = offs < tl.minimum(size - first, BLOCK).to(tl.int32)
     acc = tl.zeros((BLOCK,), tl.float32)
     stride = tl.cast(size, tl.int64)
     for split in range(SPLITS):
