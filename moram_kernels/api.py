@@ -59,7 +59,8 @@ def retrieve(
             they can follow. On the meta device nothing is computed: every name gives shape and
             dtype.
         precision: of the Triton backend's float32 products: "ieee", or "bf16x6", which is as exact
-            to a few float32 roundings and uses tensor cores. 16-bit products ignore it.
+            to a few float32 roundings and uses tensor cores. Products of one 16-bit dtype ignore
+            it; 16-bit values onto a float32 residual do not.
         num_frozen: live rows of keys and values if they have spare capacity, an int64 CPU tensor
             without dimensions; the rows after them are never read. torch.compile does not
             specialise on its value.
@@ -67,7 +68,13 @@ def retrieve(
             the Triton backend reads them; they must belong to this very x and bank.
     Returns:
         residual + update [..., O] in the dtype of residual, or of x where there is none. Scores,
-        norm, softmax and sums are float32 (float64 for float64 inputs), autocast or not.
+        norm, softmax and sums are float32 (float64 for float64 inputs), autocast or not, and the
+        update is rounded once, to that dtype. Where x, bank and output all have one 16-bit dtype,
+        w_i s_i may be rounded to it before it meets values_i, and nowhere else.
+        What is not finite in a row of x stays in that row of the output. A value that is not
+        finite reaches the tokens that select its atom; where all values are multiplied (the
+        reference, small banks) it makes its feature NaN for every other token too, as 0 x inf is;
+        where selected ones are gathered (large banks, few tokens) it does not.
     Raises:
         TypeError: an argument is of the wrong kind.
         ValueError: shape, dtype, device or name mismatch; the message names argument and value.

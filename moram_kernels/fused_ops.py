@@ -138,10 +138,13 @@ class _RetrieveFused(torch.autograd.Function):
         return dx, None, None, dkeys, dvalues, dresidual, *(None,) * 7
 
 
-def plan_for(x, bank, settings, training, precision, keep=None):
-    """The plan of a call with these tensors; training: whether a backward follows."""
+def plan_for(x, bank, settings, training, precision, keep=None, result=None):
+    """The plan of a call with these tensors; training: whether a backward follows.
+
+    result: the dtype of the output or of its gradient, if it is not that of x.
+    """
     keys, values, current_keys, _ = bank
-    dtype = x.dtype if x.dtype == keys.dtype else torch.float32
+    dtype = x.dtype if {x.dtype, result or x.dtype} == {keys.dtype} else torch.float32
     return plan(
         x.shape[0],
         keys.shape[1],
@@ -169,7 +172,7 @@ def _forward(x, bank, residual, settings, training, precision, save, scores=None
     if out is None:
         out = x.new_empty(tokens, values.shape[1], dtype=dtype)
     form = save if isinstance(save, str) else None
-    chosen = plan_for(x, bank, settings, save is not None, precision, form)
+    chosen = plan_for(x, bank, settings, save is not None, precision, form, dtype)
     saved = None
     if save is not None:
         saved = kernels.new_saved(
@@ -203,7 +206,7 @@ def _backward(grad, x, bank, saved, settings, training, precision, needs, form):
             current_values.new_zeros(current_values.shape) if needs[1] else None,
         )
     tables = Table.of(keys, current_keys), Table.of(values, current_values)
-    chosen = plan_for(x, bank, settings, True, precision, form)
+    chosen = plan_for(x, bank, settings, True, precision, form, grad.dtype)
     dx, *dbank = kernels.backward(
         grad, x, *tables, Saved(*saved), settings, training, chosen, precision, needs
     )

@@ -14,6 +14,7 @@ from .segments import row_pointers
 @triton.jit
 def _aggregate_kernel(
     coefficients_ptr,  # [M, N]
+    unscale_ptr,  # [M] float32, factors of float16 coefficients
     frozen_ptr,  # [num_frozen, O]
     current_ptr,  # [N - num_frozen, O]
     residual_ptr,  # [M, O]
@@ -30,6 +31,7 @@ def _aggregate_kernel(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr,
+    HAS_UNSCALE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     EVEN_O: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -56,6 +58,8 @@ def _aggregate_kernel(
         )
         v = tl.load(table[:, None] + column[None, :])
         acc = tl.dot(c.to(DOT), v.to(DOT), acc, input_precision=PRECISION)
+    if HAS_UNSCALE:
+        acc *= tl.load(unscale_ptr + row)[:, None]
     mask = mask_m[:, None]
     if not EVEN_O:
         mask = mask & (offs_o < width)[None, :]
@@ -114,11 +118,12 @@ def _gather_kernel(
     tl.store(out_ptr + m * stride_om + offs_o, acc.to(out_ptr.dtype.element_ty), mask=mask_o)
 
 
-def launch_aggregate(coefficients, table, residual, out, precision, config):
+def launch_aggregate(coefficients, table, residual, out, precision, config, unscale=None):
     """out [M, O] = residual + coefficients [M, N] times a table of rows [N, O].
 
     Args:
         coefficients: unit column stride. residual: [M, O], unit column stride, or None.
+        unscale: [M] float32 by which the coefficients' rows are multiplied, or None.
         config: {"BLOCK_M", "BLOCK_N", "BLOCK_O", "num_warps", "num_stages"}.
     """
     num_rows, num_atoms = coefficients.shape
@@ -131,6 +136,7 @@ def launch_aggregate(coefficients, table, residual, out, precision, config):
             cdiv(table.width, config["BLOCK_O"]),
         ),
         coefficients,
+        coefficients if unscale is None else unscale,
         frozen,
         current,
         given,
@@ -147,6 +153,7 @@ def launch_aggregate(coefficients, table, residual, out, precision, config):
         DOT=dot_dtype(coefficients, table.frozen),
         PRECISION=precision,
         ALIGNED=table.aligned,
+        HAS_UNSCALE=unscale is not None,
         HAS_RESIDUAL=residual is not None,
         EVEN_O=table.width % config["BLOCK_O"] == 0,
         **config,

@@ -36,18 +36,21 @@ def _from_scores(grad, x, keys, values, saved, settings, threshold, tiles, preci
     columns = -(-atoms // 16) * 16
     pull = x.new_empty(tokens, columns, dtype=torch.float32)[:, :atoms]
     score(grad, values, pull, precision, tiles["scores"])
-    dscores = x.new_empty(tokens, columns, dtype=_meet(x, keys))[:, :atoms]
-    written = x.new_empty(tokens, atoms - frozen, dtype=_meet(grad, values))
+    dscores = x.new_empty(tokens, columns, dtype=launcher.meet(x, keys))[:, :atoms]
+    written = x.new_empty(tokens, atoms - frozen, dtype=launcher.summed(grad, values))
+    own, unscale = dscores[:, frozen:], None
+    if dscores.dtype == torch.float16:
+        own, unscale = (pull.new_empty(shape) for shape in ((tokens, atoms - frozen), (tokens,)))
     launch_rows_backward(
-        saved.scores, pull, saved.stats, dscores, written, frozen, settings, threshold
+        saved.scores, pull, saved.stats, dscores, written, frozen, settings, threshold, own, unscale
     )
     dx = dkeys = dvalues = None
     if needs[0]:
         dx = torch.empty_like(x)
-        aggregate(dscores, keys, None, dx, precision, tiles["aggregate"])
+        aggregate(dscores, keys, None, dx, precision, tiles["aggregate"], unscale)
     if needs[1]:
         dkeys, dvalues = launch_bank_gradient(
-            dscores[:, frozen:],
+            own,
             x,
             written,
             grad,
@@ -63,8 +66,8 @@ def _from_lists(grad, x, keys, values, saved, settings, threshold, tiles, precis
     tokens = x.shape[0]
     current = keys.num_rows - keys.num_frozen
     dlist, factor = torch.empty_like(saved.picked), saved.picked.new_empty(tokens)
-    dscores = x.new_empty(tokens, current, dtype=_meet(x, keys))
-    written = x.new_empty(tokens, current, dtype=_meet(grad, values))
+    dscores = x.new_empty(tokens, current, dtype=launcher.summed(x, keys))
+    written = x.new_empty(tokens, current, dtype=launcher.summed(grad, values))
     launch_lists_backward(
         grad,
         (saved.index, saved.picked),
@@ -83,7 +86,7 @@ def _from_lists(grad, x, keys, values, saved, settings, threshold, tiles, precis
         # sum over all atoms of score x key = x (keys^T keys).
         # Squares of long keys overflow float16; bf16x6 keeps their product on the tensor cores.
         wide = x.dtype == keys.dtype == torch.float16
-        dtype = torch.float32 if wide else _meet(x, keys)
+        dtype = torch.float32 if wide else launcher.meet(x, keys)
         square = x.new_empty(x.shape[1], x.shape[1], dtype=dtype)
         if keys.whole is not None and launcher.can_multiply(keys.whole, keys.whole):
             launcher.multiply(keys.whole.t(), keys.whole, square)
@@ -100,8 +103,3 @@ def _from_lists(grad, x, keys, values, saved, settings, threshold, tiles, precis
             dscores, x, written, grad, keys.dtype, precision, tiles["bank"], 1
         )
     return dx, dkeys, dvalues
-
-
-def _meet(tensor, table):
-    """The dtype in which a tensor meets a table: a 16-bit one only if both have it."""
-    return tensor.dtype if tensor.dtype == table.dtype else torch.float32

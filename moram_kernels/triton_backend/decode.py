@@ -47,8 +47,9 @@ def _decode_kernel(
     mask_n = offs_n < N
     mask_o = offs_o < width
     scores = tl.zeros((BLOCK_N,), tl.float32)
+    plane = tl.cast(M, tl.int64) * N
     for split in range(SPLITS):
-        part = partial_ptr + (split * M + m) * N
+        part = partial_ptr + split * plane + m * N
         scores += tl.load(part + offs_n, mask=mask_n, other=0.0)
     norm = tl.sqrt(tl.sum(scores * scores, 0))
     clamped = clamped_norm(norm, eps)

@@ -95,10 +95,11 @@ def _split(x, keys, values, residual, out, settings, threshold, saved, plan, pre
     stats = None if saved is None else saved.stats
     if plan.path != "split-gather":
         columns = -(-atoms // 16) * 16
-        dtype = torch.promote_types(x.dtype, values.dtype)
+        dtype = launcher.meet(x, values, out)
         written = x.new_empty(tokens, columns, dtype=dtype)[:, :atoms]
-        launch_select(scores, settings, threshold, written=written, stats=stats)
-        aggregate(written, values, residual, out, precision, plan.tiles["aggregate"])
+        unscale = scores.new_empty(tokens) if dtype == torch.float16 else None
+        launch_select(scores, settings, threshold, written=written, unscale=unscale, stats=stats)
+        aggregate(written, values, residual, out, precision, plan.tiles["aggregate"], unscale)
         return
     count = min(settings[0], atoms)
     if saved is None:
@@ -121,10 +122,13 @@ def score(a, table, out, precision, config):
         launch_scores(a, table, out, precision, config)
 
 
-def aggregate(coefficients, table, residual, out, precision, config):
-    """out = residual + coefficients times a table's rows, by the vendor's library where it can."""
+def aggregate(coefficients, table, residual, out, precision, config, unscale=None):
+    """out = residual + coefficients times a table's rows, by the vendor's library where it can.
+
+    It cannot where unscale [M] multiplies the rows of float16 coefficients.
+    """
     library = table.whole is not None and launcher.can_multiply(coefficients, table.whole)
-    library = library and out.dtype == table.dtype
+    library = library and out.dtype == table.dtype and unscale is None
     # Onto another tensor than the residual the library would copy the residual first.
     in_place = residual is not None and residual.data_ptr() == out.data_ptr()
     if library and in_place and residual.stride() == out.stride():
@@ -132,4 +136,4 @@ def aggregate(coefficients, table, residual, out, precision, config):
     elif library and residual is None:
         launcher.multiply(coefficients, table.whole, out)
     else:
-        launch_aggregate(coefficients, table, residual, out, precision, config)
+        launch_aggregate(coefficients, table, residual, out, precision, config, unscale)

@@ -78,10 +78,28 @@ def next_power_of_2(size):
     return 1 << (size - 1).bit_length()
 
 
-def dot_dtype(*tensors):
-    """The dtype in which tensors meet in a `tl.dot`: a 16-bit one only if all have it."""
+def meet(*tensors):
+    """The dtype in which tensors meet in a product: a 16-bit one only if all have it.
+
+    The result counts among them where a factor was computed in float32: rounding such a factor to
+    16 bits is inside the error of a result of that dtype alone.
+    """
     first, *rest = {t.dtype for t in tensors}
-    return DTYPES[torch.float32 if rest else first]
+    return torch.float32 if rest else first
+
+
+def summed(*tensors):
+    """The dtype of a factor that meets tensors in a sum over tokens: `meet`, but not float16.
+
+    Tokens' factors differ by more than float16's range; the sum scales them where they meet.
+    """
+    met = meet(*tensors)
+    return torch.float32 if met == torch.float16 else met
+
+
+def dot_dtype(*tensors):
+    """`meet` as Triton's dtype, for a `tl.dot`."""
+    return DTYPES[meet(*tensors)]
 
 
 def rows(tensor):

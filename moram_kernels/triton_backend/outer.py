@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .launcher import cdiv, dot_dtype, launch, rows
 from .segments import row_pointers
+from .weights import half_scale
 
 
 @triton.jit
@@ -47,7 +48,13 @@ def _sum_outer(
         a = tl.load(a_tile, mask=mask[None, :] & mask_a, other=0.0)
         b_tile = b_ptr + row[:, None] * stride_bm + offs_b[None, :]
         b = tl.load(b_tile, mask=mask_b, other=0.0)
-        acc = tl.dot(a.to(DOT), b.to(DOT), acc, input_precision=PRECISION)
+        if tl.float16 == DOT:
+            a = a.to(tl.float32)
+            scale_half, unscale = half_scale(tl.max(tl.abs(a), 1))
+            a = (a * scale_half[:, None]).to(DOT)
+            acc += tl.dot(a, b.to(DOT), input_precision=PRECISION) * unscale[:, None]
+        else:
+            acc = tl.dot(a.to(DOT), b.to(DOT), acc, input_precision=PRECISION)
     return acc
 
 
@@ -141,13 +148,14 @@ def _sum_splits_kernel(
     BLOCK: tl.constexpr,
 ):
     """Grid (tiles of size,)."""
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < size
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    offs = tl.arange(0, BLOCK)
+    mask = offs < tl.minimum(size - first, BLOCK).to(tl.int32)
     acc = tl.zeros((BLOCK,), tl.float32)
     stride = tl.cast(size, tl.int64)
     for split in range(SPLITS):
-        acc += tl.load(partial_ptr + split * stride + offs, mask=mask, other=0.0)
-    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+        acc += tl.load(partial_ptr + split * stride + first + offs, mask=mask, other=0.0)
+    tl.store(out_ptr + first + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -197,7 +205,8 @@ def launch_bank_gradient(dscores, x, written, grad, dtype, precision, config, sp
     """(dkeys [C, D], dvalues [C, O]) in a dtype, in one launch or, with splits > 1, in two.
 
     Args:
-        dscores, written: [M, C], gradients of the scores and weighted scores of current atoms.
+        dscores, written: [M, C], gradients of the scores and weighted scores of current atoms, as
+            `launcher.summed` says.
         x: [M, D]; grad: dy [M, O]; all with unit column stride.
         config: {"BLOCK_M", "BLOCK_A", "BLOCK_B", "num_warps", "num_stages"}.
     """
@@ -235,8 +244,8 @@ def launch_bank_gradient(dscores, x, written, grad, dtype, precision, config, sp
         x.stride(0),
         written.stride(0),
         grad.stride(0),
-        DOT=dot_dtype(dscores, x),
-        DOT_VALUES=dot_dtype(written, grad),
+        DOT=_dot_dtype(dscores, x, dtype),
+        DOT_VALUES=_dot_dtype(written, grad, dtype),
         PRECISION=precision,
         **config,
     )
@@ -253,6 +262,12 @@ def launch_bank_gradient(dscores, x, written, grad, dtype, precision, config, sp
         )
     dkeys, dvalues = result[: count * width], result[count * width :]
     return dkeys.view(count, width), dvalues.view(count, out)
+
+
+def _dot_dtype(factors, rows_, dtype):
+    """`dot_dtype`, but float16 wherever rows and result have it: factors are scaled to it."""
+    half = rows_.dtype == dtype == torch.float16
+    return tl.float16 if half else dot_dtype(factors, rows_)
 
 
 def launch_gram(keys, out, precision, config):

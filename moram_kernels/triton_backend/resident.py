@@ -14,7 +14,15 @@ from .launcher import cdiv, dot_dtype, launch, rows, target
 from .networks import network
 from .segments import row_pointers
 from .threshold import count_from, drop_ties, tied_column
-from .weights import candidates, clamped_norm, shares, softmax_scale, store_stats, written_scores
+from .weights import (
+    candidates,
+    clamped_norm,
+    half_scale,
+    shares,
+    softmax_scale,
+    store_stats,
+    written_scores,
+)
 
 
 @triton.jit
@@ -88,15 +96,12 @@ def _resident_kernel(
 
     Rows of x and of the bank past the end repeat the last one; what they give is masked after.
     """
-    pid = tl.program_id(0)
-    first = pid.to(tl.int64) * BLOCK_M
-    offs_m = tl.arange(0, BLOCK_M)
-    left = M - pid * BLOCK_M
-    mask_m = offs_m < left
-    row = tl.minimum(offs_m, left - 1)
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < M
+    row = tl.minimum(offs_m, M - 1)
     offs_d = tl.arange(0, BLOCK_D)
     offs_n = tl.arange(0, BLOCK_N)
-    x_rows = x_ptr + first * stride_xm + row[:, None] * stride_xm + offs_d[None, :]
+    x_rows = x_ptr + row[:, None] * stride_xm + offs_d[None, :]
     keys = row_pointers(
         tl.minimum(offs_n, N - 1),
         keys_ptr,
@@ -130,7 +135,7 @@ def _resident_kernel(
     mask_n = offs_n < N
     if SAVE:
         # Right after the product, before the selection needs the registers.
-        saved = scores_ptr + first * stride_sm + offs_m[:, None] * stride_sm
+        saved = scores_ptr + offs_m[:, None] * stride_sm
         tl.store(saved + offs_n[None, :], scores, mask=mask_m[:, None] & mask_n[None, :])
         if BLOCK_N2 > 0:
             mask_n2 = offs_n2 < N
@@ -164,7 +169,11 @@ def _resident_kernel(
         total += tl.sum(share2, 1)
     inverse_sum = 1.0 / total
     if SAVE:
-        store_stats(stats_ptr + first, offs_m, stride_stats, mask_m, norm, top, inverse_sum, value)
+        store_stats(stats_ptr, offs_m, stride_stats, mask_m, norm, top, inverse_sum, value)
+    if tl.float16 == DOT_VALUES:
+        # No weighted score is larger than the norm.
+        scale_half, unscale = half_scale(norm)
+        inverse_sum *= scale_half
     written = written_scores(
         z, share, value, inverse_sum, norm, clamped, threshold, HAS_THRESHOLD
     ).to(DOT_VALUES)
@@ -193,13 +202,15 @@ def _resident_kernel(
             ALIGNED,
         )
         values2 = values2[:, None] + offs_o[None, :]
-    residual_rows = residual_ptr + first * stride_rm + offs_m[:, None] * stride_rm
-    out_rows = out_ptr + first * stride_om + offs_m[:, None] * stride_om
+    residual_rows = residual_ptr + offs_m[:, None] * stride_rm
+    out_rows = out_ptr + offs_m[:, None] * stride_om
     for o in range(0, num_out, BLOCK_O):
         update = tl.dot(written, tl.load(values + o).to(DOT_VALUES), input_precision=PRECISION)
         if BLOCK_N2 > 0:
             v2 = tl.load(values2 + o).to(DOT_VALUES)
             update = tl.dot(written2, v2, update, input_precision=PRECISION)
+        if tl.float16 == DOT_VALUES:
+            update *= unscale[:, None]
         column = (o + offs_o)[None, :]
         if HAS_RESIDUAL:
             residual = tl.load(residual_rows + column, mask=mask_m[:, None], other=0.0)
@@ -263,8 +274,8 @@ def launch_resident(x, keys, values, residual, out, activation, threshold, preci
         HAS_RESIDUAL=residual is not None,
         SAVE=save is not None,
         NETWORK=None if every else network_for(tile, tile2, top_k, x.device),
-        DOT=dot_dtype(x, keys.frozen),
-        DOT_VALUES=dot_dtype(x, values.frozen),
+        DOT=dot_dtype(x, keys),
+        DOT_VALUES=dot_dtype(x, values, out),
         PRECISION=precision,
         ALIGNED=keys.aligned and values.aligned,
         LOG_N=tile.bit_length() - 1,

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .launcher import cdiv, launch, next_power_of_2
 from .threshold import drop_ties
-from .weights import candidates, clamped_norm, shares, softmax_scale
+from .weights import candidates, clamped_norm, half_scale, shares, softmax_scale
 
 
 @triton.jit
@@ -40,6 +40,8 @@ def _rows_backward_kernel(
     pull_ptr,  # [M, N] float32
     stats_ptr,  # [4, M] float32
     dscores_ptr,  # [M, N]
+    unscale_ptr,  # [M] float32, by which float16 dscores have to be multiplied
+    own_ptr,  # dscores of the current atoms where they are scaled [M, N - num_frozen] float32
     written_ptr,  # of the current atoms [M, N - num_frozen]
     M,
     N,
@@ -60,22 +62,23 @@ def _rows_backward_kernel(
     LOG_N: tl.constexpr,
 ):
     """Grid (row tiles,)."""
-    pid = tl.program_id(0)
-    first = pid.to(tl.int64) * BLOCK_M
-    offs_m = tl.arange(0, BLOCK_M)
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
-    mask_m = offs_m < M - pid * BLOCK_M
+    mask_m = offs_m < M
     mask_n = (offs_n < N)[None, :]
     mask = mask_m[:, None] & mask_n
     offs = offs_m[:, None] * stride_sm + offs_n[None, :]
-    scores = tl.load(scores_ptr + first * stride_sm + offs, mask=mask, other=0.0)
+    scores = tl.load(scores_ptr + offs, mask=mask, other=0.0)
     offs = offs_m[:, None] * stride_pm + offs_n[None, :]
-    pull = tl.load(pull_ptr + first * stride_pm + offs, mask=mask, other=0.0)
-    stats = stats_ptr + first + offs_m
+    pull = tl.load(pull_ptr + offs, mask=mask, other=0.0)
+    stats = stats_ptr + offs_m
     norm = tl.load(stats, mask=mask_m, other=1.0)
-    top = tl.load(stats + stride_stats, mask=mask_m, other=0.0)
-    inverse_sum = tl.load(stats + 2 * stride_stats, mask=mask_m, other=0.0)
-    value = tl.load(stats + 3 * stride_stats, mask=mask_m, other=float("inf"))
+    stats += stride_stats
+    top = tl.load(stats, mask=mask_m, other=0.0)
+    stats += stride_stats
+    inverse_sum = tl.load(stats, mask=mask_m, other=0.0)
+    stats += stride_stats
+    value = tl.load(stats, mask=mask_m, other=float("inf"))
     clamped = clamped_norm(norm, eps)
     scale = softmax_scale(inv_temperature, clamped)
     x = candidates(scores, mask_n, ALL)
@@ -88,13 +91,20 @@ def _rows_backward_kernel(
         scores, weights, fires, pull, norm, clamped, scale, eps, HAS_THRESHOLD
     )
     dscores -= scores * factor[:, None]
+    column = (offs_n - num_frozen)[None, :]
+    offs_current = offs_m[:, None] * stride_wm + column
+    is_current = mask & (column >= 0)
+    if dscores_ptr.dtype.element_ty == tl.float16:
+        # Sums over tokens, which have a scale each, take them as they are.
+        tl.store(own_ptr + offs_current, dscores, mask=is_current)
+        scale_half, unscale = half_scale(tl.max(tl.abs(dscores), 1))
+        dscores *= scale_half[:, None]
+        tl.store(unscale_ptr + offs_m, unscale, mask=mask_m)
     offs = offs_m[:, None] * stride_dm + offs_n[None, :]
     cast = dscores.to(dscores_ptr.dtype.element_ty)
-    tl.store(dscores_ptr + first * stride_dm + offs, cast, mask=mask)
-    column = (offs_n - num_frozen)[None, :]
-    offs = offs_m[:, None] * stride_wm + column
+    tl.store(dscores_ptr + offs, cast, mask=mask)
     cast = written.to(written_ptr.dtype.element_ty)
-    tl.store(written_ptr + first * stride_wm + offs, cast, mask=mask & (column >= 0))
+    tl.store(written_ptr + offs_current, cast, mask=is_current)
 
 
 def tiles(num_atoms):
@@ -104,8 +114,22 @@ def tiles(num_atoms):
     return {"BLOCK_M": max(1, 512 // block), "BLOCK_N": block}, warps
 
 
-def launch_rows_backward(scores, pull, stats, dscores, written, num_frozen, activation, threshold):
+def launch_rows_backward(
+    scores,
+    pull,
+    stats,
+    dscores,
+    written,
+    num_frozen,
+    activation,
+    threshold,
+    own=None,
+    unscale=None,
+):
     """Fill dscores [M, N] and the weighted scores of the current atoms, written [M, C].
+
+    Float16 dscores are filled with a power of two a row, over which unscale [M] takes them, both
+    float32, and own [M, C] with those of the current atoms as they are.
 
     Args:
         scores, stats: as the forward saved them; scores may have spare columns.
@@ -123,6 +147,8 @@ def launch_rows_backward(scores, pull, stats, dscores, written, num_frozen, acti
         pull,
         stats,
         dscores,
+        stats if unscale is None else unscale,
+        own if own is not None and own.shape[1] else stats,
         written if written.shape[1] else dscores,
         num_rows,
         num_atoms,

@@ -11,13 +11,22 @@ import triton.language as tl
 
 from .launcher import cdiv, launch, next_power_of_2
 from .threshold import select_rows
-from .weights import candidates, clamped_norm, shares, softmax_scale, store_stats, written_scores
+from .weights import (
+    candidates,
+    clamped_norm,
+    half_scale,
+    shares,
+    softmax_scale,
+    store_stats,
+    written_scores,
+)
 
 
 @triton.jit
 def _select_kernel(
     scores_ptr,  # [M, N] float32
     written_ptr,  # dense [M, N] or lists [M, TOP_K]
+    unscale_ptr,  # [M] float32, by which dense float16 has to be multiplied
     index_ptr,  # lists [M, TOP_K] int32
     picked_ptr,  # scores of the lists [M, TOP_K] float32
     current_ptr,  # scores of the current atoms [M, N - num_frozen] float32
@@ -49,8 +58,9 @@ def _select_kernel(
     mask_m = offs_m < M - pid * BLOCK_M
     mask_n = offs_n < N
     mask = mask_m[:, None] & mask_n[None, :]
-    offs = offs_m[:, None] * stride_sm + offs_n[None, :]
-    scores = tl.load(scores_ptr + first * stride_sm + offs, mask=mask, other=0.0)
+    row = (first + offs_m)[:, None]
+    offs = row * stride_sm + offs_n[None, :]
+    scores = tl.load(scores_ptr + offs, mask=mask, other=0.0)
     norm = tl.sqrt(tl.sum(scores * scores, 1))
     clamped = clamped_norm(norm, eps)
     x = candidates(scores, mask_n[None, :], ALL)
@@ -67,8 +77,15 @@ def _select_kernel(
         x, value = select_rows(x, low, top, TOP_K, LOG_N)
     share = shares(x, value, top, softmax_scale(inv_temperature, clamped))
     inverse_sum = 1.0 / tl.sum(share, 1)
-    written = written_scores(x, share, value, inverse_sum, norm, clamped, threshold, HAS_THRESHOLD)
+    per_share = inverse_sum
+    if written_ptr.dtype.element_ty == tl.float16:
+        # No weighted score is larger than the norm.
+        scale_half, unscale = half_scale(norm)
+        per_share *= scale_half
+        tl.store(unscale_ptr + first + offs_m, unscale, mask=mask_m)
+    written = written_scores(x, share, value, per_share, norm, clamped, threshold, HAS_THRESHOLD)
     if LISTS:
+        # Places in this program's lists fit in 32 bits, and 64 would take registers.
         selected = x >= value[:, None]
         place = tl.cumsum(selected.to(tl.int32), 1) - 1
         kept = selected & mask_m[:, None]
@@ -79,9 +96,9 @@ def _select_kernel(
         tl.store(written_ptr + base + offs_list, written, mask=kept)
         tl.store(picked_ptr + base + offs_list, scores, mask=kept)
     else:
-        offs_written = offs_m[:, None] * stride_wm + offs_n[None, :]
+        offs_written = row * stride_wm + offs_n[None, :]
         cast = written.to(written_ptr.dtype.element_ty)
-        tl.store(written_ptr + first * stride_wm + offs_written, cast, mask=mask)
+        tl.store(written_ptr + offs_written, cast, mask=mask)
     if SAVE_CURRENT:
         num_current = N - num_frozen
         column = offs_n - num_frozen
@@ -106,7 +123,15 @@ def tiles(num_atoms):
 
 
 def launch_select(
-    scores, activation, threshold, *, written=None, lists=None, current=None, stats=None
+    scores,
+    activation,
+    threshold,
+    *,
+    written=None,
+    unscale=None,
+    lists=None,
+    current=None,
+    stats=None,
 ):
     """Select from scores [M, N], N <= 8192, into preallocated outputs.
 
@@ -115,6 +140,7 @@ def launch_select(
         activation: (top_k, temperature, threshold, eps).
         threshold: whether the threshold applies (inference).
         written: dense output [M, N], in the dtype of the product that follows, or None.
+        unscale: [M] float32 for a float16 written, which is to be multiplied by it; or None.
         lists: (index int32, written float32, scores float32), each [M, min(top_k, N)], or None.
         current: (scores of current atoms [M, C] float32, num_frozen) or None.
         stats: [4, M] float32 or None.
@@ -129,6 +155,7 @@ def launch_select(
         (cdiv(num_rows, blocks["BLOCK_M"]),),
         scores,
         written,
+        scores if unscale is None else unscale,
         index,
         picked,
         kept,

@@ -2,6 +2,9 @@
 
 Names and stages are the reference's. A row whose norm is not finite (an inf or NaN came in, or the
 squares overflow float32) writes NaN, and only into its own output.
+
+Factors that were computed in float32 meet 16-bit rows in a product as bfloat16, or as float16 times
+a power of two a row (`half_scale`), because float16 would overflow or lose small ones.
 """
 
 import triton
@@ -50,9 +53,25 @@ def written_scores(
 
 
 @triton.jit
+def half_scale(largest):
+    """(scale, 1 / scale): powers of two; scale takes numbers of up to largest into float16.
+
+    The largest comes to [2^14, 2^15) of 65504; what is 2^28 times smaller keeps its 11 bits.
+    """
+    exponent = largest.to(tl.int32, bitcast=True) >> 23
+    exponent = tl.minimum(tl.maximum(268 - exponent, 1), 253)
+    scale = (exponent << 23).to(tl.float32, bitcast=True)
+    return scale, ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def store_stats(stats_ptr, offs, stride, mask, norm, top, inverse_sum, value):
     """Per token, for the backward: one row each of stats [4, M], so that loads are contiguous."""
-    tl.store(stats_ptr + offs, norm, mask=mask)
-    tl.store(stats_ptr + stride + offs, top, mask=mask)
-    tl.store(stats_ptr + 2 * stride + offs, inverse_sum, mask=mask)
-    tl.store(stats_ptr + 3 * stride + offs, value, mask=mask)
+    stats = stats_ptr + offs
+    tl.store(stats, norm, mask=mask)
+    stats += stride
+    tl.store(stats, top, mask=mask)
+    stats += stride
+    tl.store(stats, inverse_sum, mask=mask)
+    stats += stride
+    tl.store(stats, value, mask=mask)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from unittest import mock
 
 import torch
+import triton.language as tl
 from machine_code import TARGETS
 
 from moram_kernels.triton_backend import backward, forward, launcher, networks, plan, tiles
@@ -58,6 +59,7 @@ class Launch:
             parts.append(f"k{self.meta['TOP_K']}")
         for name in ("SPLITS", "CHUNKS"):
             parts += [f"{name.lower()}{self.meta[name]}"] if name in self.meta else []
+        parts += [f"{name.lower()}.fp32" for name in self.wide_products]
         if self.meta.get("PRECISION", "ieee") != "ieee":
             parts.append(self.meta["PRECISION"])
         parts.append(f"w{self.meta['num_warps']}")
@@ -67,6 +69,13 @@ class Launch:
         odd = sum(1 for size in sizes if size % 16)
         parts += [f"odd{odd}"] if odd else []
         return " ".join(parts)
+
+    @property
+    def wide_products(self):
+        """Which products of a kernel that reads 16-bit tensors are float32 all the same."""
+        if self.dtypes[-1] == "fp32":
+            return []
+        return [name for name in ("DOT", "DOT_VALUES") if self.meta.get(name) is tl.float32]
 
     @property
     def dots(self):
@@ -91,7 +100,8 @@ class Launch:
         even = all(self.meta.get(name, True) for name in ("EVEN_D", "EVEN_O", "EVEN_A", "EVEN_B"))
         sizes = all(a % 16 == 0 for a in self.args if isinstance(a, int))
         aligned = self.meta.get("ALIGNED", True)
-        return bool(self.dots and self.dtypes[-1] != "fp32" and even and sizes and aligned)
+        low = self.dtypes[-1] != "fp32" and not self.wide_products
+        return bool(self.dots and low and even and sizes and aligned)
 
 
 @dataclass(frozen=True)
@@ -108,6 +118,8 @@ class Call:
     out: int = 768
     current: int = 16
     precision: str = "ieee"
+    # Dtype of the residual, output and gradient, if it is not that of x.
+    result: str | None = None
     # Whether training calls record their backward as well.
     backward: bool = True
     ci: bool = False
@@ -138,6 +150,11 @@ def calls():
             for width in (768, 4096):
                 yield Call(atoms, tokens=tokens, width=width, out=width)
                 yield Call(atoms, 8, tokens=tokens, width=width, out=width, training=False)
+    # 16-bit tensors onto a float32 residual.
+    for precision in plan.PRECISIONS:
+        for atoms, path in ((64, "resident"), (512, "split-dense"), (20480, "split-gather")):
+            how = {"precision": precision, "path": path, "ci": precision == "ieee"}
+            yield Call(atoms, **how, result="float32")
     # Features that are multiples of 64, but not of every tile.
     for width in (960, 1152, 1408):
         for dtype in ("bfloat16", "float32"):
@@ -219,7 +236,9 @@ def record(call, target):
     def new(*shape):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    shape = (call.tokens, call.width, call.out, call.atoms, call.top_k, call.dtype, call.training)
+    result = call.result or call.dtype
+    met = call.dtype if call.dtype == result else "float32"
+    shape = (call.tokens, call.width, call.out, call.atoms, call.top_k, met, call.training)
     how = {"current": call.current, "precision": call.precision, "table": {}}
     if call.path not in plan.plan(*shape, DEVICES[target], **how).seconds:
         # The plan does not offer it here.
@@ -230,7 +249,7 @@ def record(call, target):
         Table.of(new(call.atoms - current, width), new(current, width))
         for width in (call.width, call.out)
     )
-    x, y = new(call.tokens, call.width), new(call.tokens, call.out)
+    x, y = new(call.tokens, call.width), new(call.tokens, call.out).to(getattr(torch, result))
     settings = (call.top_k, 0.1, 0.0 if call.training else 0.2, 1e-12)
     saved = None
     if call.training:

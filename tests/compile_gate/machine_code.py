@@ -52,15 +52,24 @@ def read(compiled, target):
 
     registers, stack (bytes a thread), shared (bytes), local (local-memory instructions; spilled
     registers on AMD), instructions, mma (tensor-core ones), copies (asynchronous ones), barriers,
-    shuffles, conversions (of a tile's layout) and async_copies (tiles copied asynchronously, in the
-    compiler's intermediate code).
+    shuffles and, in the compiler's intermediate code, conversions (of a tile's layout),
+    async_copies (tiles copied asynchronously) and narrow_offsets (32-bit products with a stride).
     """
     middle = compiled.asm["ttgir"]
     facts = _read_amd(compiled) if target.startswith("gfx") else _read_nvidia(compiled)
     facts["shared"] = compiled.metadata.shared
     facts["conversions"] = middle.count("ttg.convert_layout")
     facts["async_copies"] = middle.count("ttg.async_copy_global_to_local")
+    facts["narrow_offsets"] = _narrow_offsets(compiled.asm["ttir"])
     return facts
+
+
+def _narrow_offsets(code):
+    strides = set(re.findall(r"(%stride\w*): i32", code))
+    splats = re.findall(r"(%\w+) = tt\.splat (%\w+) ", code)
+    strides |= {name for name, source in splats if source in strides}
+    factors = re.findall(r"arith\.muli (%\w+), (%\w+) : (?:i32|tensor<\S+xi32>)", code)
+    return sum(not strides.isdisjoint(pair) for pair in factors)
 
 
 def _read_nvidia(compiled):

@@ -8,6 +8,7 @@ function, and looks for overflow in every sum of integers.
 """
 
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -35,6 +36,18 @@ def install():
     builder.options = replace(
         builder.options, allowed_dot_input_precisions=allowed, sanitize_overflow=False
     )
+
+
+@contextmanager
+def looking_for_overflow():
+    """Within the block a sum or product of integers that leaves its 32 bits is an error."""
+    builder = plain.interpreter_builder
+    quick = builder.options
+    builder.options = replace(quick, sanitize_overflow=True, debug=True)
+    try:
+        yield
+    finally:
+        builder.options = quick
 
 
 def to_bfloat16(numbers):

@@ -3,7 +3,9 @@
 M tokens, D inputs, O outputs, N = F frozen + C current atoms, K = top_k, s bytes a number. A tile
 is a program's share: tiles(M) = ceil(M / BLOCK_M). "K rows" are the rows of the selected atoms;
 without those that the threshold silenced where it says "fired". Everything is once unless it says
-how often. Lists are int32 and float32, scores and stats float32: 4 bytes.
+how often. Lists are int32 and float32, scores and stats float32: 4 bytes. In float16, select and
+rows_backward write a factor a token, which aggregate reads with the coefficients; dscores and
+written of the current atoms take 4 bytes, and rows_backward writes dscores of both kinds.
 
 kernel            reads                                          writes
 _resident         x; keys and values tiles(M) times; residual    out; training: scores [M, N], stats
@@ -62,6 +64,16 @@ class Shape:
     @property
     def itemsize(self):
         return self.dtype.itemsize
+
+    @property
+    def scaled(self):
+        """Whether rows of factors have a scale."""
+        return self.dtype == torch.float16
+
+    @property
+    def summed(self):
+        """Bytes of a factor in a sum over tokens."""
+        return 4 if self.scaled else self.itemsize
 
     def __str__(self):
         sizes = (self.tokens, self.width, self.out, self.frozen, self.current, self.top_k)
@@ -210,6 +222,8 @@ def check_aggregate(launch, shape, width, residual):
     }
     if residual:
         reads["residual"] = once(m, width, s)
+    if shape.scaled:
+        reads["unscale"] = times(tiles(launch, width, "BLOCK_O"), m, 4)
     check(launch, shape, reads, {"out": once(m, width, s)})
 
 

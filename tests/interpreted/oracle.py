@@ -91,7 +91,8 @@ def follow(case, kept, fires=None, dtype=torch.float64, order=None, gram=False):
         order: a seed that makes it a plain run: atoms, features and outputs are summed in an order
             drawn with it (features one by one if it is even), the last rounding of every stage may
             fall either way, and where inputs and atoms have one 16-bit dtype, what meets them in a
-            product is rounded to it: the weighted scores, and the gradient of the scores.
+            product is rounded to it: the gradient of the scores and, if the output has that dtype
+            too, the weighted scores.
         gram: the norm's gradient goes through x (keys^T keys), as it does for large banks.
     """
     tensors = {name: getattr(case, name) for name in LEAVES}
@@ -130,8 +131,9 @@ def follow(case, kept, fires=None, dtype=torch.float64, order=None, gram=False):
     logits = (norm_scores / case.activation.temperature).masked_fill(~kept, float("-inf"))
     written = rounded(logits.softmax(-1)) * fires * scores
     if order is not None:
-        scores.register_hook(lambda grad: grad.to(met).to(dtype))
-        written = written + (written.to(met).to(dtype) - written).detach()
+        scores.register_hook(lambda grad: _with_bits_of(met, grad))
+        low = met if case.residual is None else torch.promote_types(met, case.residual.dtype)
+        written = written + (_with_bits_of(low, written) - written).detach()
     update = written @ values
     if order is not None:
         update = update[:, columns.argsort()]
@@ -142,6 +144,12 @@ def follow(case, kept, fires=None, dtype=torch.float64, order=None, gram=False):
     grad = torch.ones_like(output) if case.grad is None else case.grad.to(output.dtype)
     output.backward(grad)
     return {"output": output.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
+
+
+def _with_bits_of(dtype, numbers):
+    """Numbers rounded to as many bits as a dtype has, whatever its range."""
+    mantissa, exponent = numbers.frexp()
+    return torch.ldexp(mantissa.to(dtype).to(numbers.dtype), exponent)
 
 
 def _one_by_one(x, keys):

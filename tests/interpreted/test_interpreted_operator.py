@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle import exact_scores, fired, live
 from paths import ALL, TRAINED, call, check_call, forced, run_training, selection
-from support import LEAVES, laid_out, make_case, with_spare_rows
+from support import LEAVES, assert_within_budget, laid_out, make_case, run, with_spare_rows
 
 from moram_kernels import SelfActivation, fused_ops, retrieve
 
@@ -39,6 +39,16 @@ def test_segments_and_dtypes(bank, dtype, training, path):
 def test_decode_of_segments_and_dtypes(threshold, bank, dtype):
     case = a_case("decode", frozen=bank[0], current=bank[1], dtype=dtype, threshold=threshold)
     assert check_call(case, "decode").swapped == 0
+
+
+@ALL_PATHS
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_update_of_16_bit_atoms_onto_a_float32_residual_is_as_exact_as_in_torch(dtype, path):
+    case = a_case(path, dtype=dtype, training=False)
+    case = replace(case, residual=case.residual.float())
+    high = run(case.to(torch.float64), "reference", ())["output"]
+    low = run(case, "torch", ())["output"]
+    assert_within_budget(call(case, path), low, high)
 
 
 @ALL_PATHS
@@ -201,6 +211,19 @@ def test_row_that_is_not_finite_stays_in_its_row(bad, path):
         assert torch.equal(poisoned[name][others], clean[name][others]), name
         assert not poisoned[name][[2, 5]].isfinite().any(), name
     assert clean["output"].isfinite().all()
+
+
+@ALL_PATHS
+@pytest.mark.parametrize("bad", [NAN, float("inf"), -float("inf")], ids=str)
+def test_value_that_is_not_finite_reaches_all_tokens_where_all_values_are_multiplied(bad, path):
+    # Only the last token selects the last atom: of equal scores the lowest index wins.
+    x, values = torch.eye(32)[[0, 1, 2, 31]], torch.ones(32, 32)
+    values[31, 7] = bad
+    with forced(path):
+        out = retrieve(x, torch.eye(32), values, SelfActivation(4), backend="triton")
+    expected = torch.ones(4, 32, dtype=torch.bool)
+    expected[slice(3, 4) if path in ("split-gather", "decode") else slice(None), 7] = False
+    assert torch.equal(out.isfinite(), expected)
 
 
 @ALL_PATHS

@@ -8,6 +8,7 @@ import torch
 import triton
 from oracle import assert_product
 from paths import piece_table, within
+from support import assert_within_budget
 
 from moram_kernels.triton_backend.aggregate import launch_aggregate, launch_gather
 from moram_kernels.triton_backend.outer import launch_bank_gradient, launch_gram
@@ -76,6 +77,17 @@ def test_aggregate_adds_rows_to_the_residual(size, residual, dtypes):
     assert_product(out, weights, torch.cat([table.frozen, table.current]), base)
 
 
+@pytest.mark.parametrize("size", [(1, 1, 0, 1), (17, 9, 8, 33), (5, 0, 17, 64)])
+def test_aggregate_takes_the_scale_off_float16_rows(size):
+    rows, frozen, current, width = size
+    weights, unscale = draw(rows, frozen + current, dtype=F16), 2.0 ** draw(rows, seed=5).round()
+    table, base = piece_table(frozen, current, width, F16), draw(rows, width, seed=2)
+    with within(rows, width) as out:
+        launch_aggregate(weights, table, base, out, "ieee", AGGREGATE, unscale)
+    keys = torch.cat([table.frozen, table.current])
+    assert_product(out, weights * unscale[:, None], keys, base)
+
+
 def lists(rows, top_k, num_atoms):
     generator = torch.Generator().manual_seed(rows + top_k)
     drawn = [torch.randperm(num_atoms, generator=generator)[:top_k] for _ in range(rows)]
@@ -124,6 +136,19 @@ def test_bank_gradient_sums_outer_products_over_tokens(size, splits, dtypes):
     assert_product(dvalues, written.T, grad)
     again = launch_bank_gradient(*args)
     assert torch.equal(dkeys, again[0]) and torch.equal(dvalues, again[1])
+
+
+def test_bank_gradient_of_float16_takes_factors_beyond_its_range():
+    far = 2.0 ** torch.arange(-30, 30, 12)
+    dscores, written = draw(40, 5, seed=1) * far, draw(40, 5, seed=2) * far.flip(0)
+    x, grad = (2.0**-12 * draw(40, n, seed=n) for n in (33, 31))
+    x, grad = x.to(F16), grad.to(F16)
+    found = launch_bank_gradient(dscores, x, written, grad, F16, "ieee", BANK, 2)
+    for actual, factors, rows in zip(found, (dscores, written), (x, grad), strict=True):
+        high, low = factors.double().T @ rows.double(), factors.T @ rows.float()
+        for atom in range(5):
+            assert high[atom].abs().max() < torch.finfo(F16).max
+            assert_within_budget(actual[atom], low[atom].to(F16), high[atom])
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)

@@ -68,6 +68,8 @@ def test_the_dense_split_forward_moves_the_minimum(shape, training, monkeypatch)
     writes = {"written": once(shape.tokens, shape.atoms, shape.itemsize)}
     if training:
         writes["stats"] = once(4, shape.tokens, 4)
+    if shape.scaled:
+        writes["unscale"] = once(shape.tokens, 4)
     check(select, shape, {"scores": once(shape.tokens, shape.atoms, 4)}, writes)
     check_aggregate(aggregate, shape, shape.out, True)
 

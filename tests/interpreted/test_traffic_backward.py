@@ -40,14 +40,17 @@ def test_the_dense_backward_moves_the_minimum(shape, path, monkeypatch):
         "pull": once(m, shape.atoms, 4),
         "stats": once(4, m, 4),
     }
-    writes = {"dscores": once(m, shape.atoms, s), "written": once(m, shape.current, s)}
+    own = once(m, shape.current, shape.summed)
+    writes = {"dscores": once(m, shape.atoms, s), "written": own}
+    if shape.scaled:
+        writes |= {"unscale": once(m, 4), "own": own}
     check(rows, shape, reads, writes)
     check_aggregate(aggregate, shape, shape.width, False)
     check_bank(bank, shape)
 
 
 def check_bank(launches, shape):
-    m, s, c = shape.tokens, shape.itemsize, shape.current
+    m, s, c, summed = shape.tokens, shape.itemsize, shape.current, shape.summed
     if not c:
         assert not launches
         return
@@ -56,8 +59,8 @@ def check_bank(launches, shape):
     named(launches, "_bank_gradient_kernel", *["_sum_splits_kernel"] * (splits > 1))
     atoms = tiles(bank, c, "BLOCK_A")
     reads = {
-        "dscores": times(tiles(bank, shape.width, "BLOCK_B"), m, c, s),
-        "written": times(tiles(bank, shape.out, "BLOCK_B"), m, c, s),
+        "dscores": times(tiles(bank, shape.width, "BLOCK_B"), m, c, summed),
+        "written": times(tiles(bank, shape.out, "BLOCK_B"), m, c, summed),
         "x": times(atoms, m, shape.width, s),
         "grad": times(atoms, m, shape.out, s),
     }
@@ -85,8 +88,8 @@ def test_the_backward_from_lists_moves_the_minimum(shape, monkeypatch):
     writes = {
         "dlist": once(m, k, 4),
         "factor": once(m, 4),
-        "dscores": once(m, c, s),
-        "written": once(m, c, s),
+        "dscores": once(m, c, shape.summed),
+        "written": once(m, c, shape.summed),
     }
     check(lists, shape, reads, writes, ["stats", "factor"])
     both = tiles(gram, d, "BLOCK_A") + tiles(gram, d, "BLOCK_B")

@@ -23,7 +23,7 @@ from support import (
     with_spare_rows,
 )
 
-from moram_kernels import torch_backend
+from moram_kernels import SelfActivation, retrieve, torch_backend
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 # Tokens, frozen and current atoms, input and output width.
@@ -227,3 +227,24 @@ class TestTheBudgetItself:
         assert_within_budget(zero, zero, zero.double())
         with pytest.raises(AssertionError, match="max error"):
             assert_within_budget(zero + 1e-30, zero, zero.double())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize("path", ["reference", "dense", "gather", "one token"])
+def test_value_that_is_not_finite_reaches_all_tokens_where_all_are_multiplied(
+    path, bad, monkeypatch
+):
+    if path == "gather":
+        take_large_routes(monkeypatch)
+    # Tokens select the atom of their own number alone.
+    x, values = torch.eye(4, 32), torch.ones(32, 6)
+    values[3, 2] = bad
+    backend = "reference" if path == "reference" else "torch"
+    tokens = x.split(1) if path == "one token" else [x]
+    with torch.no_grad():
+        out = [
+            retrieve(t, torch.eye(32), values, SelfActivation(1), backend=backend) for t in tokens
+        ]
+    expected = torch.ones(4, 6, dtype=torch.bool)
+    expected[slice(3, 4) if path in ("gather", "one token") else slice(None), 2] = False
+    assert torch.equal(torch.cat(out).isfinite(), expected)
