@@ -96,9 +96,9 @@ def _resident_kernel(
 
     Rows of x and of the bank past the end repeat the last one; what they give is masked after.
     """
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < M
-    row = tl.minimum(offs_m, M - 1)
+    row = tl.minimum(offs_m, M - 1).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
     offs_n = tl.arange(0, BLOCK_N)
     x_rows = x_ptr + row[:, None] * stride_xm + offs_d[None, :]
@@ -135,7 +135,7 @@ def _resident_kernel(
     mask_n = offs_n < N
     if SAVE:
         # Right after the product, before the selection needs the registers.
-        saved = scores_ptr + offs_m[:, None] * stride_sm
+        saved = scores_ptr + offs_m.to(tl.int64)[:, None] * stride_sm
         tl.store(saved + offs_n[None, :], scores, mask=mask_m[:, None] & mask_n[None, :])
         if BLOCK_N2 > 0:
             mask_n2 = offs_n2 < N
@@ -202,8 +202,9 @@ def _resident_kernel(
             ALIGNED,
         )
         values2 = values2[:, None] + offs_o[None, :]
-    residual_rows = residual_ptr + offs_m[:, None] * stride_rm
-    out_rows = out_ptr + offs_m[:, None] * stride_om
+    wide_m = offs_m.to(tl.int64)[:, None]
+    residual_rows = residual_ptr + wide_m * stride_rm
+    out_rows = out_ptr + wide_m * stride_om
     for o in range(0, num_out, BLOCK_O):
         update = tl.dot(written, tl.load(values + o).to(DOT_VALUES), input_precision=PRECISION)
         if BLOCK_N2 > 0:

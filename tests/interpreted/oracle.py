@@ -15,12 +15,17 @@ from support import LEAVES, assert_within_budget
 
 # Below this distance in the normalised score, whether an atom passes the threshold is left open.
 NEAR = 1e-6
-# How many float32 runs, each in its own order of summation, say what a plain run's error is.
-PLAIN_RUNS = 6
+# How many float32 runs, each in its own order of summation, say what a plain run's error is. In one
+# row, or where a number is 0 by cancellation, a few roundings decide, and so few runs say too
+# little: an error beyond their budget is held against more of them.
+PLAIN_RUNS = (6, 24, 96)
 
 
 class Tally(NamedTuple):
-    """Rows whose selection is not float64's, and rows whose border is closer than the bound."""
+    """Rows whose selection is not float64's, and rows whose border is closer than the bound.
+
+    (0, 0): the selection is float64's, and no rounding on any CPU could have made it another.
+    """
 
     swapped: int
     unclear: int
@@ -191,16 +196,20 @@ def check_values(actual, case, kept, gram=False):
     """
     fires = fired(case, kept, actual["output"])
     high = follow(case.to(torch.float64), kept, fires)
-    lows = [
-        follow(case, kept, fires, torch.float32, order, gram and order % 2 == 1)
-        for order in range(PLAIN_RUNS)
-    ]
+    lows = []
     for name in actual:
-        low = max((run[name] for run in lows), key=lambda low, n=name: _rms(low.double() - high[n]))
-        try:
-            assert_within_budget(actual[name], low, high[name])
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from None
+        for count in PLAIN_RUNS:
+            lows += [
+                follow(case, kept, fires, torch.float32, order, gram and order % 2 == 1)
+                for order in range(len(lows), count)
+            ]
+            low = max((run[name] for run in lows), key=lambda low, n=name: _rms(low - high[n]))
+            try:
+                assert_within_budget(actual[name], low, high[name])
+                break
+            except AssertionError as error:
+                if count == PLAIN_RUNS[-1]:
+                    raise AssertionError(f"{name}: {error}") from None
 
 
 def _row(case, row):
