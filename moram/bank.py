@@ -9,6 +9,7 @@ from torch import nn
 from moram_kernels.ops import version_of
 
 from .config import check_count
+from .live import UNIT, count_of, filled_rows
 from .sharded import copy_into, is_managed, whole
 
 PARTS = ("frozen_keys", "frozen_values", "current_keys", "current_values")
@@ -30,13 +31,15 @@ class AtomBank(nn.Module):
 
     Frozen atoms are buffers with spare rows, so that neither parameters nor shapes change from task
     to task; the current atoms are the only parameters. `live`, the number of frozen atoms, is a
-    buffer like them, so that whatever moves or copies the tensors takes it along. `state_dict`
-    holds copies of the live rows alone. It loads into a bank of any size, and a part of it loads
-    what it has.
+    buffer like them (in steps of `UNIT`), so that whatever moves or copies the tensors takes it
+    along. `state_dict` holds copies of the live rows alone: writing to it changes nothing here. It
+    loads into a bank of any size, and a part of it loads what it has.
 
-    On an accelerator `live` is read once, and again after someone wrote to it or put another
-    tensor in its place. DistributedDataParallel writes to all buffers in every forward pass, and
-    reading after that waits for the device: give it broadcast_buffers=False.
+    On an accelerator `live` is read once, and again after someone wrote to it, put another tensor
+    in its place, or called `train` or `eval`. Writes that torch does not count (through `.data`, by
+    collectives of torch.distributed) are seen after the latter alone. DistributedDataParallel
+    writes to all buffers in every forward pass, and reading after that waits for the device: give
+    it broadcast_buffers=False.
 
     Args:
         in_features: D. out_features: O.
@@ -64,6 +67,7 @@ class AtomBank(nn.Module):
         # holds the same for compiled calls, see `torch.ops.moram.live_count`.
         self._seen = (None, None, 0)
         self.noted = torch.full((3,), -1, dtype=torch.int64, device="cpu")
+        self._set_live(0)
         # See `guard_keys`: (basis, gain) or None.
         self.guard = None
 
@@ -73,23 +77,40 @@ class AtomBank(nn.Module):
         # Not self.live: a module's attributes are slow to find, and every call asks.
         live = self._buffers["live"]
         if live.is_cpu:
-            return int(live)
+            return count_of(live)
         seen, version, count = self._seen
         if not live.is_meta and (seen is not live or version != version_of(live)):
             # Waits for the device.
-            count = int(live)
+            count = count_of(live)
             self._seen = (live, version_of(live), count)
         return count
 
     def _set_live(self, count):
-        self.live.fill_(count)
+        self.live.fill_(count * UNIT)
         self._seen = (self.live, version_of(self.live), count)
 
     def live_count(self):
         """`num_frozen` as an int64 CPU tensor, which torch.compile does not specialise on."""
         if self.live.is_cpu:
-            return self.live
-        return torch.ops.moram.live_count(self.live, self.noted)
+            return torch.div(self.live + UNIT // 2, UNIT, rounding_mode="floor")
+        return torch.ops.moram.live_count(self.live, self.noted, UNIT)
+
+    def _forget(self):
+        self._seen = (None, None, self._seen[2])
+        self.noted.fill_(-1)
+
+    def train(self, mode=True):
+        self._forget()
+        return super().train(mode)
+
+    def _apply(self, function, recurse=True):
+        super()._apply(function, recurse)
+        self._forget()
+        if not self.live.is_meta:
+            # What moved is a tensor of its own, which a compiled call must tell from others.
+            with torch.no_grad():
+                self.live.add_(0)
+        return self
 
     @property
     def num_current(self):
@@ -115,6 +136,8 @@ class AtomBank(nn.Module):
             RuntimeError: `live` counts rows that the frozen atoms do not have.
         """
         live = self.num_frozen
+        if "_hf_hook" in self.__dict__:
+            self.check_whole()
         keys, values = self.frozen_keys[:live], self.frozen_values[:live]
         if keys.shape[0] != live:
             raise RuntimeError(
@@ -235,7 +258,13 @@ class AtomBank(nn.Module):
         self.current_values = nn.Parameter(values.detach().clone(), requires_grad=trainable)
 
     def check_whole(self):
-        """Raise where FullyShardedDataParallel has cut the current atoms into flat shards."""
+        """Raise where the current atoms are offloaded, or cut into flat shards by
+        FullyShardedDataParallel."""
+        if self.current_keys.is_meta and "_hf_hook" in self.__dict__:
+            raise RuntimeError(
+                "the atoms must stay where their layer computes, got offloaded ones; offload the "
+                "base model first, then inject or load"
+            )
         if self.current_keys.dim() != 2:
             raise RuntimeError(
                 f"current_keys must be whole, [N, {self.in_features}], got a shard "
@@ -257,6 +286,7 @@ class AtomBank(nn.Module):
             # A copy: a view would take the spare rows along wherever its storage is written.
             rows = destination[prefix + name][: self.num_frozen]
             destination[prefix + name] = rows.clone()
+        destination[prefix + "live"] = destination[prefix + "live"].clone()
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -274,7 +304,7 @@ class AtomBank(nn.Module):
         for name in ("frozen_keys", "frozen_values"):
             if found[name] is not None and assign:
                 setattr(self, name, found[name])
-                self.live = torch.tensor(live, device=found[name].device)
+                self.live = torch.tensor(live * UNIT, device=found[name].device)
             elif found[name] is not None:
                 self.reserve(live)
                 # What is loaded may be this very buffer: copy first, clear the rest.
@@ -313,14 +343,14 @@ class AtomBank(nn.Module):
                 return 0, f"{name} must have {rows} rows as here, because {other} is absent, " + (
                     f"got {count}"
                 )
-        rows = [len(found[n]) for n in PARTS[:2] if found[n] is not None]
-        live = present["frozen"] if not rows else rows[0]
-        if found["live"] is not None:
-            count = int(found["live"])
-            if count > live or (not rows and count != live):
-                return 0, f"live must count the frozen atoms that come along, {live}, got {count}"
-            live = count
-        return live, None
+        given = [found[n] for n in PARTS[:2] if found[n] is not None]
+        if found["live"] is None:
+            return (filled_rows(given) if given else present["frozen"]), None
+        count = count_of(found["live"])
+        rows = len(given[0]) if given else present["frozen"]
+        if count > rows or (not given and count != rows):
+            return 0, f"live must count the frozen atoms that come along, {rows}, got {count}"
+        return count, None
 
 
 def draw_rows(shape, like, generator=None):

@@ -16,14 +16,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .bank import PARTS, AtomBank, changes_parameters
+from .bank import PARTS, changes_parameters
+from .beside import beside, has_other_adapters, note_beside
 from .config import MoRAMConfig
 from .fit import check_fit, check_trained, fingerprint
-from .inject import adapters, restore, warn_uncalled, wrap_paths
+from .inject import adapters, parameters, restore, warn_uncalled, wrap_paths
 from .layers import MoRAMLinear
 from .models import split_attention
+from .models.reads import why_read
+from .optimizers import watch
 from .sharded import copy_into, whole
-from .wrappers import plain_names, plain_paths, plain_tensors, unwrapped
+from .wrappers import plain_names, plain_paths, unwrapped
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FORMAT = 1
@@ -33,7 +36,9 @@ def save(model, directory, *, tasks=(), base_model=None):
     """Write the adapters of a model, and what else of it is trainable; the model is not changed.
 
     A trainable head, norm or embedding is saved whole, with the buffers of its module, because the
-    base model does not have it. What was frozen again before saving is not.
+    base model does not have it; so are a batch norm's running statistics. What `load` brought or
+    `grow` saw trainable stays part of it when it is frozen later; what was frozen before that does
+    not.
 
     Under `fully_shard` every process must call this, and the first one writes.
 
@@ -44,7 +49,7 @@ def save(model, directory, *, tasks=(), base_model=None):
         base_model: name or path of the base; by default what the model's config says.
     Raises:
         ValueError: the model has no adapters, or they differ in their settings (targets and exclude
-            may differ); directory is the base model's own.
+            may differ); directory is the base model's own, or holds another adapter.
         TypeError: tasks is one text.
         RuntimeError: a tensor is a shard that only its wrapper can make whole.
     """
@@ -60,8 +65,19 @@ def save(model, directory, *, tasks=(), base_model=None):
             f"directory must not be a model's own, got {directory}, which holds config.json: with "
             "an adapter's files beside it the model could not be loaded; save into another folder"
         )
+    if _foreign(directory / CONFIG):
+        raise ValueError(
+            f"directory must hold no adapter of another kind, got {directory}, whose {CONFIG} is "
+            "not MoRAM's: saving would overwrite it"
+        )
     warn_uncalled(model)
-    trained = _trained(model)
+    trained = {name: getattr(*place) for name, place in beside(model).items()}
+    for name, tensor in trained.items():
+        if tensor.is_meta:
+            raise RuntimeError(
+                f"{name} must have a value to be saved, got a trainable parameter that is "
+                "offloaded and so cannot have learned; freeze it"
+            )
     if base_model is None:
         config = getattr(unwrapped(model), "config", None)
         base_model = getattr(config, "_name_or_path", None) or None
@@ -82,7 +98,8 @@ def save(model, directory, *, tasks=(), base_model=None):
             "current": bank.num_current,
         }
     for name, tensor in trained.items():
-        tensors[f"base_model.model.{name}"] = whole(tensor).detach().cpu().clone()
+        rows = whole(tensor).detach().cpu()
+        tensors[f"base_model.model.{name}"] = rows.clone(memory_format=torch.contiguous_format)
     about = {
         "peft_type": "MORAM",
         "format": FORMAT,
@@ -91,6 +108,7 @@ def save(model, directory, *, tasks=(), base_model=None):
         "settings": _shared_config(found).to_dict(),
         "layers": layers,
         "trained": {name: list(tensor.shape) for name, tensor in trained.items()},
+        "other_adapters": has_other_adapters(model),
         "fingerprint": fingerprint(found),
     }
     sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
@@ -144,32 +162,34 @@ def load(model, directory):
     except BaseException:
         restore(model, packed)
         raise
-    for path in about["layers"]:
-        adapter = model.get_submodule(actual[path])
-        adapter.configure(config)
-        adapter.bank.to(getattr(torch, config.atom_dtype))
-        adapter.bank.load_state_dict({part: tensors[_tensor_name(path, part)] for part in PARTS})
+
+    def change():
+        for path in about["layers"]:
+            adapter = model.get_submodule(actual[path])
+            adapter.configure(config)
+            adapter.bank.to(getattr(torch, config.atom_dtype))
+            parts = {part: tensors[_tensor_name(path, part)] for part in PARTS}
+            adapter.bank.load_state_dict(parts)
+
+    watch(lambda: parameters(model), change, moments=False)
     for name, (module, own) in owners.items():
         present = getattr(module, own)
         copy_into(present, tensors[f"base_model.model.{name}"])
         if isinstance(present, nn.Parameter):
             present.requires_grad_(True)
+    note_beside(model)
     return about
 
 
-def _trained(model):
-    """Trainable tensors outside the banks, by plain name, with the buffers of their modules."""
-    found, seen = {}, set()
-    for name, (module, own) in plain_tensors(model).items():
-        learns = any(p.requires_grad for p in module._parameters.values() if p is not None)
-        tensor = getattr(module, own)
-        if tensor is None or isinstance(module, AtomBank) or id(tensor) in seen:
-            continue
-        is_buffer = own in module._buffers and own not in module._non_persistent_buffers_set
-        if tensor.requires_grad or (learns and is_buffer):
-            seen.add(id(tensor))
-            found[name] = tensor
-    return found
+def _foreign(path):
+    """Whether a config file is there that `save` did not write."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("peft_type") != "MORAM"
+    except FileNotFoundError:
+        return False
+    except (ValueError, AttributeError):
+        # Half a file is what a crash of an older version may have left.
+        return False
 
 
 def _shared_config(found):
@@ -239,9 +259,16 @@ def _check_tensors(about, tensors):
 
 
 def _split_like(model, layers):
-    """Split the packed attention whose projections the checkpoint adapts."""
+    """Split the packed attention whose projections the checkpoint adapts, or beside which the
+    model would read the weight of one that it does."""
     actual = plain_paths(model)
-    wanted = {actual.get(layer.rpartition(".")[0]) for layer in layers}
     packed = {path for path, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
+    wanted = set()
+    for layer in layers:
+        parent, _, name = layer.rpartition(".")
+        parent = actual.get(parent)
+        wanted.add(parent)
+        if parent is not None and why_read(model.get_submodule(parent), name):
+            wanted.add(f"{parent}.self_attn".lstrip("."))
     if packed & wanted:
         split_attention(model, tuple(packed & wanted))

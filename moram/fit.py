@@ -6,6 +6,7 @@ Changes nothing. What a refusal leaves as it was is up to `checkpoint`.
 import torch
 from torch import nn
 
+from .beside import has_other_adapters
 from .inject import adapters
 from .layers import MoRAMLinear
 from .layers.base import stored_weight, why_not_linear
@@ -18,6 +19,11 @@ _SAMPLES = 64
 def check_fit(model, about):
     """Where in the model each layer of the checkpoint is: {path without wrappers: path}."""
     actual, wanted = plain_paths(model), about["layers"]
+    if about.get("other_adapters") and not has_other_adapters(model):
+        raise ValueError(
+            "model must hold the PEFT adapter beside which the checkpoint was trained; load that "
+            f"one first{_made(about)}"
+        )
     names = plain_names(model)
     present = {names[path] for path in adapters(model)}
     if "" in wanted and not present:
@@ -96,7 +102,9 @@ def _made(about):
 def fingerprint(found):
     """A few base weights of the first and the last layer, to recognise the base model by."""
     ends = {path: found[path] for path in (next(iter(found)), next(reversed(found)))}
-    samples = {path: _samples(adapter) for path, adapter in ends.items()}
+    # A base weight that was trained along is the checkpoint's own.
+    frozen = {path: a for path, a in ends.items() if not a.weight.requires_grad}
+    samples = {path: _samples(adapter) for path, adapter in frozen.items()}
     return {path: s.tolist() for path, s in samples.items() if s is not None}
 
 

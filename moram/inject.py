@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .bank import changes_parameters
+from .beside import note_beside
 from .config import MoRAMConfig
 from .layers import Adapter, AdapterLinear, MoRAMLinear
 from .layers.shared import SharedInput
@@ -162,6 +163,9 @@ def wrap_paths(model, paths, wrap):
         for use in uses:
             parent, _, name = use.rpartition(".")
             setattr(model.get_submodule(parent), name, adapter)
+    # Only from here on can all of them have been called.
+    for adapter in adapters(model, Adapter).values():
+        adapter.calls.seen = False
 
 
 def eject(model):
@@ -209,6 +213,7 @@ def grow(model, n=None, *, generator=None):
     if not found:
         raise ValueError("model has no MoRAM adapters; call moram.inject(model, config) first")
     warn_uncalled(model)
+    note_beside(model)
 
     def change():
         for adapter in found.values():
@@ -219,10 +224,15 @@ def grow(model, n=None, *, generator=None):
 
 
 def uncalled(model):
-    """Paths of the adapters that no forward pass called, if it called others; else empty."""
+    """Paths of the adapters that no forward pass called, if there was one; else empty.
+
+    That there was one shows in another adapter, or in the gradient of a parameter beside them.
+    """
     found = adapters(model, Adapter)
     missed = tuple(path for path, adapter in found.items() if not adapter.calls.seen)
-    return missed if len(missed) < len(found) else ()
+    if len(missed) < len(found):
+        return missed
+    return missed if any(p.grad is not None for p in model.parameters()) else ()
 
 
 def warn_uncalled(model):
@@ -231,8 +241,8 @@ def warn_uncalled(model):
     if missed:
         named = ", ".join(missed[:8]) + (f" and {len(missed) - 8} more" if missed[8:] else "")
         warnings.warn(
-            "no call reached these adapters while others were called, so they learn and change "
-            f"nothing: {named}; if the model reads their weight instead, leave them out with "
-            "exclude",
+            "no call reached these adapters although the model was called, so they learn and "
+            f"change nothing: {named}; if the model reads their weight instead, leave them out "
+            "with exclude",
             stacklevel=3,
         )

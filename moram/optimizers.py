@@ -7,51 +7,54 @@ import weakref
 import torch
 
 
-def watch(parameters, change):
+def watch(parameters, change, moments=True):
     """Run change(), and let optimisers that do not fit the parameters after it say so.
 
-    One that holds parameters which change() replaced, and none of the new ones, raises at its next
-    step while no other optimiser holds the new ones and they have gradients. One that goes on with
-    the moments of parameters that change() gave new contents warns at its next step, once.
+    One that holds parameters which change() replaced raises at its next step if the new ones in
+    their place have gradients and no optimiser holds them. One that goes on with the moments of
+    parameters that change() gave new contents warns at its next step, once.
 
     Args:
-        parameters: function that returns the trainable parameters, before and after.
-        change: function without arguments.
+        parameters: function that returns the trainable parameters, before and after, in one order.
+        change: function without arguments. moments: whether it makes earlier moments meaningless.
     """
     before = parameters()
     change()
     after = parameters()
     kept = {id(p) for p in after}
-    replaced = [p for p in before if id(p) not in kept]
+    places = list(zip(before, after, strict=len(before) == len(after)))
     for optimizer in _holding({id(p) for p in before}):
-        moments = {p: optimizer.state.get(p) for p in _held(optimizer) if id(p) in kept}
-        moments = {p: state for p, state in moments.items() if state}
-        judge = _Judge(after, replaced, moments)
-        judge.handle = optimizer.register_step_pre_hook(judge)
+        held = {id(p) for p in _held(optimizer)}
+        successors = [new for old, new in places if id(old) in held and old is not new]
+        states = {p: optimizer.state.get(p) for p in _held(optimizer) if id(p) in kept}
+        states = {p: state for p, state in states.items() if state and moments}
+        if successors or states:
+            judge = _Judge(successors, states)
+            judge.handle = optimizer.register_step_pre_hook(judge)
 
 
 class _Judge:
     """Looks at an optimiser before its step."""
 
-    def __init__(self, current, replaced, moments):
-        self.current = [weakref.ref(p) for p in current]
-        self.replaced = [weakref.ref(p) for p in replaced]
-        self.moments, self.handle = moments, None
+    def __init__(self, successors, states):
+        self.successors = [weakref.ref(p) for p in successors]
+        self.states, self.handle = states, None
 
     def __call__(self, optimizer, *_):
-        current, replaced = _alive(self.current), _alive(self.replaced)
-        held, wanted = {id(p) for p in _held(optimizer)}, set(current)
-        if not held.isdisjoint(replaced) and held.isdisjoint(wanted):
-            trains = any(p.grad is not None for p in current.values())
-            if trains and not any(True for _ in _holding(wanted)):
-                raise RuntimeError(
-                    "optimizer must hold the atoms that moram.grow returned, got one that was "
-                    "built before: its step would train nothing; build a new optimizer from them"
-                )
-            # Another optimiser trains them, or they wait for their first gradient.
+        new = _alive(self.successors)
+        learning = {key for key, p in new.items() if p.grad is not None}
+        if new and not learning:
+            # They wait for their first gradient.
             return
+        for other in _holding(learning):
+            learning -= {id(p) for p in _held(other)}
+        if learning:
+            raise RuntimeError(
+                "optimizer must hold the atoms that moram.grow returned, got one that was built "
+                "before, and none holds them: its step would not train them; build a new optimizer"
+            )
         self.handle.remove()
-        if any(_has_moments(optimizer.state.get(p), s) for p, s in self.moments.items()):
+        if any(_has_moments(optimizer.state.get(p), s) for p, s in self.states.items()):
             warnings.warn(
                 "optimizer must be fresh for fresh atoms, got one whose moments of an earlier "
                 "task's atoms move those that moram.grow made; build a new optimizer",

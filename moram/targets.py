@@ -68,14 +68,15 @@ def find_targets(model, preset, exclude=()):
     for target, paths in found.items():
         if not paths:
             left = {path: m for path, m in modules.items() if path not in gone}
-            raise ValueError(_no_match("target", target, model, left))
+            taken = len(named[target])
+            hint = f"; exclude took out the {taken} that it names" if taken else ""
+            raise ValueError(_no_match("target", target, model, left) + hint)
         for path in paths:
             problem = _why_refused(model, actual[path], modules[path])
             if problem:
                 raise ValueError(f"target {target!r} matches {path}: {problem}")
     every = {path for paths in named.values() for path in paths}
-    kept = {path for paths in found.values() for path in paths}
-    _check_towers(preset, modules, kept, set(modules) - gone)
+    _check_towers(preset, modules, every, set(modules) - gone)
     return Found(
         {target: tuple(actual[path] for path in paths) for target, paths in found.items()},
         {pattern: len(every & inside) for pattern, inside in out.items()},
@@ -95,11 +96,14 @@ def is_inside(path, name):
     return any(matches(".".join(parts[:end]), name) for end in range(1, len(parts) + 1))
 
 
-def _check_towers(preset, modules, kept, present):
-    """Refuse to adapt one tower of two in silence; `present` are the paths that nobody excluded."""
+def _check_towers(preset, modules, named, present):
+    """Refuse to adapt one tower of two in silence.
+
+    named: paths that targets mean, excluded or not; present: paths that nobody excluded.
+    """
     for prefixes in preset.towers:
         inside = [path for path in modules if path.startswith(prefixes) and path in present]
-        if inside and not any(path.startswith(prefixes) for path in kept):
+        if inside and not any(path.startswith(prefixes) for path in named):
             tower = next(iter(inside)).partition(".")[0]
             raise ValueError(
                 f"targets must match projections in every tower, got none in {tower} "

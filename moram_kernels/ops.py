@@ -19,7 +19,7 @@ _LIBRARY = torch.library.Library("moram", "DEF")
 _BANK = "Tensor keys, Tensor values, Tensor current_keys, Tensor current_values"
 _SETTINGS = "int top_k, float temperature, float threshold, float eps, bool training"
 _SAVED = "Tensor index, Tensor scores, Tensor weights, Tensor norm, Tensor frozen_scores"
-_LIBRARY.define("live_count(Tensor live, Tensor noted) -> Tensor", tags=TAGS)
+_LIBRARY.define("live_count(Tensor live, Tensor noted, int unit) -> Tensor", tags=TAGS)
 _LIBRARY.define(
     f"retrieve(Tensor x, {_BANK}, Tensor? residual, Tensor num_frozen, {_SETTINGS}) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -171,6 +171,7 @@ def _retrieve(
     training,
 ):
     count = int(num_frozen)
+    check_count(count, keys)
     output, saved = torch_backend.forward(
         x,
         keys[:count],
@@ -280,22 +281,30 @@ def version_of(tensor):
     return None if tensor.is_inference() else tensor._version
 
 
-def _live_count(live, noted):
-    """The value of a count on any device, as a tensor on the CPU.
+def _live_count(live, noted, unit):
+    """A count on any device, which is in steps of `unit`, as a tensor on the CPU.
 
     Waits for the device only where `noted` (address, version, value) is not of this tensor as it
-    is now; then it notes that.
+    is now; then it notes that. A tensor that nobody wrote to may have the address of another.
     """
     address, version, count = noted.tolist()
     now = version_of(live)
-    if now is None or (address, version) != (live.data_ptr(), now):
-        count = int(live)
-        noted.copy_(torch.tensor((live.data_ptr(), -1 if now is None else now, count)))
+    if not now or (address, version) != (live.data_ptr(), now):
+        count = round(int(live) / unit)
+        noted.copy_(torch.tensor((live.data_ptr(), now or -1, count)))
     return torch.tensor(count)
 
 
-def _live_count_fake(live, noted):
+def _live_count_fake(live, noted, unit):
     return noted.new_empty(())
+
+
+def check_count(count, keys):
+    """Raise unless a bank has that many frozen rows."""
+    if not 0 <= count <= keys.shape[0]:
+        raise RuntimeError(
+            f"num_frozen must be in [0, {keys.shape[0]}], the rows of keys, got {count}"
+        )
 
 
 for _name, _impl, _fake in (

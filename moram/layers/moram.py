@@ -61,6 +61,8 @@ class MoRAMLinear(AdapterLinear):
             dtype=getattr(torch, config.atom_dtype),
         )
         self.bank.append(config.atoms_per_task, generator)
+        # Names of what was trained beside the adapters of the model, see `moram.beside`.
+        self.beside = frozenset()
         # Set by `inject(.., share_inputs=True)`.
         self.shared = None
 

@@ -13,6 +13,9 @@ from torch import nn
 class SplitAttention(nn.Module):
     """Self-attention with the call of `nn.MultiheadAttention` and separate projections.
 
+    Outputs are equal but at padded places of an `nn.TransformerEncoder`, whose fast path sets them
+    to zero.
+
     Args:
         packed: an `nn.MultiheadAttention` with one width for q, k and v, whose weights are copied.
     Raises:
@@ -143,16 +146,22 @@ def pack_attention(model):
     Returns:
         The paths that were swapped.
     Raises:
-        ValueError: a projection is still adapted; eject the adapters first.
+        ValueError: a projection is still adapted, or a Linear of the encoder layer around it;
+            eject the adapters first.
     """
     for path, module in model.named_modules():
+        names = ()
         if isinstance(module, SplitAttention):
-            for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-                if type(getattr(module, name)) is not nn.Linear:
-                    raise ValueError(
-                        f"{path}.{name} is a {type(getattr(module, name)).__name__}, which cannot "
-                        "be packed; call moram.eject(model) first"
-                    )
+            names = ("q_proj", "k_proj", "v_proj", "out_proj")
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            # With packed attention it would read their weights and skip the adapters.
+            names = ("linear1", "linear2") if isinstance(module.self_attn, SplitAttention) else ()
+        for name in names:
+            if type(getattr(module, name)) is not nn.Linear:
+                raise ValueError(
+                    f"{path}.{name} is a {type(getattr(module, name)).__name__}, which cannot "
+                    "be packed; call moram.eject(model) first"
+                )
     return _swap(model, ("",), lambda m: isinstance(m, SplitAttention), _packed)
 
 

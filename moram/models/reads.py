@@ -35,7 +35,7 @@ def why_read(parent, name):
     """Why a projection of a module would not be called, one sentence, or None."""
     kind = type(parent).__name__
     if isinstance(parent, nn.TransformerEncoderLayer) and name in ("linear1", "linear2"):
-        if isinstance(parent.self_attn, SplitAttention):
+        if isinstance(parent.self_attn, SplitAttention) or not _has_fast_path(parent):
             return None
         return (
             "nn.TransformerEncoderLayer reads its weight in eval mode and calls it in training "
@@ -48,3 +48,17 @@ def why_read(parent, name):
                 "do nothing; leave it out of targets, or exclude it"
             )
     return None
+
+
+def _has_fast_path(layer):
+    """Whether an `nn.TransformerEncoderLayer` may read weights and call nothing."""
+    attention = layer.self_attn
+    return bool(
+        type(layer).forward is nn.TransformerEncoderLayer.forward
+        and attention.batch_first
+        and attention.in_proj_bias is not None
+        and attention._qkv_same_embed_dim
+        and layer.activation_relu_or_gelu
+        and attention.num_heads % 2 == 0
+        and layer.norm1.eps == layer.norm2.eps
+    )

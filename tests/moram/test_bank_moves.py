@@ -14,6 +14,7 @@ from torch import nn
 
 import moram
 from moram import AtomBank, adapters
+from moram.live import UNIT
 from moram_kernels import ops
 
 PARTS = ("frozen_keys", "frozen_values", "current_keys", "current_values")
@@ -141,14 +142,14 @@ UNFIT = {
         "frozen_values must have 4 rows as here, because frozen_keys is absent, got 7",
     ),
     "a count without its atoms": (
-        {"live": torch.tensor(8)},
+        {"live": torch.tensor(8 * UNIT)},
         "live must count the frozen atoms that come along, 4, got 8",
     ),
     "a count of more atoms than come": (
         {
             "frozen_keys": torch.ones(2, 5),
             "frozen_values": torch.ones(2, 3),
-            "live": torch.tensor(3),
+            "live": torch.tensor(3 * UNIT),
         },
         "live must count the frozen atoms that come along, 2, got 3",
     ),
@@ -207,6 +208,66 @@ def test_an_averaged_model_takes_over_the_frozen_atoms():
     assert {a.bank.num_frozen for a in adapters(averaged.module).values()} == {8}
 
 
+@pytest.mark.parametrize("decay", [0.9, 0.9995])
+@pytest.mark.parametrize("tasks", [4, 25])
+def test_an_exponential_average_keeps_every_atom(tasks, decay):
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+    model = learner(tasks)
+    averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    for _ in range(5):
+        averaged.update_parameters(model)
+    assert {a.bank.num_frozen for a in adapters(averaged).values()} == {4 * (tasks - 1)}
+    torch.testing.assert_close(answers(averaged), answers(model))
+
+
+def test_an_average_of_banks_of_different_sizes_is_refused():
+    model = learner(1, capacity=40)
+    averaged = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    averaged.update_parameters(model)
+    averaged.update_parameters(model)
+    moram.grow(model, 4)
+    averaged.update_parameters(model)
+    message = (
+        "live must be one number of frozen atoms, got 1.33: banks of different sizes cannot be "
+        "averaged or stacked"
+    )
+    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+        answers(averaged)
+
+
+def test_a_state_dict_takes_a_model_back_behind_a_growth():
+    model = learner(2)
+    state, before = copy.deepcopy(model.state_dict()), answers(model)
+    moram.grow(model)
+    fill_values(model, 7)
+    model.load_state_dict(state)
+    assert torch.equal(answers(model), before)
+
+
+def test_spare_rows_without_a_count_are_no_atoms():
+    model, other = learner(2), learner(1, seed=5)
+    floats = {n: t for n, t in tensors_of(model).items() if t.is_floating_point()}
+    assert not any(name.endswith(".live") for name in floats)
+    other.load_state_dict(floats, strict=False)
+    assert torch.equal(answers(other), answers(model))
+
+
+def test_an_ensemble_of_banks_of_one_size_is_vmapped():
+    layers = [moram.MoRAMLinear(6, 5, config=small_config()) for _ in range(3)]
+    for layer in layers:
+        layer.bank.grow(4)
+        fill_values(layer)
+    parameters, buffers = torch.func.stack_module_state(layers)
+    x = torch.randn(4, 6)
+
+    def call(parameters, buffers):
+        return torch.func.functional_call(layers[0], (parameters, buffers), (x,))
+
+    outputs = torch.func.vmap(call)(parameters, buffers)
+    for layer, output in zip(layers, outputs, strict=True):
+        torch.testing.assert_close(output, layer(x))
+
+
 def _grow_shared(model):
     torch.set_num_threads(1)
     moram.grow(model, generator=torch.Generator().manual_seed(9))
@@ -232,7 +293,7 @@ def test_atoms_that_another_process_froze_in_shared_memory_are_seen():
 
 def test_a_count_that_fits_no_row_is_refused():
     bank = filled(4, 2)
-    bank.live.fill_(9)
+    bank.live.fill_(9 * UNIT)
     message = (
         "live must count the live rows of frozen_keys, 0 to 4, got 9: load a state dict, or move "
         "live together with the other tensors"
@@ -266,18 +327,46 @@ def test_an_accelerator_is_asked_for_the_count_only_after_a_change(reads):
     bank.live = bank.live.as_subclass(elsewhere)
     for _ in range(3):
         assert bank.num_frozen == 4
-    assert seen == [4]
-    bank.live.sub_(1)
-    assert [bank.num_frozen, bank.num_frozen] == [3, 3] and seen == [4, 3]
-    bank.live = torch.tensor(2).as_subclass(elsewhere)
-    assert [bank.num_frozen, bank.num_frozen] == [2, 2] and seen == [4, 3, 2]
+    assert seen == [4 * UNIT]
+    bank.live.sub_(UNIT)
+    assert [bank.num_frozen, bank.num_frozen] == [3, 3] and seen == [4 * UNIT, 3 * UNIT]
+    bank.live = torch.tensor(2 * UNIT).as_subclass(elsewhere)
+    assert [bank.num_frozen, bank.num_frozen] == [2, 2] and seen == [4 * UNIT, 3 * UNIT, 2 * UNIT]
     bank.grow(2)
-    assert bank.num_frozen == 4 and seen == [4, 3, 2]
+    assert bank.num_frozen == 4 and seen == [4 * UNIT, 3 * UNIT, 2 * UNIT]
+
+
+def test_a_moved_count_is_told_from_one_that_had_its_address():
+    noted = torch.full((3,), -1)
+    count = torch.ops.moram.live_count
+    live = torch.tensor(0)
+    assert int(count(live, noted, UNIT)) == 0
+    # As if freed, and its memory taken by another count that nobody has written to yet.
+    live.data.fill_(4 * UNIT)
+    other = torch.from_numpy(live.numpy())
+    assert other.data_ptr() == live.data_ptr() and other._version == 0
+    assert int(count(other, noted, UNIT)) == 4
+    bank = filled(4, 2)
+    bank.noted.fill_(7)
+    bank.to(torch.float64)
+    assert bank.noted.tolist() == [-1, -1, -1] and bank.live._version > 0
+    bank.noted.fill_(7)
+    bank.eval()
+    assert bank.noted.tolist() == [-1, -1, -1]
+
+
+def test_a_compiled_call_refuses_a_count_of_more_rows_than_there_are():
+    layer = moram.MoRAMLinear(6, 5, config=small_config())
+    layer.bank.live.fill_(1000 * UNIT)
+    call = torch.compile(layer, backend="eager", fullgraph=True)
+    message = "num_frozen must be in [0, 32], the rows of keys, got 1000"
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        call(torch.randn(3, 6))
 
 
 def test_compiled_calls_note_the_count_until_it_changes(monkeypatch):
     monkeypatch.setattr(
-        AtomBank, "live_count", lambda b: torch.ops.moram.live_count(b.live, b.noted)
+        AtomBank, "live_count", lambda b: torch.ops.moram.live_count(b.live, b.noted, UNIT)
     )
     read = []
     monkeypatch.setattr(ops, "int", lambda t: read.append(1) or t.item(), raising=False)

@@ -108,6 +108,34 @@ def test_a_trained_head_does_not_load_into_an_offloaded_one(tmp_path):
         moram.load(away, tmp_path)
 
 
+@pytest.mark.parametrize("act", ["forward", "grow", "save"])
+def test_atoms_that_were_offloaded_with_the_model_say_what_to_do(tmp_path, learner, act):
+    accelerate.cpu_offload(learner, "cpu")
+    message = (
+        "the atoms must stay where their layer computes, got offloaded ones; offload the base "
+        "model first, then inject or load"
+    )
+    acts = {
+        "forward": lambda: answers(learner),
+        "grow": lambda: moram.grow(learner),
+        "save": lambda: moram.save(learner, tmp_path),
+    }
+    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+        acts[act]()
+
+
+def test_a_trainable_parameter_that_is_offloaded_is_not_saved_in_silence(tmp_path):
+    model = accelerate.cpu_offload(language_model(tie_word_embeddings=False), "cpu")
+    moram.inject(model, small_config())
+    model.model.norm.requires_grad_(True)
+    message = (
+        "model.norm.weight must have a value to be saved, got a trainable parameter that is "
+        "offloaded and so cannot have learned; freeze it"
+    )
+    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+        moram.save(model, tmp_path)
+
+
 @pytest.mark.parametrize("act", ["inject", "load"])
 def test_a_block_that_is_offloaded_as_a_whole_is_refused_and_untouched(tmp_path, learner, act):
     moram.save(learner, tmp_path)

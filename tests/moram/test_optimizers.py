@@ -17,8 +17,8 @@ OPTIMIZERS = {
     "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
 }
 USELESS = (
-    "optimizer must hold the atoms that moram.grow returned, got one that was built before: its "
-    "step would train nothing; build a new optimizer from them"
+    "optimizer must hold the atoms that moram.grow returned, got one that was built before, and "
+    "none holds them: its step would not train them; build a new optimizer"
 )
 MOMENTS = (
     "optimizer must be fresh for fresh atoms, got one whose moments of an earlier task's atoms "
@@ -118,6 +118,57 @@ def test_an_optimiser_of_a_head_goes_on_beside_the_new_one():
         fresh.zero_grad()
         learn(both, optimizer)
         fresh.step()
+
+
+def test_an_optimiser_is_judged_once_where_another_has_taken_over(monkeypatch):
+    model, head, scans = trained_mlp(), torch.nn.Linear(8, 8), []
+    optimizer = OPTIMIZERS["AdamW"]([*moram.parameters(model), *head.parameters()])
+    both = torch.nn.Sequential(model, head)
+    learn(both, optimizer)
+    fresh = OPTIMIZERS["AdamW"](moram.grow(model, 3))
+    look = gc.get_objects
+    monkeypatch.setattr(gc, "get_objects", lambda: scans.append(1) or look())
+    for _ in range(4):
+        fresh.zero_grad()
+        learn(both, optimizer)
+        fresh.step()
+    assert len(scans) == 1
+
+
+def test_one_of_two_stale_optimisers_raises_when_only_the_other_was_rebuilt():
+    model = trained_mlp()
+
+    def keys_and_values():
+        found = moram.parameters(model)
+        return torch.optim.AdamW(found[::2], lr=0.1), torch.optim.AdamW(found[1::2], lr=0.1)
+
+    keys, values = keys_and_values()
+    moram.grow(model, 2)
+    keys, _ = torch.optim.AdamW(moram.parameters(model)[::2], lr=0.1), keys
+    model(X).square().sum().backward()
+    keys.step()
+    with pytest.raises(RuntimeError, match="none holds them"):
+        values.step()
+
+
+def test_loading_atoms_of_another_number_makes_an_optimiser_stale(tmp_path):
+    model = trained_mlp()
+    moram.grow(model, 2)
+    moram.save(model, tmp_path)
+    other = trained_mlp()
+    optimizer = OPTIMIZERS["AdamW"](moram.parameters(other))
+    learn(other, optimizer)
+    moram.load(other, tmp_path)
+    with pytest.raises(RuntimeError, match="none holds them"):
+        learn(other, optimizer)
+    same = trained_mlp(seed=5)
+    moram.save(same, tmp_path)
+    other = trained_mlp()
+    optimizer = OPTIMIZERS["AdamW"](moram.parameters(other))
+    learn(other, optimizer)
+    moram.load(other, tmp_path)
+    # The atoms were overwritten and not begun anew: going on is for the user to judge.
+    learn(other, optimizer)
 
 
 def test_an_optimiser_of_another_model_is_left_in_peace():

@@ -168,6 +168,84 @@ def test_a_trained_base_weight_is_saved(tmp_path):
     assert torch.equal(fresh(x), model(x))
 
 
+def test_a_trained_base_weight_is_no_sign_of_another_base(tmp_path):
+    model, x = trained_mlp(), torch.randn(4, 8)
+    model.up.base_layer.weight.requires_grad_(True)
+    with torch.no_grad():
+        model.up.base_layer.weight.normal_()
+    moram.save(model, tmp_path)
+    fresh = Mlp().eval()
+    moram.load(fresh, tmp_path)
+    assert torch.equal(fresh(x), model(x))
+
+
+def test_statistics_that_a_frozen_norm_gathered_are_saved(tmp_path):
+    model, x = Normed(), torch.randn(16, 8) * 3 + 2
+    moram.inject(model, small_config(targets=("up",)))
+    with torch.no_grad():
+        model.train()(x)
+    model.eval()
+    moram.save(model, tmp_path)
+    fresh = Normed().eval()
+    moram.load(fresh, tmp_path)
+    assert torch.equal(fresh(x), model(x))
+    assert not fresh.norm.weight.requires_grad
+
+
+@pytest.mark.parametrize("known", ["loaded", "grown"])
+def test_a_trained_head_stays_part_of_the_checkpoint_when_it_is_frozen(tmp_path, trained, known):
+    model = trained
+    if known == "loaded":
+        moram.save(trained, tmp_path)
+        model = classifier(seed=1)
+        moram.load(model, tmp_path)
+    else:
+        moram.grow(model)
+    model.requires_grad_(False)
+    moram.save(model, tmp_path / "again")
+    fresh = classifier(seed=2)
+    moram.load(fresh, tmp_path / "again")
+    assert torch.equal(answers(fresh), answers(model))
+
+
+def test_a_trained_tensor_of_any_layout_is_saved(tmp_path):
+    model = trained_mlp()
+    model.conv = nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last)
+    moram.save(model, tmp_path)
+    fresh = Mlp()
+    fresh.conv = nn.Conv2d(3, 8, 3)
+    moram.load(fresh, tmp_path)
+    assert torch.equal(fresh.conv.weight, model.conv.weight)
+
+
+def test_the_files_of_another_adapter_are_not_overwritten(tmp_path):
+    (tmp_path / CONFIG).write_text(json.dumps({"peft_type": "LORA"}))
+    message = (
+        f"directory must hold no adapter of another kind, got {tmp_path}, whose {CONFIG} is not "
+        "MoRAM's: saving would overwrite it"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        moram.save(trained_mlp(), tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text()) == {"peft_type": "LORA"}
+
+
+def test_a_checkpoint_from_beside_a_peft_adapter_asks_for_that_one(tmp_path):
+    model = trained_mlp()
+    kind = type("Linear", (nn.Linear,), {"__module__": "peft.tuners.lora.layer"})
+    model.other = kind(2, 2)
+    model.other.requires_grad_(False)
+    moram.save(model, tmp_path)
+    fresh = Mlp()
+    message = (
+        "model must hold the PEFT adapter beside which the checkpoint was trained; load that one "
+        "first"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        moram.load(fresh, tmp_path)
+    fresh.other = kind(2, 2)
+    moram.load(fresh, tmp_path)
+
+
 def test_a_model_without_the_trained_tensor_is_refused_and_untouched(tmp_path):
     learner = trained_mlp()
     learner.head = nn.Linear(8, 2)

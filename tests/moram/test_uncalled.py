@@ -129,6 +129,54 @@ def test_split_attention_makes_an_encoder_layer_call_its_linears(mask):
     assert model.use_nested_tensor
 
 
+def test_an_adapted_encoder_layer_is_not_packed_under_its_adapters():
+    model = encoder()
+    split_attention(model)
+    moram.inject(model, small_config(targets=("linear1",)))
+    message = (
+        "layers.0.linear1 is a MoRAMLinear, which cannot be packed; call moram.eject(model) first"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        pack_attention(model)
+
+
+def test_a_checkpoint_of_an_encoder_layer_splits_the_attention_beside_it(tmp_path):
+    model, x = encoder(), torch.randn(2, 5, 32)
+    split_attention(model)
+    moram.inject(model, small_config(targets=("linear1", "linear2")))
+    fill_values(model)
+    moram.save(model, tmp_path)
+    fresh = encoder()
+    moram.load(fresh, tmp_path)
+    with torch.no_grad():
+        assert not torch.allclose(model(x), encoder()(x), atol=1e-2)
+        torch.testing.assert_close(fresh(x), model(x))
+
+
+def smooth(x):
+    return torch.tanh(x)
+
+
+NO_FAST_PATH = [
+    {"batch_first": False},
+    {"bias": False},
+    {"activation": smooth},
+    {"nhead": 1},
+]
+
+
+@pytest.mark.parametrize("settings", NO_FAST_PATH, ids=lambda settings: next(iter(settings)))
+def test_an_encoder_layer_without_a_fast_path_is_adapted(settings):
+    settings = {"nhead": 4, "batch_first": True, "dropout": 0.0} | settings
+    model = nn.TransformerEncoderLayer(32, **settings).eval()
+    model, x = nn.ModuleDict({"layer": model}), torch.randn(3, 5, 32)
+    moram.inject(model, small_config(targets=("linear1", "linear2")))
+    with torch.no_grad():
+        before = model["layer"](x)
+        fill_values(model)
+        assert not torch.allclose(model["layer"](x), before, atol=1e-3)
+
+
 def test_packing_leaves_an_encoder_that_used_no_nested_tensors_as_it_was():
     model = nn.TransformerEncoder(
         nn.TransformerEncoderLayer(32, 4, batch_first=True), 1, enable_nested_tensor=False
@@ -151,8 +199,8 @@ class Reader(nn.Module):
 
 TARGETS = ("up", "read", "down")
 REPORT = (
-    "no call reached these adapters while others were called, so they learn and change nothing: "
-    "read; if the model reads their weight instead, leave them out with exclude"
+    "no call reached these adapters although the model was called, so they learn and change "
+    "nothing: read; if the model reads their weight instead, leave them out with exclude"
 )
 
 
@@ -164,6 +212,23 @@ def test_an_adapter_that_nothing_calls_is_reported(tmp_path, when):
     act = moram.grow if when == "grow" else lambda m: moram.save(m, tmp_path)
     with pytest.warns(UserWarning, match=f"^{re.escape(REPORT)}$"):
         act(model)
+
+
+def test_a_model_that_calls_no_adapter_at_all_is_reported_by_a_head_that_learned():
+    model = nn.ModuleDict({"read": nn.Linear(8, 8), "head": nn.Linear(8, 2)})
+    moram.inject(model, small_config(targets=("read",)))
+    model["head"].requires_grad_(True)
+    model["head"](torch.randn(2, 8) @ model["read"].weight).sum().backward()
+    with pytest.warns(UserWarning, match="no call reached these adapters .* nothing: read;"):
+        moram.grow(model)
+
+
+def test_adapters_that_nothing_could_have_called_yet_are_not_reported():
+    model = Mlp()
+    moram.inject(model, small_config(targets=("up",)))
+    model(torch.randn(2, 8))
+    moram.inject(model, small_config(targets=("down",)))
+    assert uncalled(model) == ()
 
 
 @pytest.mark.parametrize("when", ["grow", "save"])

@@ -1,0 +1,33 @@
+"""How a bank's number of frozen atoms is kept in a tensor. A leaf."""
+
+import torch
+
+# What the tensor counts in: an average of equal counts, which may be cut to a whole number, stays
+# within a small part of a unit, and most averages of different ones do not look like a count.
+UNIT = 2**20
+
+
+def count_of(live):
+    """The number of atoms that a `live` tensor stands for; waits for its device.
+
+    Raises:
+        RuntimeError: it is an average of different numbers, or a stack of them.
+    """
+    if torch._C._functorch.is_batchedtensor(live):
+        live = torch._C._functorch.get_unwrapped(live)
+    values = {int(value) for value in live.reshape(-1)} if live.dim() else {int(live)}
+    first = next(iter(values))
+    count = round(first / UNIT)
+    if len(values) > 1 or abs(first - count * UNIT) > UNIT // 1000:
+        raise RuntimeError(
+            "live must be one number of frozen atoms, got "
+            f"{', '.join(f'{value / UNIT:.3g}' for value in sorted(values))}: banks of different "
+            "sizes cannot be averaged or stacked"
+        )
+    return count
+
+
+def filled_rows(tables):
+    """Rows before the zeros at the end of tables: spare rows are zero, and atoms are not."""
+    filled = sum(table.abs().sum(1) for table in tables).nonzero()
+    return int(filled.max()) + 1 if len(filled) else 0
