@@ -1,29 +1,16 @@
 """The atoms of one projection: frozen ones in buffers, current ones as parameters."""
 
-import functools
-import math
-
 import torch
 from torch import nn
 
 from moram_kernels.ops import version_of
 
 from .config import check_count
+from .draw import changes_parameters, draw_rows
 from .live import UNIT, count_of, filled_rows
 from .sharded import copy_into, is_managed, whole
 
 PARTS = ("frozen_keys", "frozen_values", "current_keys", "current_values")
-
-
-def changes_parameters(function):
-    """A decorator: no gradients, and tensors that can be trained even under inference_mode."""
-
-    @functools.wraps(function)
-    def changed(*args, **kwargs):
-        with torch.inference_mode(False), torch.no_grad():
-            return function(*args, **kwargs)
-
-    return changed
 
 
 class AtomBank(nn.Module):
@@ -351,16 +338,3 @@ class AtomBank(nn.Module):
         if count > rows or (not given and count != rows):
             return 0, f"live must count the frozen atoms that come along, {rows}, got {count}"
         return count, None
-
-
-def draw_rows(shape, like, generator=None):
-    """New rows [.., D], uniform in +-1/sqrt(D) (Kaiming with a = sqrt(5)).
-
-    Args:
-        shape: of the result; D is its last size. like: tensor whose dtype and device it gets.
-        generator: drawn where it lives: a CPU generator gives the same rows on every device.
-    """
-    device = like.device if generator is None else generator.device
-    bound = 1 / math.sqrt(shape[-1])
-    rows = torch.empty(shape, dtype=like.dtype, device=device)
-    return rows.uniform_(-bound, bound, generator=generator).to(like.device)

@@ -16,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .bank import PARTS, changes_parameters
+from .bank import PARTS
 from .beside import beside, has_other_adapters, note_beside
 from .config import MoRAMConfig
+from .draw import changes_parameters
 from .fit import check_fit, check_trained, fingerprint
 from .inject import adapters, parameters, restore, warn_uncalled, wrap_paths
 from .layers import MoRAMLinear

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .bank import changes_parameters
 from .beside import note_beside
 from .config import MoRAMConfig
+from .draw import changes_parameters
 from .layers import Adapter, AdapterLinear, MoRAMLinear
 from .layers.shared import SharedInput
 from .models import split_attention

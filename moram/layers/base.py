@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ..bank import changes_parameters
+from ..draw import changes_parameters
 
 
 class Calls:

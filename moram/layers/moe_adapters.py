@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..bank import changes_parameters, draw_rows
 from ..config import check_count
+from ..draw import changes_parameters, draw_rows
 from .base import Adapter
 
 # The tensors of an expert, stacked over experts: [E, W, D], [E, W], [E, D, W] and [E, D].

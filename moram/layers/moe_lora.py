@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..bank import changes_parameters, draw_rows
+from ..draw import changes_parameters, draw_rows
 from .base import AdapterLinear, device_of
 
 

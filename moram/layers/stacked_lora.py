@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..bank import changes_parameters
+from ..draw import changes_parameters
 from .lora import LoRALinear
 
 

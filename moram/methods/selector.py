@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..bank import draw_rows
 from ..config import check_count
+from ..draw import draw_rows
 
 # As published: images a step, and the epochs after which the rate falls to a tenth.
 BATCH, DECAY_EPOCHS, WEIGHT_DECAY = 64, 10, 1e-4
