@@ -118,7 +118,7 @@ ADAPTED = [m for m in TAKEN if m not in ("zero-shot", "rail-primal", "rail-dual"
 @pytest.mark.parametrize("method", ADAPTED)
 def test_an_image_encoder_without_transformer_is_refused(whole, tmp_path, untrained, method):
     line = refusal(whole, tmp_path / "out", method, resnet_clip())
-    assert "image encoder" in line
+    assert "got none in visual (ModifiedResNet)" in line
 
 
 def test_moe_adapters_refuse_an_image_encoder_without_transformer(whole, tmp_path, untrained):
