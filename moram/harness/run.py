@@ -164,7 +164,6 @@ class Run:
             else:
                 self.progress.answered(self.plan.examples(members))
             self.method.end_task(self.model, number, stage)
-            warn_uncalled(self.model)
             self.note_costs()
         self.state = {"stage": number, "finished": True}
         self.save()
@@ -184,8 +183,11 @@ class Run:
         if saved is not None:
             trainer.load_state_dict(saved)
         self.progress.start_stage(number, trainer.done)
+        began = trainer.done
         trainer.run(self.after_step)
         self.progress.end_stage()
+        if trainer.done > began:
+            warn_uncalled(self.model)
 
     def after_step(self, trainer, loss):
         """Log, and save now and then, or when asked to stop."""
