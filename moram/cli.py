@@ -162,7 +162,7 @@ def _read_settings(arguments, names, listed, make):
 def _until_stopped(command, run):
     """Run until the end, or until Ctrl-C or SIGTERM: the first one lets it save."""
     from .harness.run import Stopped
-    from .methods.processes import leave
+    from .processes import leave
 
     asked = []
 

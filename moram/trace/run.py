@@ -4,8 +4,8 @@ import torch
 
 from .. import checkpoint
 from ..harness.run import Run, Stopped, versions
-from ..methods.processes import Processes
 from ..methods.train import Stage
+from ..processes import Processes
 from .encode import Encoder
 from .model import compile_parts, fit_context, load, shard
 from .plan import Plan
