@@ -127,33 +127,40 @@ def _check_sketches(found):
 @torch.no_grad()
 def _guard(found, inputs):
     """Keep the new keys of banks that have sketches out of their directions from now on."""
-    guards = {}
+    guards, little = {}, {}
     for first, moment in inputs.moments():
         for path, adapter in found.items():
             if inputs.leader[path] == first and adapter.bank.sketch is not None:
-                guards[path] = _guard_of(path, adapter, moment)
+                *guards[path], left = _guard_of(adapter, moment)
+                if left < MIN_LEFT:
+                    little[path] = f"{path} ({len(guards[path][0])} directions, {left:.2%})"
+    if little:
+        named = ", ".join([*little.values()][:4]) + f" and {len(little) - 4} more" * (
+            len(little) > 4
+        )
+        warnings.warn(
+            "protected directions leave next to nothing to learn in; of the new inputs' energy is "
+            f"outside them: {named}; lower protect or protect_size",
+            stacklevel=4,
+        )
     # Not before the last pass: guarded keys change what deeper layers see.
     for path, guard in guards.items():
         found[path].bank.guard_keys(*guard)
 
 
-def _guard_of(path, adapter, moment):
-    """(basis, gain) for the current keys of an adapter whose new inputs have this moment."""
+def _guard_of(adapter, moment):
+    """(basis, gain) for an adapter's current keys, and the part of the inputs' energy, whose moment
+    is given, that lies outside the basis."""
     bank, config = adapter.bank, adapter.config
     basis = bank.sketch.basis(config.protect).to(bank.current_keys.device)
     rows = basis.to(moment)
-    left = float(1 - ((rows @ moment) * rows).sum() / moment.trace().clamp_min(1e-30))
-    if left < MIN_LEFT:
-        warnings.warn(
-            f"{path} has next to nothing to learn in: {len(basis)} protected directions leave "
-            f"{max(0.0, left):.2%} of its new inputs' energy; lower protect or protect_size",
-            stacklevel=5,
-        )
+    inside = ((rows @ moment) * rows).sum() / moment.trace().clamp_min(1e-30)
     keys = bank.current_keys.to(basis.dtype)
     keys = keys - (keys @ basis.T) @ basis
     old = _rms_scores(bank.segments()[0], moment).mean()
     new = _rms_scores(keys, moment).mean().clamp_min(1e-12)
-    return basis, min(MAX_GAIN, float(config.protect_strength * old / new))
+    gain = min(MAX_GAIN, float(config.protect_strength * old / new))
+    return basis, gain, max(0.0, float(1 - inside))
 
 
 def _rms_scores(keys, moment):

@@ -74,7 +74,8 @@ def test_folding_and_freezing_leave_the_acting_keys_as_they_are(end):
     assert bank.guard is None
 
 
-def test_a_checkpoint_of_guarded_keys_answers_as_the_model_does(tmp_path):
+@pytest.mark.parametrize("sketches", ["float32", False], ids=["guard", "acting keys"])
+def test_a_checkpoint_of_guarded_keys_answers_as_the_model_does(tmp_path, sketches):
     model = language_model()
     moram.inject(model, small_config(top_k=4, value_scale=8.0))
     for adapter in adapters(model).values():
@@ -83,12 +84,14 @@ def test_a_checkpoint_of_guarded_keys_answers_as_the_model_does(tmp_path):
         adapter.bank.guard_keys(orthonormal(2, adapter.in_features).float(), 3.0)
     ids = torch.arange(3, 11)[None]
     expected = model(input_ids=ids).logits
-    moram.save(model, tmp_path)
+    moram.save(model, tmp_path, sketches=sketches)
     loaded = language_model()
     moram.load(loaded, tmp_path)
     torch.testing.assert_close(loaded(input_ids=ids).logits, expected)
     moram.load(model, tmp_path)
-    assert all(adapter.bank.guard is None for adapter in adapters(model).values())
+    for each in (loaded, model):
+        guards = [adapter.bank.guard for adapter in adapters(each).values()]
+        assert all((guard is None) == (sketches is False) for guard in guards)
     torch.testing.assert_close(model(input_ids=ids).logits, expected)
 
 
