@@ -243,6 +243,9 @@ class AtomBank(nn.Module):
         self.frozen_values[live:total] = whole(self.scaled_values())
         self._set_live(total)
         self.guard = None
+        if not self.learned and self.num_current and whole(self.current_values).any():
+            # They learned something outside of `moram.task`, from inputs that nobody noted.
+            self.sketch = None
 
     def _set_current(self, keys, values, trainable=None):
         self._check_replaceable("the current atoms by others")

@@ -96,8 +96,11 @@ def end_task(model, batches=None, *, mask=None, protect=None):
     guarded = _guarded(found, protect)
     if guarded:
         _remember(guarded, _inputs(model, guarded, batches, mask))
-    for adapter in found.values():
+    for path, adapter in found.items():
         adapter.bank.learned = True
+        if path not in guarded:
+            # What this task's inputs look like is not known.
+            adapter.bank.sketch = None
     warn_uncalled(model)
 
 
@@ -135,9 +138,8 @@ def _guard(found, inputs):
                 if left < MIN_LEFT:
                     little[path] = f"{path} ({len(guards[path][0])} directions, {left:.2%})"
     if little:
-        named = ", ".join([*little.values()][:4]) + f" and {len(little) - 4} more" * (
-            len(little) > 4
-        )
+        more = f" and {len(little) - 4} more" if len(little) > 4 else ""
+        named = ", ".join([*little.values()][:4]) + more
         warnings.warn(
             "protected directions leave next to nothing to learn in; of the new inputs' energy is "
             f"outside them: {named}; lower protect or protect_size",

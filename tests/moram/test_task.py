@@ -287,6 +287,21 @@ def test_batches_that_cannot_be_measured_are_refused_before_training(case):
     assert not entered and not any(a.bank.learned for a in adapters(model).values())
 
 
+@pytest.mark.parametrize("between", ["unprotected task", "own loop"])
+def test_inputs_that_nobody_noted_end_the_protection(between):
+    model = llama(**PROTECT)
+    learn(model, 0)
+    if between == "own loop":
+        moram.grow(model)
+        fill_values(model)
+        moram.grow(model)
+    else:
+        learn(model, 1, protect=False)
+    with pytest.raises(ValueError, match="protect must know the inputs of all earlier tasks"):
+        learn(model, 2)
+    learn(model, 2, protect=False)
+
+
 def test_a_layer_without_room_is_named_with_what_is_left():
     model = llama(**PROTECT | {"protect": 0.999999, "protect_size": 31})
     learn(model, 0)
