@@ -139,11 +139,8 @@ class AtomBank(nn.Module):
 
     def scaled_values(self):
         """The current values as they act, [C, O]."""
-        return (
-            self.current_values
-            if self.value_scale == 1
-            else self.current_values * (self.value_scale)
-        )
+        scale, values = self.value_scale, self.current_values
+        return values if scale == 1 else values * scale
 
     def guard_keys(self, basis, gain=1.0):
         """From now on the current keys K act as gain (K - K basis^T basis), and are trained so.

@@ -44,19 +44,22 @@ class MoRAM(Method):
         state, banks = super().state_dict(), self._banks()
         state["learned"] = {path: bank.learned for path, bank in banks.items()}
         if self.config.protect is not None:
-            sketches = {p: b.sketch for p, b in banks.items() if b.sketch is not None}
-            state["sketches"] = {p: [s.rows, s.total] for p, s in sketches.items()}
+            # Layers that read one input share a sketch, which is kept once.
+            owners, kept = {}, {p: b.sketch for p, b in banks.items() if b.sketch is not None}
+            state["owners"] = {p: owners.setdefault(id(s), p) for p, s in kept.items()}
+            state["sketches"] = {p: [kept[p].rows, kept[p].total] for p in owners.values()}
             guards = {p: b.guard for p, b in banks.items() if b.guard is not None}
             state["guards"] = {p: list(guard) for p, guard in guards.items()}
         return state
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
+        size, kept = self.config.protect_size, state.get("sketches", {})
+        sketches = {path: InputSketch(size, *parts) for path, parts in kept.items()}
         for path, bank in self._banks().items():
             bank.learned = state["learned"][path]
-            bank.sketch = bank.guard = None
-            if path in state.get("sketches", {}):
-                bank.sketch = InputSketch(self.config.protect_size, *state["sketches"][path])
+            bank.sketch = sketches.get(state.get("owners", {}).get(path))
+            bank.guard = None
             if path in state.get("guards", {}):
                 basis, gain = state["guards"][path]
                 bank.guard_keys(basis.to(bank.current_keys.device), gain)
