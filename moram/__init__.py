@@ -5,6 +5,7 @@ from .checkpoint import load, save
 from .config import MoRAMConfig
 from .inject import adapters, eject, grow, inject, parameters
 from .layers import MoRAMLinear
+from .task import task
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "load",
     "parameters",
     "save",
+    "task",
 ]

@@ -57,6 +57,10 @@ class AtomBank(nn.Module):
         self._set_live(0)
         # See `guard_keys`: (basis, gain) or None.
         self.guard = None
+        # For `moram.task`: whether the current atoms have learned a task, so that the next one
+        # needs fresh ones; what the inputs so far look like, an `InputSketch` or None.
+        self.learned = False
+        self.sketch = None
 
     @property
     def num_frozen(self):
@@ -135,18 +139,15 @@ class AtomBank(nn.Module):
 
     def scaled_values(self):
         """The current values as they act, [C, O]."""
-        return (
-            self.current_values
-            if self.value_scale == 1
-            else self.current_values * (self.value_scale)
-        )
+        scale, values = self.value_scale, self.current_values
+        return values if scale == 1 else values * scale
 
     def guard_keys(self, basis, gain=1.0):
         """From now on the current keys K act as gain (K - K basis^T basis), and are trained so.
 
         Keeps them, whatever the optimiser does, out of the directions that basis spans. Neither is
         part of `state_dict`, and loading one ends it; `fold_keys` ends it and leaves keys that act
-        as these do.
+        as these do. `moram.task` does this, and `moram.save` keeps it.
 
         Args:
             basis: orthonormal rows [k, D], on the bank's device. gain: a number.
@@ -174,6 +175,7 @@ class AtomBank(nn.Module):
         They are trainable, even where the current ones no longer were.
         """
         keys, values = self._new_atoms(n, generator)
+        self.learned = False
         if self.num_current:
             keys = torch.cat([whole(self.current_keys), keys])
             values = torch.cat([whole(self.current_values), values])
@@ -200,6 +202,7 @@ class AtomBank(nn.Module):
         if self.num_current != n:
             self._check_replaceable(f"{self.num_current} atoms by {n}")
         self._store_current()
+        self.learned = False
         if self.num_current == n:
             for parameter, rows in ((self.current_keys, keys), (self.current_values, values)):
                 copy_into(parameter, rows)
@@ -237,6 +240,9 @@ class AtomBank(nn.Module):
         self.frozen_values[live:total] = whole(self.scaled_values())
         self._set_live(total)
         self.guard = None
+        if not self.learned and self.num_current and whole(self.current_values).any():
+            # They learned something outside of `moram.task`, from inputs that nobody noted.
+            self.sketch = None
 
     def _set_current(self, keys, values, trainable=None):
         self._check_replaceable("the current atoms by others")
@@ -308,6 +314,9 @@ class AtomBank(nn.Module):
         else:
             for name, tensor in given.items():
                 copy_into(getattr(self, name), tensor)
+        if "current_values" in given:
+            # Fresh values are zero.
+            self.learned = bool(given["current_values"].any())
 
     def _check_state(self, found):
         """(frozen atoms after loading, what is wrong with a state or None)."""

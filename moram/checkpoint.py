@@ -8,7 +8,7 @@ without torch.compile, DistributedDataParallel and other wrappers, on both sides
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,15 +26,49 @@ from .layers import MoRAMLinear
 from .models import split_attention
 from .models.reads import why_read
 from .optimizers import watch
+from .saved_protection import (
+    protection_shapes,
+    restore_protection,
+    tensor_name,
+    write_protection,
+)
 from .sharded import copy_into, whole
 from .wrappers import plain_names, plain_paths, unwrapped
 
+SKETCH_DTYPES = ("float32", "bfloat16")
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 FORMAT = 1
 
 
-def save(model, directory, *, tasks=(), base_model=None):
+@dataclass(frozen=True)
+class SaveReport:
+    """How many bytes `save` wrote: of atoms, of sketches, of what else was trained.
+
+    left_out: whether there are sketches that were not written.
+    """
+
+    atoms: int
+    sketches: int
+    trained: int
+    left_out: bool
+
+    def __str__(self):
+        sizes = f"atoms {_mib(self.atoms)}, sketches {_mib(self.sketches)}"
+        sizes += f", trained beside them {_mib(self.trained)}"
+        if self.left_out:
+            sizes += "; without their sketches the next task cannot be protected"
+        return sizes
+
+
+def _mib(size):
+    return f"{size / 2**20:.1f} MiB"
+
+
+def save(model, directory, *, tasks=(), base_model=None, sketches="float32"):
     """Write the adapters of a model, and what else of it is trainable; the model is not changed.
+
+    What `moram.task` needs to go on is written, too: the sketches of protection, and inside a task
+    the guard of its keys.
 
     A trainable head, norm or embedding is saved whole, with the buffers of its module, because the
     base model does not have it; so are a batch norm's running statistics. What `load` brought or
@@ -48,9 +82,15 @@ def save(model, directory, *, tasks=(), base_model=None):
         directory: made if missing. A checkpoint in it is replaced in one step.
         tasks: names of the tasks learned so far, in order.
         base_model: name or path of the base; by default what the model's config says.
+        sketches: dtype of the sketches, "float32" or "bfloat16" (half the bytes, and the next task
+            is guarded a little differently). False leaves them out: the next task can then not be
+            protected, and inside a task the keys are saved as they act, without their guard.
+    Returns:
+        `SaveReport`.
     Raises:
         ValueError: the model has no adapters, or they differ in their settings (targets and exclude
-            may differ); directory is the base model's own, or holds another adapter.
+            may differ); directory is the base model's own, or holds another adapter; sketches
+            is none of the above.
         TypeError: tasks is one text.
         RuntimeError: a tensor is a shard that only its wrapper can make whole.
     """
@@ -60,6 +100,8 @@ def save(model, directory, *, tasks=(), base_model=None):
         raise ValueError("model has no MoRAM adapters to save; call moram.inject first")
     if isinstance(tasks, str):
         raise TypeError(f"tasks must be a sequence of names, got the text {tasks!r}")
+    if sketches is not False and sketches not in SKETCH_DTYPES:
+        raise ValueError(f"sketches must be {', '.join(SKETCH_DTYPES)} or False, got {sketches!r}")
     directory = Path(directory)
     if (directory / "config.json").exists():
         raise ValueError(
@@ -87,17 +129,23 @@ def save(model, directory, *, tasks=(), base_model=None):
         bank = adapter.bank
         bank.check_whole()
         state = bank.state_dict()
-        # Guarded keys are saved as they act: what is loaded answers as this model does.
-        state |= {"current_keys": bank.acting_keys(), "current_values": bank.current_values}
+        # Without their guard, keys are saved as they act: what is loaded answers as this model.
+        keys = bank.acting_keys() if sketches is False else bank.current_keys
+        state |= {"current_keys": keys, "current_values": bank.current_values}
         for part in PARTS:
             rows = whole(state[part]).detach()
-            tensors[_tensor_name(path, part)] = rows.cpu().contiguous()
+            tensors[tensor_name(path, part)] = rows.cpu().contiguous()
         layers[path] = {
             "in_features": adapter.in_features,
             "out_features": adapter.out_features,
             "frozen": bank.num_frozen,
             "current": bank.num_current,
         }
+    atoms = _bytes(tensors)
+    protection = (
+        {} if sketches is False else write_protection(found, getattr(torch, sketches), tensors)
+    )
+    written = _bytes(tensors) - atoms
     for name, tensor in trained.items():
         rows = whole(tensor).detach().cpu()
         tensors[f"base_model.model.{name}"] = rows.clone(memory_format=torch.contiguous_format)
@@ -110,11 +158,15 @@ def save(model, directory, *, tasks=(), base_model=None):
         "layers": layers,
         "trained": {name: list(tensor.shape) for name, tensor in trained.items()},
         "other_adapters": has_other_adapters(model),
+        "learned": [path for path, adapter in found.items() if adapter.bank.learned],
+        "protection": protection,
         "fingerprint": fingerprint(found),
     }
     sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
+    left_out = sketches is False and any(a.bank.sketch is not None for a in found.values())
+    report = SaveReport(atoms, written, _bytes(tensors) - atoms - written, left_out)
     if sharded and torch.distributed.get_rank() != 0:
-        return
+        return report
     directory.mkdir(parents=True, exist_ok=True)
     weights_tmp, config_tmp = directory / f".{WEIGHTS}.tmp", directory / f".{CONFIG}.tmp"
     try:
@@ -127,6 +179,7 @@ def save(model, directory, *, tasks=(), base_model=None):
     finally:
         weights_tmp.unlink(missing_ok=True)
         config_tmp.unlink(missing_ok=True)
+    return report
 
 
 @changes_parameters
@@ -168,11 +221,14 @@ def load(model, directory):
         for path in about["layers"]:
             adapter = model.get_submodule(actual[path])
             adapter.configure(config)
-            adapter.bank.to(getattr(torch, config.atom_dtype))
-            parts = {part: tensors[_tensor_name(path, part)] for part in PARTS}
-            adapter.bank.load_state_dict(parts)
+            bank = adapter.bank.to(getattr(torch, config.atom_dtype))
+            bank.load_state_dict({part: tensors[tensor_name(path, part)] for part in PARTS})
+            # A checkpoint from before `moram.task` does not say; then trained values do.
+            if "learned" in about:
+                bank.learned = path in about["learned"]
 
     watch(lambda: parameters(model), change, moments=False)
+    restore_protection(model, about, tensors, actual)
     for name, (module, own) in owners.items():
         present = getattr(module, own)
         copy_into(present, tensors[f"base_model.model.{name}"])
@@ -193,6 +249,10 @@ def _foreign(path):
         return False
 
 
+def _bytes(tensors):
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+
+
 def _shared_config(found):
     """The settings of all adapters; where they were injected by turns, with their paths as targets.
 
@@ -208,10 +268,6 @@ def _shared_config(found):
             "adapters must share one config to be saved together, apart from targets and exclude"
         )
     return next(iter(shared))
-
-
-def _tensor_name(path, part):
-    return f"base_model.model.{path}.moram_{part}"
 
 
 def _flush(path):
@@ -251,7 +307,8 @@ def _check_tensors(about, tensors):
         widths = {"keys": sizes["in_features"], "values": sizes["out_features"]}
         for part in PARTS:
             rows, kind = part.split("_")
-            wanted[_tensor_name(layer, part)] = (sizes[rows], widths[kind])
+            wanted[tensor_name(layer, part)] = (sizes[rows], widths[kind])
+    wanted |= protection_shapes(about, tensors)
     for name, shape in wanted.items():
         if name not in tensors:
             raise ValueError(f"it lacks {name}")

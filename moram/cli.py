@@ -69,10 +69,11 @@ def _add_demo_arguments(parser):
     notes = {
         "data": "folder in TRACE's format: NAME/{train,test}.json, lists of prompt and answer",
         "tasks": "names of the tasks, in order, separated by commas",
-        "out": "folder for results.json, demo.png and the adapters",
+        "out": "folder for results.json, demo.png and the runs with their adapters",
         "cache": "folder where the weights are kept",
         "model": "folder of another causal language model",
         "atoms": "atoms per task, also LoRA's rank",
+        "protect": "share of earlier inputs' energy that new keys avoid; 0 = the published rule",
         "lr": "MoRAM's peak learning rate",
         "lora_lr": "LoRA's peak learning rate",
         "threads": "CPU threads",
@@ -162,7 +163,7 @@ def _read_settings(arguments, names, listed, make):
 def _until_stopped(command, run):
     """Run until the end, or until Ctrl-C or SIGTERM: the first one lets it save."""
     from .harness.run import Stopped
-    from .methods.processes import leave
+    from .processes import leave
 
     asked = []
 

@@ -33,6 +33,14 @@ class MoRAMConfig:
             cores, as exact to a few roundings).
         atom_dtype: dtype of keys and values; float32 keeps small updates that bfloat16 loses. Next
             to a 16-bit model, 16-bit atoms are the ones that run on tensor cores as they are.
+        protect: this project's addition to the published rule, for `moram.task`: the keys of later
+            tasks stay out of the directions that hold this part of the second moment of earlier
+            tasks' inputs, in (0, 1); None, the default, is the published rule.
+        protect_size: of these directions, how many a layer keeps at most, >= 1.
+        protect_examples: how many examples of a task they are measured on, in whole batches, >= 1.
+        protect_strength: of new atoms' first scores against the frozen ones', > 0. A full one (1)
+            amplifies what earlier inputs have outside the protected directions, and was seen to
+            destroy earlier tasks.
         capacity: frozen atoms that the bank has room for from the start; None = 8 tasks. It doubles
             when full. torch.compile compiles again when the capacity changes, not when a task does.
     Raises:
@@ -52,6 +60,10 @@ class MoRAMConfig:
     precision: str = "ieee"
     atom_dtype: str = "float32"
     capacity: int | None = None
+    protect: float | None = None
+    protect_size: int = 256
+    protect_examples: int = 80
+    protect_strength: float = 0.5
 
     def __post_init__(self):
         check_count("atoms_per_task", self.atoms_per_task, 1)
@@ -59,10 +71,20 @@ class MoRAMConfig:
         _ = self.activation
         if self.capacity is not None:
             check_count("capacity", self.capacity, 0)
-        for name in ("value_scale", "dropout"):
+        for name in ("protect_size", "protect_examples"):
+            check_count(name, getattr(self, name), 1)
+        for name in ("value_scale", "dropout", "protect_strength", "protect"):
             value = getattr(self, name)
+            if name == "protect" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"{name} must be a number, got {value!r}")
+        if self.protect is not None and not 0 < self.protect < 1:
+            raise ValueError(f"protect must be in (0, 1) or None, got {self.protect}")
+        if not 0 < self.protect_strength < float("inf"):
+            raise ValueError(
+                f"protect_strength must be finite and > 0, got {self.protect_strength}"
+            )
         if not 0 < self.value_scale < float("inf"):
             raise ValueError(f"value_scale must be finite and > 0, got {self.value_scale}")
         if not 0 <= self.dropout < 1:
@@ -83,12 +105,12 @@ class MoRAMConfig:
                 raise ValueError('targets must name at least one projection or be "auto", got ()')
         object.__setattr__(self, "exclude", _names("exclude", self.exclude))
         # Plain Python numbers from here on, whatever kind of number came.
-        for name in ("atoms_per_task", "top_k"):
-            object.__setattr__(self, name, int(getattr(self, name)))
-        for name in ("temperature", "threshold", "value_scale", "dropout", "eps"):
-            object.__setattr__(self, name, float(getattr(self, name)))
-        if self.capacity is not None:
-            object.__setattr__(self, "capacity", int(self.capacity))
+        counts = ("atoms_per_task", "top_k", "capacity", "protect_size", "protect_examples")
+        numbers = ("temperature", "threshold", "value_scale", "dropout", "eps", "protect")
+        for names, kind in ((counts, int), ((*numbers, "protect_strength"), float)):
+            for name in names:
+                if getattr(self, name) is not None:
+                    object.__setattr__(self, name, kind(getattr(self, name)))
 
     @property
     def activation(self):

@@ -213,6 +213,12 @@ def grow(model, n=None, *, generator=None):
     if not found:
         raise ValueError("model has no MoRAM adapters; call moram.inject(model, config) first")
     warn_uncalled(model)
+    grow_banks(model, found, n, generator)
+    return parameters(model)
+
+
+def grow_banks(model, found, n=None, generator=None):
+    """`grow` for some of a model's adapters, by path."""
     note_beside(model)
 
     def change():
@@ -220,7 +226,6 @@ def grow(model, n=None, *, generator=None):
             adapter.bank.grow(adapter.config.atoms_per_task if n is None else n, generator)
 
     watch(lambda: parameters(model), change)
-    return parameters(model)
 
 
 def uncalled(model):

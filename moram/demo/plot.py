@@ -3,6 +3,8 @@
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from .report import ADDITION
+
 
 def plot_results(results, path):
     """Write a PNG: both matrices, the first task over time, and which atoms fire for which task."""
@@ -13,7 +15,10 @@ def plot_results(results, path):
         _draw_matrix(axis, name, run["matrix"], results["tasks"])
     _draw_first_task(axes[1][0], results)
     _draw_firing(axes[1][1], results, figure)
-    figure.suptitle(f"{results['model']} learns {len(results['tasks'])} tasks in a row")
+    title = f"{results['model']} learns {len(results['tasks'])} tasks in a row"
+    if any("protected" in name for name in results["methods"]):
+        title += f"\n{ADDITION}"
+    figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110)
 
 

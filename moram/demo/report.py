@@ -3,6 +3,10 @@
 from ..continual.metrics import backward_transfer, forgetting, overall_performance, plasticity
 
 LEARNED = 20
+ADDITION = (
+    "protected: new keys stay out of the directions of earlier tasks' inputs; this project's own "
+    "addition to the published rule"
+)
 
 
 def format_report(results):
@@ -12,6 +16,8 @@ def format_report(results):
         lines += ["", f"{name}: accuracy in percent, R[t, i] = task i after training task t"]
         lines += _matrix(results, run["matrix"])
     lines += ["", *_summary(results), ""]
+    if any("protected" in name for name in results["methods"]):
+        lines.append(ADDITION)
     lines.append(
         f"reloaded into a fresh model: all {results['reloaded']} test predictions identical"
     )

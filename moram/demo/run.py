@@ -1,39 +1,40 @@
-"""Runs both methods over a stream, proves that the saved adapters reload, reports and plots."""
+"""The demo: runs of `moram trace` over the shipped tasks, a reload that proves them, a picture."""
 
 import json
+import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from .. import checkpoint
-from ..config import MoRAMConfig, check_count
-from ..continual import load_stream
+from ..config import check_count
 from ..inspection import inspect_atoms
-from ..methods import MoRAM, SequentialLoRA, TrainSettings, run_stream
-from ..methods.stream import encode_stream, num_examples, score
-from .model import NAME, fetch_weights, load_model, pick_dtype
+from .model import NAME, fetch_weights, pick_dtype
 from .report import format_report
 
 DATA = Path(__file__).with_name("data")
 TASKS = ("topic", "feeling", "purpose")
+# By their names in `moram trace`; the last one's atoms are looked into.
+METHODS = ("lora", "moram")
 
 
 @dataclass(frozen=True)
 class DemoSettings:
     """What `run_demo` takes; the defaults are what `make demo` runs.
 
+    All else is the preset "demo" of `moram trace`.
+
     Args:
         data, tasks: a folder in TRACE's format and the tasks to learn, in order.
-        out: folder for results.json, demo.png and the adapters.
+        out: folder for results.json, demo.png, the adapters, and a folder for each run.
         cache: where the weights are kept; None = ~/.cache/moram.
         model: folder of another causal language model in transformers' format, or None.
         atoms: atoms per task, also the rank of LoRA; top_k is the same number.
-        value_scale: of MoRAM.
+        protect: see `MoRAMConfig`; 0 is the published rule.
         lr, lora_lr: peak learning rates.
-        epochs, batch_size, max_length, seed: see `TrainSettings`.
+        first_layer: decoder layers below it are not adapted.
+        epochs, batch_size, seed: see `TrainSettings`.
         threads: CPU threads; None leaves torch's choice.
         dtype: "auto" is bfloat16 where the CPU multiplies it natively, else float32.
     """
@@ -44,12 +45,12 @@ class DemoSettings:
     cache: Path | None = None
     model: Path | None = None
     atoms: int = 8
-    value_scale: float = 8.0
+    protect: float = 0.95
     lr: float = 3e-3
     lora_lr: float = 2e-3
+    first_layer: int = 24
     epochs: int = 3
-    batch_size: int = 8
-    max_length: int = 192
+    batch_size: int = 4
     seed: int = 0
     threads: int | None = None
     dtype: str = "auto"
@@ -58,70 +59,94 @@ class DemoSettings:
 def run_demo(settings, log=print):
     """Run the demo and return its results, as written to out/results.json.
 
+    A run that was stopped goes on; one that is finished starts anew.
+
     Raises:
-        ValueError, FileNotFoundError: bad data. RuntimeError: the reloaded adapters predict
+        ValueError, FileNotFoundError: bad data. RuntimeError: the reloaded adapters answer
             something else than the ones that were saved.
     """
     started = time.perf_counter()
     # Whatever can be missing is asked for before the minutes of work, not after them.
+    from ..trace.run import answers_of, run_trace
     from .plot import plot_results
 
-    stream = load_stream(settings.data, settings.tasks)
     out = Path(settings.out)
-    out.mkdir(parents=True, exist_ok=True)
     if settings.threads is not None:
         check_count("threads", settings.threads, 1)
-        torch.set_num_threads(settings.threads)
     dtype = pick_dtype(settings.dtype)
-    methods = _methods(settings)
     if settings.model is not None and not Path(settings.model).is_dir():
         raise FileNotFoundError(f"model must be a folder, {settings.model} is none")
+    plans = {method: _trace_settings(settings, method, "") for method in METHODS}
     folder = settings.model or fetch_weights(settings.cache, log)
     name = NAME if settings.model is None else str(settings.model)
-    log(f"model: {name}, {dtype}, {torch.get_num_threads()} CPU threads")
-    for task in stream:
-        log(f"task {task.name}: {len(task.train)} train, {len(task.test)} test examples")
-    results = {"model": name, "tasks": [task.name for task in stream], "methods": {}}
+    plans = {method: _trace_settings(settings, method, folder) for method in METHODS}
+    threads = settings.threads or torch.get_num_threads()
+    log(f"model: {name}, {dtype}, {threads} CPU threads")
+    results = {"model": name, "tasks": list(settings.tasks), "methods": {}}
     plain = {k: v for k, v in vars(settings).items() if not isinstance(v, Path)}
-    results["settings"] = plain | {"dtype": str(dtype), "threads": torch.get_num_threads()}
-    untrained = model = None
-    for method, train in methods:
-        # The first method's model is let go before the second one is read.
-        del model
-        model, tokenizer = load_model(folder, dtype)
-        total = num_examples(stream, train, untrained is None)
-        with tqdm(total=total, desc=method.name, unit="ex", mininterval=1) as bar:
-            found = run_stream(model, tokenizer, stream, method, train, bar.update, untrained)
-        untrained = found.untrained
-        results["methods"][method.name] = {
-            "matrix": found.matrix,
-            "trained": found.trained,
-            "seconds": found.seconds,
-            "lr": train.lr,
-            "losses": found.losses,
+    results["settings"] = plain | {"dtype": str(dtype), "threads": threads}
+    cached, untrained = {}, None
+    for plan in plans.values():
+        _start_anew(Path(plan.out))
+        found = run_trace(plan, log, cached=cached)
+        untrained = untrained or found["untrained"]
+        costs = found["costs"]
+        results["methods"][found["name"]] = {
+            "matrix": found["matrix"],
+            "trained": [cost["trained"] for cost in costs],
+            "seconds": [cost["seconds"] for cost in costs],
+            "lr": plan.lr,
         }
-        results.setdefault("untrained", found.untrained)
-        results.setdefault("majority", found.majority)
-        predictions = found.predictions
-    # MoRAM ran last: its model is the one to save, look into and reload.
-    data = encode_stream(tokenizer, stream, train)
-    results["firing"] = firing(model, data, settings.batch_size)
-    directory = out / "adapters"
-    checkpoint.save(model, directory, tasks=results["tasks"], base_model=name)
+        results |= {"untrained": untrained, "majority": found["majority"]}
+    plan = plans["moram"]
+    model, texts, encoder = answers_of(plan, Path(plan.out) / "adapters", cached)
+    results["firing"] = firing(model, encoder, settings)
     _write(results, out)
-    del model
-    model, _ = load_model(folder, dtype)
-    checkpoint.load(model, directory)
-    _, again = score(model, data, train)
-    if not all(torch.equal(a, b) for a, b in zip(predictions, again, strict=True)):
-        raise RuntimeError(f"the adapters reloaded from {directory} predict something else")
-    results["reloaded"] = sum(len(p) for p in again)
+    for i, (task, again) in enumerate(zip(settings.tasks, texts, strict=True)):
+        last = len(settings.tasks) - 1
+        path = Path(plan.out) / "predictions" / f"results-{last}-{i}-{task}.json"
+        if json.loads(path.read_text(encoding="utf-8"))["results"] != again:
+            raise RuntimeError(f"the adapters reloaded from {plan.out} answer {task} otherwise")
+    results["reloaded"] = sum(map(len, texts))
     results["total_seconds"] = time.perf_counter() - started
     _write(results, out)
     log(format_report(results))
     plot_results(results, out / "demo.png")
-    log(f"adapters, results.json and demo.png are in {out}")
+    log(f"results.json and demo.png are in {out}, the adapters in {plan.out}/adapters")
     return results
+
+
+def _trace_settings(settings, method, folder):
+    """The settings of one method's run."""
+    from ..trace.settings import make_settings
+
+    changes = {
+        "model": str(folder or "none"),
+        "data": str(settings.data),
+        "tasks": tuple(settings.tasks),
+        "method": method,
+        "out": str(Path(settings.out) / method),
+        "rank": settings.atoms,
+        "lr": settings.lora_lr if method == "lora" else settings.lr,
+        "epochs": settings.epochs,
+        "batch_size": settings.batch_size,
+        "first_layer": settings.first_layer,
+        "cache_prefix": settings.first_layer > 0,
+        "seed": settings.seed,
+        "threads": settings.threads,
+        "dtype": settings.dtype,
+        # Once is enough.
+        "untrained": method == METHODS[0],
+    }
+    if method == "moram":
+        changes["method_args"] = {"protect": settings.protect or None}
+    return make_settings("demo", method=method, changes=[changes])
+
+
+def _start_anew(folder):
+    results = folder / "results.json"
+    if results.is_file() and json.loads(results.read_text(encoding="utf-8")).get("complete"):
+        shutil.rmtree(folder)
 
 
 def _write(results, out):
@@ -129,36 +154,23 @@ def _write(results, out):
     (out / "results.json").write_text(text, encoding="utf-8")
 
 
-def _methods(settings):
-    train = TrainSettings(
-        lr=settings.lr,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        max_length=settings.max_length,
-        seed=settings.seed,
-    )
-    config = MoRAMConfig(
-        atoms_per_task=settings.atoms, top_k=settings.atoms, value_scale=settings.value_scale
-    )
-    return (
-        (SequentialLoRA(settings.atoms, seed=settings.seed), replace(train, lr=settings.lora_lr)),
-        (MoRAM(config, seed=settings.seed), train),
-    )
-
-
-def firing(model, data, batch_size):
-    """Which atoms write for which task: mean mixture weights over one test batch of each task.
+def firing(model, encoder, settings):
+    """Which atoms write for which task: mean mixture weights over a few test examples of each.
 
     Returns:
         share: [input task][task of the atoms], percent of the weight, mean over all adapters;
         path, weights: the adapter whose weights differ most from task to task, and its mean
         weights [input task][atom]. Padding is left out.
     """
-    batches = {
-        str(i): [(test.input_ids[:batch_size], test.attention_mask[:batch_size])]
-        for i, (_, test) in enumerate(data)
-    }
-    report = inspect_atoms(model, batches, list(batches))
+    from ..continual import load_stream
+
+    batches = {}
+    for task in load_stream(settings.data, settings.tasks):
+        rows = encoder.examples(task.name, task.test[:8])
+        ids, mask, _ = rows.batch(range(len(rows)))
+        batches[task.name] = [(ids, mask)]
+    report = inspect_atoms(model, batches, list(settings.tasks))
+    # Over one task there is no spread.
     path = max(report.paths, key=lambda path: report.weights[path].std(0, correction=0).sum())
     return {
         "share": report.share().tolist(),

@@ -1,72 +1,74 @@
 """MoRAM: append atoms for each task, freeze the earlier ones."""
 
+from functools import partial
+
 import torch
 
 from ..config import MoRAMConfig
-from ..inject import adapters, grow, inject
+from ..inject import adapters, inject
+from ..sketch import InputSketch
+from ..task import begin_task, end_task
 from .base import Method
-from .protection import KeyProtection
 
 
 class MoRAM(Method):
     """The bank grows at the start of each task but the first, so no untrained atom is ever scored.
 
     Args:
-        config: `MoRAMConfig`.
+        config: `MoRAMConfig`; with `protect` set it is this project's addition to the published
+            rule, see `moram.task`.
         seed: of the keys.
-        protect: None is the published rule. A number in (0, 1) is this project's addition, see
-            `moram.methods.protection.KeyProtection`: new keys stay out of the directions that hold
-            this part of the second moment of earlier tasks' inputs.
-        protect_size, protect_examples, protect_strength: directions per layer at most; examples
-            per task that they are measured on; of the new atoms' first scores.
-    Source: Lu et al., ICML 2026, arXiv 2506.21035. The projection is that of gradient projection
-        memory (Saha et al., ICLR 2021, arXiv 2103.09762), here for keys, and not for gradients.
+    Source: Lu et al., ICML 2026, arXiv 2506.21035.
     """
 
-    def __init__(
-        self,
-        config=None,
-        seed=0,
-        protect=None,
-        protect_size=256,
-        protect_examples=80,
-        protect_strength=0.5,
-    ):
+    def __init__(self, config=None, seed=0):
         self.config = MoRAMConfig() if config is None else config
         self.generator = torch.Generator().manual_seed(seed)
-        self.protection = None
-        if protect is not None:
-            self.protection = KeyProtection(
-                protect, protect_size, protect_examples, protect_strength
-            )
 
     @property
     def name(self):
         """The name that tables show."""
-        return "MoRAM" if self.protection is None else "MoRAM, protected"
+        return "MoRAM" if self.config.protect is None else "MoRAM, protected"
 
     def setup(self, model):
         self.model = model
         inject(model, self.config, generator=self.generator)
 
     def begin_task(self, model, index, stage):
-        if index:
-            grow(model, generator=self.generator)
-            if self.protection is not None:
-                self.protection.begin(adapters(model), stage)
+        begin_task(model, partial(_pass_over, stage, self.config), generator=self.generator)
 
     def end_task(self, model, index, stage):
-        if self.protection is not None:
-            self.protection.end(adapters(model), stage)
+        end_task(model, partial(_pass_over, stage, self.config))
 
     def state_dict(self):
-        state = super().state_dict()
-        if self.protection is not None:
-            state["protection"] = self.protection.state_dict()
+        state, banks = super().state_dict(), self._banks()
+        state["learned"] = {path: bank.learned for path, bank in banks.items()}
+        if self.config.protect is not None:
+            # Layers that read one input share a sketch, which is kept once.
+            owners, kept = {}, {p: b.sketch for p, b in banks.items() if b.sketch is not None}
+            state["owners"] = {p: owners.setdefault(id(s), p) for p, s in kept.items()}
+            state["sketches"] = {p: [kept[p].rows, kept[p].total] for p in owners.values()}
+            guards = {p: b.guard for p, b in banks.items() if b.guard is not None}
+            state["guards"] = {p: list(guard) for p, guard in guards.items()}
         return state
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        if self.protection is not None:
-            self.protection.load_state_dict(state["protection"])
-            self.protection.resume(adapters(self.model))
+        size, kept = self.config.protect_size, state.get("sketches", {})
+        sketches = {path: InputSketch(size, *parts) for path, parts in kept.items()}
+        for path, bank in self._banks().items():
+            bank.learned = state["learned"][path]
+            bank.sketch = sketches.get(state.get("owners", {}).get(path))
+            bank.guard = None
+            if path in state.get("guards", {}):
+                basis, gain = state["guards"][path]
+                bank.guard_keys(basis.to(bank.current_keys.device), gain)
+
+    def _banks(self):
+        return {path: adapter.bank for path, adapter in adapters(self.model).items()}
+
+
+def _pass_over(stage, config):
+    """Run a stage's first examples through the model."""
+    for _ in stage.losses(config.protect_examples):
+        pass

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from ..config import check_count
 from ..continual.scoring import IGNORED, answer_logits
+from ..processes import Processes
 from .base import Step
-from .processes import Processes
 
 SCHEDULES = ("linear", "constant", "cosine")
 AVERAGES = ("token", "example")

@@ -1,11 +1,13 @@
 """A run over a stream of language tasks."""
 
+from types import SimpleNamespace
+
 import torch
 
 from .. import checkpoint
 from ..harness.run import Run, Stopped, versions
-from ..methods.processes import Processes
 from ..methods.train import Stage
+from ..processes import Processes
 from .encode import Encoder
 from .model import compile_parts, fit_context, load, shard
 from .plan import Plan
@@ -30,6 +32,29 @@ def run_trace(settings, log=print, stop=lambda: False, cached=None):
         ValueError, OSError: bad settings, data, model or folder, named before any training.
         Stopped: see `stop`.
     """
+    return _make(settings, log, stop, cached).execute()
+
+
+def answers_of(settings, folder, cached=None):
+    """What saved adapters answer in a fresh model.
+
+    Args:
+        settings: `TraceSettings` of the run that they are of. folder: what `moram.save` wrote.
+        cached: as in `run_trace`.
+    Returns:
+        (the model, a list of answers a task, the run's `Encoder`).
+    """
+    run = _make(settings, lambda line: None, lambda: False, cached)
+    run.plan = run.make_plan()
+    run.method, run.stream = run.plan.method, run.plan.stream
+    run.load()
+    checkpoint.load(run.model, folder)
+    run.made()
+    run.progress = SimpleNamespace(answered=lambda count: None)
+    return run.model, [run.answer(i) for i in range(len(run.stream))], run.encoder
+
+
+def _make(settings, log, stop, cached):
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
@@ -38,7 +63,7 @@ def run_trace(settings, log=print, stop=lambda: False, cached=None):
         torch.set_num_threads(settings.threads)
     quiet = settings.quiet or not processes.is_first
     log = (lambda line: None) if quiet else log
-    return TraceRun(settings, processes, accelerator, log, stop, cached).execute()
+    return TraceRun(settings, processes, accelerator, log, stop, cached)
 
 
 class TraceRun(Run):

@@ -4,8 +4,8 @@ import torch
 
 from .. import checkpoint
 from ..harness.run import Run, Stopped, pick_device, versions
-from ..methods.processes import Processes
 from ..models.clip import load_clip
+from ..processes import Processes
 from .images import ImageRows, ImageStore, TestImages, Transforms
 from .objective import ImageStage
 from .plan import Plan

@@ -158,6 +158,10 @@ def test_config_file_holds_sizes_tasks_settings_and_base_model(tmp_path):
         "precision": "ieee",
         "atom_dtype": "float32",
         "capacity": None,
+        "protect": None,
+        "protect_size": 256,
+        "protect_examples": 80,
+        "protect_strength": 0.5,
     }
     loaded = moram.load(language_model(), tmp_path)
     assert loaded == about

@@ -12,8 +12,8 @@ from moram import adapters
 from moram.continual.scoring import encode, exact_match, predict
 from moram.layers import AdapterLinear
 from moram.methods import METHODS, make_method
-from moram.methods.processes import Processes
 from moram.methods.train import Stage, TaskTrainer
+from moram.processes import Processes
 
 MORAM = {"temperature": 0.3, "threshold": 0.1, "value_scale": 8.0}
 CASES = {

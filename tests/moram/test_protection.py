@@ -12,15 +12,26 @@ import moram
 from moram import AtomBank, MoRAMConfig, MoRAMLinear, adapters
 from moram.continual.scoring import encode
 from moram.methods import MoRAM, TrainSettings, run_stream
-from moram.methods.protection import InputSketch, KeyProtection, measure
 from moram.methods.train import Stage
+from moram.sketch import Inputs, InputSketch
 
 SETTINGS = TrainSettings(lr=0.02, epochs=4, batch_size=4, max_length=16)
 
 
 def protected(**changes):
-    config = small_config(top_k=4, value_scale=8.0, threshold=0.1)
-    return MoRAM(config, **{"protect": 0.9, "protect_size": 6, "protect_examples": 8} | changes)
+    settings = {"protect": 0.9, "protect_size": 6, "protect_examples": 8, "threshold": 0.1}
+    return MoRAM(small_config(top_k=4, value_scale=8.0, **settings | changes))
+
+
+def moments_of(stage, found, examples=None):
+    """({path: moment}, {path: the first adapter with its input})."""
+
+    def pass_over():
+        for _ in stage.losses(examples):
+            pass
+
+    inputs = Inputs(stage.model, found, pass_over)
+    return dict(inputs.moments()), inputs.leader
 
 
 def bank_with_atoms(frozen=3, current=2, width=6):
@@ -63,7 +74,8 @@ def test_folding_and_freezing_leave_the_acting_keys_as_they_are(end):
     assert bank.guard is None
 
 
-def test_a_checkpoint_of_guarded_keys_answers_as_the_model_does(tmp_path):
+@pytest.mark.parametrize("sketches", ["float32", False], ids=["guard", "acting keys"])
+def test_a_checkpoint_of_guarded_keys_answers_as_the_model_does(tmp_path, sketches):
     model = language_model()
     moram.inject(model, small_config(top_k=4, value_scale=8.0))
     for adapter in adapters(model).values():
@@ -72,12 +84,14 @@ def test_a_checkpoint_of_guarded_keys_answers_as_the_model_does(tmp_path):
         adapter.bank.guard_keys(orthonormal(2, adapter.in_features).float(), 3.0)
     ids = torch.arange(3, 11)[None]
     expected = model(input_ids=ids).logits
-    moram.save(model, tmp_path)
+    moram.save(model, tmp_path, sketches=sketches)
     loaded = language_model()
     moram.load(loaded, tmp_path)
     torch.testing.assert_close(loaded(input_ids=ids).logits, expected)
     moram.load(model, tmp_path)
-    assert all(adapter.bank.guard is None for adapter in adapters(model).values())
+    for each in (loaded, model):
+        guards = [adapter.bank.guard for adapter in adapters(each).values()]
+        assert all((guard is None) == (sketches is False) for guard in guards)
     torch.testing.assert_close(model(input_ids=ids).logits, expected)
 
 
@@ -139,7 +153,7 @@ def test_moments_leave_out_padding_and_are_shared_by_layers_with_one_input():
     found = adapters(model)
     stage = stage_of(model, toy_stream(1)[0], tokenizer)
     assert (stage.data.attention_mask == 0).any()
-    moments, leader = measure(stage, found, 8)
+    moments, leader = moments_of(stage, found, 8)
     inputs = {path: [] for path in found}
     hooks = [
         adapter.register_forward_pre_hook(lambda _, x, path=path: inputs[path].append(x[0]))
@@ -169,8 +183,8 @@ def test_new_atoms_score_half_as_high_as_old_ones_on_new_inputs_and_low_on_old_o
     found = adapters(model)
     method.end_task(model, 0, old)
     method.begin_task(model, 1, new)
-    moments, leader = measure(new, found)
-    before, _ = measure(old, found)
+    moments, leader = moments_of(new, found)
+    before, _ = moments_of(old, found)
 
     def rms(keys, moment):
         return torch.stack([(key @ moment @ key).clamp_min(0).sqrt() for key in keys]).mean()
@@ -190,7 +204,7 @@ def test_inputs_inside_the_protected_directions_do_not_blow_up_the_gain():
     method.end_task(model, 0, same)
     # The second task has the very inputs of the first: next to nothing is left outside.
     method.begin_task(model, 1, same)
-    gains = [gain for _, gain in method.protection.guards.values()]
+    gains = [adapter.bank.guard[1] for adapter in adapters(model).values()]
     assert max(gains) == 100.0 and min(gains) > 0
 
 
@@ -200,24 +214,23 @@ def test_training_keeps_the_projection_and_leaves_plain_keys_behind():
     class Watched(MoRAM):
         def after_step(self, model, step):
             if step.index:
-                for path, (basis, _) in self.protection.guards.items():
-                    keys = adapters(model)[path].bank.acting_keys()
+                for adapter in adapters(model).values():
+                    keys, (basis, _) = adapter.bank.acting_keys(), adapter.bank.guard
                     seen.append(((keys @ basis.T).abs().max() / keys.abs().max()).item())
 
-    method = Watched(small_config(top_k=4, value_scale=8.0), protect=0.9, protect_size=6)
+    config = small_config(top_k=4, value_scale=8.0, protect=0.9, protect_size=6)
+    method = Watched(config)
     run_stream(model, WordTokenizer(), toy_stream(2), method, SETTINGS)
     assert len(seen) == 16 * 8 and max(seen) < 1e-5
     assert all(adapter.bank.guard is None for adapter in adapters(model).values())
 
 
-def test_without_protection_nothing_is_stored_or_changed():
-    runs = []
-    for method in (MoRAM(small_config()), MoRAM(small_config(), protect=None)):
-        model = language_model()
-        runs.append(run_stream(model, WordTokenizer(), toy_stream(2), method, SETTINGS).losses)
-        assert method.protection is None and set(method.state_dict()) == {"generator"}
-    assert runs[0] == runs[1]
-    assert MoRAM(small_config()).name == "MoRAM" and protected().name == "MoRAM, protected"
+def test_without_protection_nothing_is_stored():
+    model, method = language_model(), MoRAM(small_config())
+    run_stream(model, WordTokenizer(), toy_stream(2), method, SETTINGS)
+    assert set(method.state_dict()) == {"generator", "learned"}
+    assert all(adapter.bank.sketch is None for adapter in adapters(model).values())
+    assert method.name == "MoRAM" and protected().name == "MoRAM, protected"
 
 
 def test_the_first_task_is_learned_as_without_protection():
@@ -226,14 +239,3 @@ def test_the_first_task_is_learned_as_without_protection():
         for method in (protected(), protected(protect=None))
     ]
     assert losses[0] == losses[1]
-
-
-@pytest.mark.parametrize("energy", [0, 1, 1.5])
-def test_a_part_of_the_energy_must_lie_between_0_and_1(energy):
-    with pytest.raises(ValueError, match=rf"energy must be in \(0, 1\), got {energy}"):
-        KeyProtection(energy)
-
-
-def test_a_strength_must_be_positive():
-    with pytest.raises(ValueError, match="strength must be finite and > 0, got 0"):
-        KeyProtection(strength=0)

@@ -9,8 +9,8 @@ from tiny_models import language_model
 from trace_support import TASKS, make_tokenizer, settings_for, write_data, write_model
 
 from moram.continual.scoring import IGNORED
-from moram.methods.processes import Processes
 from moram.methods.train import summed_loss
+from moram.processes import Processes
 from moram.trace.encode import Encoder
 from moram.trace.model import fit_context, load
 from moram.trace.predict import forced, generate

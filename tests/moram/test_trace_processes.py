@@ -12,7 +12,7 @@ import torch
 from choices import TRAINED, Choices, answers_of, assert_same_answers
 from trace_support import settings_for, write_data, write_model
 
-from moram.methods.processes import Processes
+from moram.processes import Processes
 from moram.trace.run import run_trace
 
 WORKER = Path(__file__).with_name("trace_worker.py")

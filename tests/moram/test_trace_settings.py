@@ -203,7 +203,7 @@ def test_an_unknown_setting_is_refused_with_the_closest():
 
 
 def test_an_unknown_preset_and_a_file_of_another_preset_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="preset must be one of paper, small, got 'large'"):
+    with pytest.raises(ValueError, match="preset must be one of paper, small, demo, got 'large'"):
         make_settings("large", changes=[GIVEN])
     with pytest.raises(ValueError, match="preset is 'paper', and a file asks for 'small'"):
         paper(preset="small")

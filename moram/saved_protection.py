@@ -1,0 +1,61 @@
+"""What a checkpoint keeps of protection: sketches of earlier inputs, and guards of an open task."""
+
+import torch
+
+from .sketch import InputSketch
+
+
+def tensor_name(path, part):
+    """The name in the file of a part of a layer's bank."""
+    return f"base_model.model.{path}.moram_{part}"
+
+
+def write_protection(found, dtype, tensors):
+    """What is known of earlier inputs and the guards of an open task; adds to the tensors.
+
+    Layers that read one input share a sketch, which is written once: `of` names the layer that has
+    it.
+    """
+    about, owners = {}, {}
+    for path, adapter in found.items():
+        sketch, guard = adapter.bank.sketch, adapter.bank.guard
+        if sketch is not None:
+            owner = owners.setdefault(id(sketch), path)
+            total = float(sketch.total)
+            about[path] = {"of": owner, "size": sketch.size, "total": total}
+            if owner == path:
+                tensors[tensor_name(path, "sketch")] = sketch.rows.to(dtype).cpu().contiguous()
+        if guard is not None:
+            about.setdefault(path, {})["gain"] = guard[1]
+            tensors[tensor_name(path, "guard")] = guard[0].cpu().contiguous()
+    return about
+
+
+def restore_protection(model, about, tensors, actual):
+    """Inverse of `write_protection`."""
+    sketches = {}
+    for path in about["layers"]:
+        known = about.get("protection", {}).get(path, {})
+        bank = model.get_submodule(actual[path]).bank
+        bank.sketch = None
+        if "of" in known:
+            owner = known["of"]
+            if owner not in sketches:
+                rows = tensors[tensor_name(owner, "sketch")].float()
+                total = torch.tensor(known["total"])
+                sketches[owner] = InputSketch(known["size"], rows, total)
+            bank.sketch = sketches[owner]
+        if "gain" in known:
+            basis = tensors[tensor_name(path, "guard")].to(bank.current_keys.device)
+            bank.guard_keys(basis, known["gain"])
+
+
+def protection_shapes(about, tensors):
+    """The shape that each tensor of protection must have, by its name in the file."""
+    wanted = {}
+    for path, known in about.get("protection", {}).items():
+        parts = (("sketch", known.get("of") == path), ("guard", "gain" in known))
+        for name in (tensor_name(path, part) for part, is_there in parts if is_there):
+            rows = len(tensors[name]) if name in tensors else 0
+            wanted[name] = (rows, about["layers"][path]["in_features"])
+    return wanted

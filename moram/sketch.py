@@ -1,0 +1,251 @@
+"""What a layer's inputs look like, without keeping any: their second moment and its sketch.
+
+Measures the moments of many layers within a bounded memory. Knows no training and no task.
+"""
+
+from collections.abc import Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from .processes import Processes
+from .wrappers import inner_name, unwrapped
+
+# Moments that are measured in one pass take this many bytes at most, if more than one: with the
+# workspace of one decomposition a gibibyte is enough.
+PASS_BYTES = 2**29
+# A full decomposition of a moment wider than this needs more than that: its leading directions are
+# then found by subspace iteration.
+MAX_FULL = 8192
+
+
+class InputSketch:
+    """The uncentred second moment of a layer's inputs, as its leading directions.
+
+    `rows` [k, D]: row i is the square root of an eigenvalue times its eigenvector; `total`: the
+    trace. Both are None before the first moment.
+
+    Args:
+        size: directions kept at most.
+    """
+
+    def __init__(self, size, rows=None, total=None):
+        self.size, self.rows, self.total = size, rows, total
+
+    def add(self, moment):
+        """Add a second moment [D, D], such as the mean of x x^T over a task's inputs; it is
+        overwritten."""
+        total = moment.trace()
+        if self.rows is not None:
+            # After a restart they may still lie on the CPU.
+            rows = self.rows.to(moment)
+            moment.addmm_(rows.T, rows)
+            total = total + self.total.to(moment)
+        values, vectors = leading(moment, self.size)
+        self.rows, self.total = (vectors * values.clamp_min(0).sqrt()).T.contiguous(), total
+
+    def basis(self, energy):
+        """Orthonormal rows [k, D]: the fewest that hold that part of the trace, or all kept."""
+        values = self.rows.square().sum(1)
+        short = values.cumsum(0) / self.total.clamp_min(1e-30) < energy
+        count = min(int(short.sum()) + 1, len(values))
+        return self.rows[:count] / values[:count, None].sqrt().clamp_min(1e-30)
+
+
+def leading(moment, size, iterations=12):
+    """The largest eigenvalues [k] of a symmetric matrix [D, D], in descending order, and their
+    vectors [D, k], k = min(size, D)."""
+    width = len(moment)
+    if width <= MAX_FULL or 2 * size > width:
+        values, vectors = torch.linalg.eigh(moment)
+        return values.flip(0)[:size], vectors.flip(1)[:, :size]
+    # Halko et al., SIAM Review 2011, arXiv 0909.4061: more columns than wanted, then the small one.
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(width, size + size // 4 + 8, generator=generator).to(moment)
+    for _ in range(iterations):
+        basis = torch.linalg.qr(moment @ basis).Q
+    values, vectors = torch.linalg.eigh(basis.T @ moment @ basis)
+    return values.flip(0)[:size], basis @ vectors.flip(1)[:, :size]
+
+
+class Inputs:
+    """The inputs of some adapters over a task's batches.
+
+    Args:
+        model: with the adapters in it.
+        found: adapters by path.
+        batches: what `moram.task` takes.
+        mask: function from a batch to the places that count, bool [B, T]; None = the model's
+            attention_mask where it is called with one of the inputs' leading shape, else all.
+        examples: examples to pass over at most, in whole batches; None = all.
+    Raises:
+        TypeError: batches are missing, or one pass consumes them.
+    """
+
+    def __init__(self, model, found, batches, mask=None, examples=None):
+        self.model, self.found, self.examples, self.mask_of = model, found, examples, mask
+        self.batches = checked(batches)
+        # For every path that of the first adapter that reads the same tensor.
+        self.leader = {}
+        self._mask = self._last = None
+
+    def moments(self):
+        """Yield (path, mean x x^T, float32 or wider [D, D]) for each leader.
+
+        One pass over the batches takes as many moments as `PASS_BYTES` allows, at least one.
+
+        Raises:
+            ValueError: there is no batch, nothing in it counts, or it does not reach an adapter.
+        """
+        left = dict(self.found)
+        while left:
+            sums = self._sums(left)
+            self._check(sums)
+            left = {p: a for p, a in left.items() if self.leader[p] == p and p not in sums}
+            for path in tuple(sums):
+                total, count = sums.pop(path)
+                yield path, total.div_(count)
+
+    def _check(self, sums):
+        missed = [path for path in self.found if path not in self.leader]
+        if missed:
+            named = ", ".join(missed[:8]) + (f" and {len(missed) - 8} more" if missed[8:] else "")
+            raise ValueError(
+                f"batches must reach every adapter, got none to {named}; leave what they do not "
+                "reach out with exclude"
+            )
+        empty = [path for path, (_, count) in sums.items() if not count]
+        if empty:
+            raise ValueError(f"batches must hold more than padding, got no place for {empty[0]}")
+
+    def _sums(self, found):
+        """[sum of x x^T, count] of the leaders among `found`, as many as fit."""
+        sums, size = {}, 0
+
+        def note(path, rows):
+            nonlocal size
+            more = 4 * self.found[path].in_features ** 2
+            if path not in sums:
+                if sums and size + more > PASS_BYTES:
+                    return
+                size += more
+                dtype = torch.promote_types(rows.dtype, torch.float32)
+                sums[path] = [rows.new_zeros(rows.shape[1], rows.shape[1], dtype=dtype), 0]
+            rows = rows.to(sums[path][0].dtype)
+            sums[path][0].addmm_(rows.T, rows)
+            sums[path][1] += len(rows)
+
+        self._pass(found, note)
+        processes = Processes()
+        for total in sums.values():
+            count = total[0].new_tensor([float(total[1])])
+            processes.sum([total[0], count])
+            total[1] = float(count)
+        return sums
+
+    @torch.no_grad()
+    def _pass(self, found, note):
+        """Run the batches through the model; note(path, rows that count) for every input that no
+        other adapter's call just gave."""
+        paths = {adapter: path for path, adapter in found.items()}
+        self._last = (None, None)
+
+        def see(adapter, arguments):
+            x, path = arguments[0], paths[adapter]
+            seen, first = self._last
+            if x is seen:
+                self.leader[path] = first
+                return
+            self._last = (x, path)
+            self.leader[path] = path
+            mask = self._mask
+            whole = mask is None or mask.shape != x.shape[:-1]
+            note(path, x.flatten(0, -2) if whole else x[mask.to(x.device)])
+
+        def see_mask(_, arguments, named):
+            given = named.get("attention_mask")
+            if self.mask_of is None:
+                self._mask = None if given is None or given.dim() != 2 else given.bool()
+            self._last = (None, None)
+
+        with ExitStack() as stack:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(in_eval_mode(self.model))
+            stack.callback(self._forget)
+            for adapter in paths:
+                stack.callback(adapter.register_forward_pre_hook(see).remove)
+            inner = unwrapped(self.model)
+            stack.callback(inner.register_forward_pre_hook(see_mask, with_kwargs=True).remove)
+            self._run()
+
+    def _forget(self):
+        self._mask = self._last = None
+
+    def _run(self):
+        if callable(self.batches) and not hasattr(self.batches, "__iter__"):
+            self.batches()
+            return
+        model, done = _to_call(self.model), 0
+        for batch in self.batches:
+            if self.mask_of is not None:
+                self._mask = self.mask_of(batch)
+            done += _call(model, batch)
+            if self.examples is not None and done >= self.examples:
+                break
+        if not done:
+            raise ValueError("batches must hold at least one batch, got none")
+
+
+def checked(batches):
+    """The batches, if they can be passed over more than once.
+
+    Raises:
+        TypeError: they cannot.
+    """
+    if batches is None:
+        raise TypeError("batches must be given with protect, got None")
+    if hasattr(batches, "__next__"):
+        raise TypeError(
+            f"batches must be passed over more than once, got a {type(batches).__name__}, which "
+            "the first pass consumes; give a list, a DataLoader or a function that runs the model"
+        )
+    if not callable(batches) and not hasattr(batches, "__iter__"):
+        raise TypeError(
+            f"batches must be iterable or a function that runs the model, got "
+            f"{type(batches).__name__}"
+        )
+    return batches
+
+
+def _to_call(model):
+    """The model without what compiles or replicates it: a pass of one process calls that alone."""
+    while inner_name(model) in ("_orig_mod", "module"):
+        model = getattr(model, inner_name(model))
+    return model
+
+
+def _call(model, batch):
+    """Run the model on a batch; returns its number of examples."""
+    if isinstance(batch, Mapping):
+        model(**batch)
+        tensors = batch.values()
+    elif isinstance(batch, (tuple, list)):
+        model(*batch)
+        tensors = batch
+    else:
+        model(batch)
+        tensors = (batch,)
+    sizes = (t.shape[0] for t in tensors if isinstance(t, torch.Tensor) and t.dim())
+    return next(sizes, 1)
+
+
+@contextmanager
+def in_eval_mode(model):
+    """Every module in eval mode, and back in its own afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,183 @@
+"""Learning one task after the other, in any training loop: `moram.task`.
+
+Protection, off by default, is this project's own addition to the published rule: after a task,
+each layer remembers the directions of its inputs (`sketch.py`), and the keys of later tasks are
+kept out of them. Projecting out what earlier inputs occupy is gradient projection memory's idea
+(Saha et al., ICLR 2021, arXiv 2103.09762), here for keys and not for gradients.
+"""
+
+import warnings
+from contextlib import contextmanager
+
+import torch
+
+from .inject import adapters, grow_banks, parameters, warn_uncalled
+from .sketch import Inputs, InputSketch
+
+# Above it, a layer's new inputs lie in the protected directions, and rounding would be amplified.
+MAX_GAIN = 100.0
+# With less of the new inputs' energy left outside, a layer has next to nothing to learn in.
+MIN_LEFT = 0.01
+
+
+@contextmanager
+def task(model, batches=None, *, n=None, mask=None, protect=None, generator=None):
+    """Learn one task inside the with block, whatever the loop there does.
+
+        for batches in tasks:
+            with moram.task(model, batches) as atoms:
+                optimizer = torch.optim.AdamW(atoms, lr=3e-3)
+                for batch in batches:
+                    ...
+
+    Entering gives the atoms of the task: those that `inject` made, and from the second task on
+    fresh ones, after the earlier are frozen. Leaving ends the task. An exception inside leaves it
+    open: entering again goes on with its atoms.
+
+    With `MoRAMConfig(protect=...)` (this project's addition) the batches are passed over when the
+    task begins and when it ends. With U [k, D] the leading directions of the inputs of all earlier
+    tasks, new keys K act as g (K - K U^T U), in training too: new atoms are blind to what lies in
+    the protected directions, whatever the optimiser does. The gain g makes the root mean square of
+    their first scores on the new inputs `protect_strength` times that of the frozen atoms'. Of
+    what earlier inputs have outside U, new atoms see as much as new inputs have there: how much of
+    the earlier outputs remains is an empirical matter, not a guarantee. No inputs are kept, and no
+    task id is needed. Where several processes learn together, each passes over its own batches,
+    and the moments are summed.
+
+    Args:
+        model: a model after `inject`, wrapped or not.
+        batches: the task's inputs, needed with protect alone. An iterable that can be passed over
+            again, of what the model is called with (dicts as keywords, tuples and lists as
+            arguments, or tensors), or a function without arguments that runs the model.
+        n: fresh atoms per projection; by default what the config says.
+        mask: function from a batch to the places that count, bool [B, T]. By default those of the
+            attention_mask that the model is called with; all, where there is none.
+        protect: False goes on without protection; None is what the config says.
+        generator: for the new keys.
+    Returns:
+        A context manager that gives the list of the parameters to train.
+    Raises:
+        TypeError: batches are missing, or one pass consumes them.
+        ValueError: the model has no adapters; batches are empty, hold padding alone or do not reach
+            an adapter; protect is set, and what earlier tasks' inputs looked like is not known.
+    """
+    if protect not in (None, False):
+        raise ValueError(f"protect must be None or False, got {protect!r}; set it in MoRAMConfig")
+    yield begin_task(model, batches, n=n, mask=mask, protect=protect, generator=generator)
+    end_task(model, batches, mask=mask, protect=protect)
+
+
+def begin_task(model, batches=None, *, n=None, mask=None, protect=None, generator=None):
+    """What entering `task` does; returns the parameters to train."""
+    found = adapters(model)
+    if not found:
+        raise ValueError("model has no MoRAM adapters; call moram.inject(model, config) first")
+    guarded = _guarded(found, protect)
+    is_open = any(adapter.bank.guard is not None for adapter in found.values())
+    inputs = None
+    if guarded and not is_open:
+        _check_sketches(guarded)
+        inputs = _inputs(model, guarded, batches, mask)
+    finished = {path: adapter for path, adapter in found.items() if adapter.bank.learned}
+    if finished:
+        warn_uncalled(model)
+        grow_banks(model, finished, n, generator)
+    if inputs is not None:
+        _guard(guarded, inputs)
+    return parameters(model)
+
+
+def end_task(model, batches=None, *, mask=None, protect=None):
+    """What leaving `task` does."""
+    found = adapters(model)
+    for adapter in found.values():
+        if adapter.bank.guard is not None:
+            adapter.bank.fold_keys()
+    guarded = _guarded(found, protect)
+    if guarded:
+        _remember(guarded, _inputs(model, guarded, batches, mask))
+    for path, adapter in found.items():
+        adapter.bank.learned = True
+        if path not in guarded:
+            # What this task's inputs look like is not known.
+            adapter.bank.sketch = None
+    warn_uncalled(model)
+
+
+def _guarded(found, protect):
+    """The adapters whose config asks for protection."""
+    if protect is False:
+        return {}
+    return {path: a for path, a in found.items() if a.config.protect is not None}
+
+
+def _inputs(model, found, batches, mask):
+    examples = next(iter(found.values())).config.protect_examples
+    return Inputs(model, found, batches, mask, examples)
+
+
+def _check_sketches(found):
+    for path, adapter in found.items():
+        bank = adapter.bank
+        if bank.sketch is None and (bank.num_frozen or bank.learned):
+            raise ValueError(
+                f"protect must know the inputs of all earlier tasks, got none for {path}: they "
+                "were learned without protect, or saved with sketches=False; to go on without "
+                "protection, use moram.task(model, batches, protect=False)"
+            )
+
+
+@torch.no_grad()
+def _guard(found, inputs):
+    """Keep the new keys of banks that have sketches out of their directions from now on."""
+    guards, little = {}, {}
+    for first, moment in inputs.moments():
+        for path, adapter in found.items():
+            if inputs.leader[path] == first and adapter.bank.sketch is not None:
+                *guards[path], left = _guard_of(adapter, moment)
+                if left < MIN_LEFT:
+                    little[path] = f"{path} ({len(guards[path][0])} directions, {left:.2%})"
+    if little:
+        more = f" and {len(little) - 4} more" if len(little) > 4 else ""
+        named = ", ".join([*little.values()][:4]) + more
+        warnings.warn(
+            "protected directions leave next to nothing to learn in; of the new inputs' energy is "
+            f"outside them: {named}; lower protect or protect_size",
+            stacklevel=4,
+        )
+    # Not before the last pass: guarded keys change what deeper layers see.
+    for path, guard in guards.items():
+        found[path].bank.guard_keys(*guard)
+
+
+def _guard_of(adapter, moment):
+    """(basis, gain) for an adapter's current keys, and the part of the inputs' energy, whose moment
+    is given, that lies outside the basis."""
+    bank, config = adapter.bank, adapter.config
+    basis = bank.sketch.basis(config.protect).to(bank.current_keys.device)
+    rows = basis.to(moment)
+    inside = ((rows @ moment) * rows).sum() / moment.trace().clamp_min(1e-30)
+    keys = bank.current_keys.to(basis.dtype)
+    keys = keys - (keys @ basis.T) @ basis
+    old = _rms_scores(bank.segments()[0], moment).mean()
+    new = _rms_scores(keys, moment).mean().clamp_min(1e-12)
+    gain = min(MAX_GAIN, float(config.protect_strength * old / new))
+    return basis, gain, max(0.0, float(1 - inside))
+
+
+def _rms_scores(keys, moment):
+    """sqrt(k^T C k) for each key: the root mean square of its scores on inputs of moment C."""
+    keys = keys.to(moment.dtype)
+    return ((keys @ moment) * keys).sum(1).clamp_min(0).sqrt()
+
+
+@torch.no_grad()
+def _remember(found, inputs):
+    """Add the moments of a task's inputs to the sketches; layers with one input share one."""
+    sketches = {}
+    for first, moment in inputs.moments():
+        old = found[first].bank.sketch or InputSketch(found[first].config.protect_size)
+        sketches[first] = InputSketch(old.size, old.rows, old.total)
+        sketches[first].add(moment)
+    for path, adapter in found.items():
+        adapter.bank.sketch = sketches[inputs.leader[path]]
