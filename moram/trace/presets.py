@@ -79,7 +79,6 @@ _DEMO = {
         "epochs": 3,
         "max_prompt": 48,
         "pad_multiple": 16,
-        "eval_batch": 32,
         "full_matrix": True,
         "untrained": True,
     },
