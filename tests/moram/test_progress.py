@@ -5,12 +5,12 @@ import sys
 
 import pytest
 import torch
-from moram.methods.processes import Processes
 from trace_support import settings_for, write_data, write_model
 from xtail_support import run as run_images
 from xtail_support import write_domains
 
 from moram.harness.progress import Bar
+from moram.processes import Processes
 from moram.trace.run import run_trace
 from moram.trace.settings import make_settings
 

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from moram.methods.processes import Processes
 from tiny_models import language_model
 from trace_support import TASKS, make_tokenizer, settings_for, write_data, write_model
 
 from moram.continual import Example, Task
 from moram.continual.scoring import beginning, encode
 from moram.methods import make_method
+from moram.processes import Processes
 from moram.trace.encode import Encoder
 from moram.trace.inspect_run import inspect_run
 from moram.trace.predict import generate

@@ -244,6 +244,7 @@ def test_no_adapter_is_reported_without_reason(tmp_path, when, called):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         moram.grow(model) if when == "grow" else moram.save(model, tmp_path)
+    assert uncalled(model) == ()
 
 
 KINDS = {

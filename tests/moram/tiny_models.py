@@ -188,3 +188,16 @@ def assert_equal(a, b):
             assert_equal(one, other)
     else:
         assert a == b
+
+
+def small_bank(frozen, current, seed=0):
+    """A bank [.., 5] -> [.., 3] with random atoms."""
+    bank = moram.AtomBank(5, 3)
+    generator = torch.Generator().manual_seed(seed)
+    for count in (frozen, current):
+        bank.freeze()
+        if count:
+            bank.append(count, generator)
+            with torch.no_grad():
+                bank.current_values.uniform_(generator=generator)
+    return bank
