@@ -240,7 +240,8 @@ class AtomBank(nn.Module):
         self.frozen_values[live:total] = whole(self.scaled_values())
         self._set_live(total)
         self.guard = None
-        if not self.learned and self.num_current and whole(self.current_values).any():
+        values = whole(self.current_values)
+        if not self.learned and not values.is_meta and values.any():
             # They learned something outside of `moram.task`, from inputs that nobody noted.
             self.sketch = None
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..config import check_count
+from ..continual import load_stream
 from ..inspection import inspect_atoms
 from .model import NAME, fetch_weights, pick_dtype
 from .report import format_report
@@ -71,6 +72,9 @@ def run_demo(settings, log=print):
     from .plot import plot_results
 
     out = Path(settings.out)
+    # Missing and repeated tasks, before the weights are asked for.
+    load_stream(settings.data, settings.tasks)
+    check_count("atoms_per_task", settings.atoms, 1)
     if settings.threads is not None:
         check_count("threads", settings.threads, 1)
     dtype = pick_dtype(settings.dtype)
@@ -162,8 +166,6 @@ def firing(model, encoder, settings):
         path, weights: the adapter whose weights differ most from task to task, and its mean
         weights [input task][atom]. Padding is left out.
     """
-    from ..continual import load_stream
-
     batches = {}
     for task in load_stream(settings.data, settings.tasks):
         rows = encoder.examples(task.name, task.test[:8])

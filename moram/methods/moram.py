@@ -35,6 +35,9 @@ class MoRAM(Method):
         inject(model, self.config, generator=self.generator)
 
     def begin_task(self, model, index, stage):
+        for bank in self._banks().values():
+            # Whoever begins the next task has learned the one before.
+            bank.learned = index > 0
         begin_task(model, partial(_pass_over, stage, self.config), generator=self.generator)
 
     def end_task(self, model, index, stage):

@@ -66,7 +66,7 @@ def folder(tmp_path_factory):
 
 COMMANDS = {
     "demo": (
-        "demo --model model --data data --tasks letters --epochs 1 --out demo",
+        "demo --model model --data data --tasks letters --epochs 1 --first-layer 1 --out demo",
         "model: model, torch.float32, ",
     ),
     "xtail": (

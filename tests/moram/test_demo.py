@@ -98,7 +98,7 @@ def test_a_reload_that_answers_otherwise_is_reported(arguments, tmp_path, monkey
         ("--batch-size", "0", "batch_size must be >= 1, got 0"),
         ("--lr", "-1", "lr must be finite and > 0, got -1.0"),
         ("--threads", "0", "threads must be >= 1, got 0"),
-        ("--atoms", "0", "rank must be >= 1, got 0"),
+        ("--atoms", "0", "atoms_per_task must be >= 1, got 0"),
         ("--dtype", "int8", "dtype must be auto, bfloat16 or float32, got 'int8'"),
         ("--model", "/nowhere", "model must be a folder, /nowhere is none"),
     ],
