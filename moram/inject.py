@@ -15,7 +15,7 @@ from .models.heads import fresh_heads
 from .models.open_clip import settle_encoders
 from .optimizers import watch
 from .targets import find_targets, resolve_targets
-from .wrappers import unwrapped
+from .wrappers import listed, unwrapped
 
 
 @dataclass(frozen=True)
@@ -244,10 +244,9 @@ def warn_uncalled(model):
     """Warn, by path, of adapters that learn and change nothing because nothing calls them."""
     missed = uncalled(model)
     if missed:
-        named = ", ".join(missed[:8]) + (f" and {len(missed) - 8} more" if missed[8:] else "")
         warnings.warn(
             "no call reached these adapters although the model was called, so they learn and "
-            f"change nothing: {named}; if the model reads their weight instead, leave them out "
-            "with exclude",
+            f"change nothing: {listed(missed)}; if the model reads their weight instead, "
+            "leave them out with exclude",
             stacklevel=3,
         )

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from .processes import Processes
-from .wrappers import inner_name, unwrapped
+from .wrappers import inner_name, listed, unwrapped
 
 # Moments that are measured in one pass take this many bytes at most, if more than one: with the
 # workspace of one decomposition a gibibyte is enough.
@@ -109,10 +109,9 @@ class Inputs:
     def _check(self, sums):
         missed = [path for path in self.found if path not in self.leader]
         if missed:
-            named = ", ".join(missed[:8]) + (f" and {len(missed) - 8} more" if missed[8:] else "")
             raise ValueError(
-                f"batches must reach every adapter, got none to {named}; leave what they do not "
-                "reach out with exclude"
+                f"batches must reach every adapter, got none to {listed(missed)}; leave what they "
+                "do not reach out with exclude"
             )
         empty = [path for path, (_, count) in sums.items() if not count]
         if empty:

@@ -13,6 +13,7 @@ import torch
 
 from .inject import adapters, grow_banks, parameters, warn_uncalled
 from .sketch import Inputs, InputSketch
+from .wrappers import listed
 
 # Above it, a layer's new inputs lie in the protected directions, and rounding would be amplified.
 MAX_GAIN = 100.0
@@ -138,11 +139,9 @@ def _guard(found, inputs):
                 if left < MIN_LEFT:
                     little[path] = f"{path} ({len(guards[path][0])} directions, {left:.2%})"
     if little:
-        more = f" and {len(little) - 4} more" if len(little) > 4 else ""
-        named = ", ".join([*little.values()][:4]) + more
         warnings.warn(
             "protected directions leave next to nothing to learn in; of the new inputs' energy is "
-            f"outside them: {named}; lower protect or protect_size",
+            f"outside them: {listed([*little.values()], 4)}; lower protect or protect_size",
             stacklevel=4,
         )
     # Not before the last pass: guarded keys change what deeper layers see.

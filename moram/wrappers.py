@@ -49,6 +49,12 @@ def plain_names(model):
     return names
 
 
+def listed(paths, most=8):
+    """The first of some paths, and how many more there are, for a message."""
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return ", ".join(paths[:most]) + more
+
+
 def plain_paths(model):
     """The inverse of `plain_names`: of a wrapper and what it wraps, the wrapper has the name."""
     found = {}

@@ -9,7 +9,7 @@ kernels the ops run the torch backend, so that a graph made for a GPU also runs 
 import torch
 
 from . import torch_backend, torch_backward
-from .ops import TAGS, check_count
+from .ops import TAGS, check_live
 from .triton_backend import available
 from .triton_backend.plan import fixed_form, plan, saved_shapes
 
@@ -220,7 +220,7 @@ def _retrieve_fused(
     top_k, temperature, threshold, eps, training, precision, save,
 ):  # fmt: skip
     count, settings = int(num_frozen), (top_k, temperature, threshold, eps)
-    check_count(count, keys)
+    check_live(count, keys)
     bank = (keys[:count], values[:count], current_keys, current_values)
     form = _fixed_form(keys, current_keys, top_k) if save else None
     wanted = _kept(x, keys, current_keys, top_k, form)

@@ -171,7 +171,7 @@ def _retrieve(
     training,
 ):
     count = int(num_frozen)
-    check_count(count, keys)
+    check_live(count, keys)
     output, saved = torch_backend.forward(
         x,
         keys[:count],
@@ -299,7 +299,7 @@ def _live_count_fake(live, noted, unit):
     return noted.new_empty(())
 
 
-def check_count(count, keys):
+def check_live(count, keys):
     """Raise unless a bank has that many frozen rows."""
     if not 0 <= count <= keys.shape[0]:
         raise RuntimeError(

@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -80,10 +80,10 @@ def run_demo(settings, log=print):
     dtype = pick_dtype(settings.dtype)
     if settings.model is not None and not Path(settings.model).is_dir():
         raise FileNotFoundError(f"model must be a folder, {settings.model} is none")
-    plans = {method: _trace_settings(settings, method, "") for method in METHODS}
+    plans = {method: _trace_settings(settings, method) for method in METHODS}
     folder = settings.model or fetch_weights(settings.cache, log)
     name = NAME if settings.model is None else str(settings.model)
-    plans = {method: _trace_settings(settings, method, folder) for method in METHODS}
+    plans = {method: replace(plan, model=str(folder)) for method, plan in plans.items()}
     threads = settings.threads or torch.get_num_threads()
     log(f"model: {name}, {dtype}, {threads} CPU threads")
     results = {"model": name, "tasks": list(settings.tasks), "methods": {}}
@@ -120,12 +120,12 @@ def run_demo(settings, log=print):
     return results
 
 
-def _trace_settings(settings, method, folder):
-    """The settings of one method's run."""
+def _trace_settings(settings, method):
+    """The settings of one method's run, but for the model's folder."""
     from ..trace.settings import make_settings
 
     changes = {
-        "model": str(folder or "none"),
+        "model": "none",
         "data": str(settings.data),
         "tasks": tuple(settings.tasks),
         "method": method,
