@@ -7,6 +7,7 @@ from moram_kernels.ops import version_of
 
 from .config import check_count
 from .draw import changes_parameters, draw_rows
+from .guard import Guard
 from .live import UNIT, count_of, filled_rows
 from .sharded import copy_into, is_managed, whole
 
@@ -55,7 +56,7 @@ class AtomBank(nn.Module):
         self._seen = (None, None, 0)
         self.noted = torch.full((3,), -1, dtype=torch.int64, device="cpu")
         self._set_live(0)
-        # See `guard_keys`: (basis, gain) or None.
+        # See `guard_keys`: a `Guard` or None.
         self.guard = None
         # For `moram.task`: whether the current atoms have learned a task, so that the next one
         # needs fresh ones; what the inputs so far look like, an `InputSketch` or None.
@@ -152,15 +153,13 @@ class AtomBank(nn.Module):
         Args:
             basis: orthonormal rows [k, D], on the bank's device. gain: a number.
         """
-        self.guard = (basis, gain)
+        self.guard = Guard(basis, gain)
 
     def acting_keys(self):
         """The current keys as they act, [C, D]."""
         if self.guard is None:
             return self.current_keys
-        basis, gain = self.guard
-        keys = self.current_keys.to(basis.dtype)
-        return (gain * (keys - (keys @ basis.T) @ basis)).to(self.current_keys.dtype)
+        return self.guard.acting(self.current_keys)
 
     @changes_parameters
     def fold_keys(self):

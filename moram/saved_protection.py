@@ -2,7 +2,7 @@
 
 import torch
 
-from .sketch import InputSketch
+from .sketch import InputSketch, pack_sketches
 
 
 def tensor_name(path, part):
@@ -16,18 +16,18 @@ def write_protection(found, dtype, tensors):
     Layers that read one input share a sketch, which is written once: `of` names the layer that has
     it.
     """
-    about, owners = {}, {}
+    sketches = {p: a.bank.sketch for p, a in found.items() if a.bank.sketch is not None}
+    packed, about = pack_sketches(sketches), {}
+    for path, owner in packed["owners"].items():
+        total = float(sketches[path].total)
+        about[path] = {"of": owner, "size": sketches[path].size, "total": total}
+    for path, (rows, _) in packed["sketches"].items():
+        tensors[tensor_name(path, "sketch")] = rows.to(dtype).cpu().contiguous()
     for path, adapter in found.items():
-        sketch, guard = adapter.bank.sketch, adapter.bank.guard
-        if sketch is not None:
-            owner = owners.setdefault(id(sketch), path)
-            total = float(sketch.total)
-            about[path] = {"of": owner, "size": sketch.size, "total": total}
-            if owner == path:
-                tensors[tensor_name(path, "sketch")] = sketch.rows.to(dtype).cpu().contiguous()
+        guard = adapter.bank.guard
         if guard is not None:
-            about.setdefault(path, {})["gain"] = guard[1]
-            tensors[tensor_name(path, "guard")] = guard[0].cpu().contiguous()
+            about.setdefault(path, {})["gain"] = guard.gain
+            tensors[tensor_name(path, "guard")] = guard.basis.cpu().contiguous()
     return about
 
 

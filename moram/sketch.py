@@ -52,6 +52,42 @@ class InputSketch:
         return self.rows[:count] / values[:count, None].sqrt().clamp_min(1e-30)
 
 
+def pack_sketches(sketches):
+    """Sketches by path as plain data; layers that read one input share one, which is kept once.
+
+    Returns:
+        {"owners": the path that keeps a path's sketch, "sketches": its [rows, total] by that path}.
+    """
+    owners = {}
+    owners = {path: owners.setdefault(id(sketch), path) for path, sketch in sketches.items()}
+    kept = {path: [sketches[path].rows, sketches[path].total] for path in set(owners.values())}
+    return {"owners": owners, "sketches": kept}
+
+
+def unpack_sketches(state, size):
+    """Inverse of `pack_sketches`, {} of a state without; size as for `InputSketch`."""
+    kept = state.get("sketches", {})
+    kept = {path: InputSketch(size, *parts) for path, parts in kept.items()}
+    return {path: kept[owner] for path, owner in state.get("owners", {}).items()}
+
+
+def remember(sketches, inputs, size):
+    """The sketches of some layers with a task's inputs added.
+
+    Args:
+        sketches: by path, of earlier inputs; a path may be missing. inputs: `Inputs`.
+        size: of a new sketch.
+    Returns:
+        New sketches by path; layers that read one input share one.
+    """
+    found = {}
+    for first, moment in inputs.moments():
+        old = sketches.get(first) or InputSketch(size)
+        found[first] = InputSketch(old.size, old.rows, old.total)
+        found[first].add(moment)
+    return {path: found[first] for path, first in inputs.leader.items()}
+
+
 def leading(moment, size, iterations=12):
     """The largest eigenvalues [k] of a symmetric matrix [D, D], in descending order, and their
     vectors [D, k], k = min(size, D)."""

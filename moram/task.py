@@ -6,19 +6,13 @@ kept out of them. Projecting out what earlier inputs occupy is gradient projecti
 (Saha et al., ICLR 2021, arXiv 2103.09762), here for keys and not for gradients.
 """
 
-import warnings
 from contextlib import contextmanager
 
 import torch
 
+from .guard import Fresh, guards
 from .inject import adapters, grow_banks, parameters, warn_uncalled
-from .sketch import Inputs, InputSketch
-from .wrappers import listed
-
-# Above it, a layer's new inputs lie in the protected directions, and rounding would be amplified.
-MAX_GAIN = 100.0
-# With less of the new inputs' energy left outside, a layer has next to nothing to learn in.
-MIN_LEFT = 0.01
+from .sketch import Inputs, remember
 
 
 @contextmanager
@@ -128,55 +122,24 @@ def _check_sketches(found):
             )
 
 
-@torch.no_grad()
 def _guard(found, inputs):
     """Keep the new keys of banks that have sketches out of their directions from now on."""
-    guards, little = {}, {}
-    for first, moment in inputs.moments():
-        for path, adapter in found.items():
-            if inputs.leader[path] == first and adapter.bank.sketch is not None:
-                *guards[path], left = _guard_of(adapter, moment)
-                if left < MIN_LEFT:
-                    little[path] = f"{path} ({len(guards[path][0])} directions, {left:.2%})"
-    if little:
-        warnings.warn(
-            "protected directions leave next to nothing to learn in; of the new inputs' energy is "
-            f"outside them: {listed([*little.values()], 4)}; lower protect or protect_size",
-            stacklevel=4,
-        )
+    fresh = {}
+    for path, adapter in found.items():
+        bank, config = adapter.bank, adapter.config
+        if bank.sketch is not None:
+            rows, frozen = bank.current_keys, bank.segments()[0]
+            settings = (config.protect, config.protect_strength)
+            fresh[path] = Fresh(rows, frozen, bank.sketch, *settings)
     # Not before the last pass: guarded keys change what deeper layers see.
-    for path, guard in guards.items():
+    for path, guard in guards(fresh, inputs).items():
         found[path].bank.guard_keys(*guard)
-
-
-def _guard_of(adapter, moment):
-    """(basis, gain) for an adapter's current keys, and the part of the inputs' energy, whose moment
-    is given, that lies outside the basis."""
-    bank, config = adapter.bank, adapter.config
-    basis = bank.sketch.basis(config.protect).to(bank.current_keys.device)
-    rows = basis.to(moment)
-    inside = ((rows @ moment) * rows).sum() / moment.trace().clamp_min(1e-30)
-    keys = bank.current_keys.to(basis.dtype)
-    keys = keys - (keys @ basis.T) @ basis
-    old = _rms_scores(bank.segments()[0], moment).mean()
-    new = _rms_scores(keys, moment).mean().clamp_min(1e-12)
-    gain = min(MAX_GAIN, float(config.protect_strength * old / new))
-    return basis, gain, max(0.0, float(1 - inside))
-
-
-def _rms_scores(keys, moment):
-    """sqrt(k^T C k) for each key: the root mean square of its scores on inputs of moment C."""
-    keys = keys.to(moment.dtype)
-    return ((keys @ moment) * keys).sum(1).clamp_min(0).sqrt()
 
 
 @torch.no_grad()
 def _remember(found, inputs):
-    """Add the moments of a task's inputs to the sketches; layers with one input share one."""
-    sketches = {}
-    for first, moment in inputs.moments():
-        old = found[first].bank.sketch or InputSketch(found[first].config.protect_size)
-        sketches[first] = InputSketch(old.size, old.rows, old.total)
-        sketches[first].add(moment)
-    for path, adapter in found.items():
-        adapter.bank.sketch = sketches[inputs.leader[path]]
+    """Add the moments of a task's inputs to the sketches."""
+    size = next(iter(found.values())).config.protect_size
+    old = {path: a.bank.sketch for path, a in found.items() if a.bank.sketch is not None}
+    for path, sketch in remember(old, inputs, size).items():
+        found[path].bank.sketch = sketch

@@ -12,7 +12,8 @@ class StackedLoRALinear(LoRALinear):
     """base(x) + (alpha / rank) (sum_t B_t A_t x + B A x), all tasks' factors or those of one.
 
     `lora_A`, `lora_B` are the current task's and the only parameters; `frozen_A` [T, rank, D] and
-    `frozen_B` [T, O, rank] hold the T earlier tasks'.
+    `frozen_B` [T, O, rank] hold the T earlier tasks'. Under a `guard` the current A acts as that
+    says, and is trained so; it is not part of `adapter_state`, and `fold` ends it.
 
     Args:
         base_layer, rank, alpha, dropout, dtype, generator: see `LoRALinear`.
@@ -27,6 +28,8 @@ class StackedLoRALinear(LoRALinear):
         self.separate = separate
         # The task whose factors act if they act alone; None = the current one.
         self.selected = None
+        # A `Guard` or None.
+        self.guard = None
         self.register_buffer("frozen_A", self.lora_A.new_empty(0, *self.lora_A.shape))
         self.register_buffer("frozen_B", self.lora_B.new_empty(0, *self.lora_B.shape))
 
@@ -35,9 +38,21 @@ class StackedLoRALinear(LoRALinear):
         """Earlier tasks whose factors are kept."""
         return self.frozen_A.shape[0]
 
+    def acting_A(self):
+        """The current A as it acts, [rank, D]."""
+        return self.lora_A if self.guard is None else self.guard.acting(self.lora_A)
+
+    @torch.no_grad()
+    def fold(self):
+        """End the guard; the output stays what it was."""
+        self.lora_A.copy_(self.acting_A())
+        self.guard = None
+
     @changes_parameters
     def grow(self, generator=None):
         """Freeze the current factors and start the next task's: A drawn anew, B zero."""
+        if self.guard is not None:
+            self.fold()
         down, up = self.lora_A.detach(), self.lora_B.detach()
         self.frozen_A = torch.cat([self.frozen_A, down.unsqueeze(0)])
         self.frozen_B = torch.cat([self.frozen_B, up.unsqueeze(0)])
@@ -49,14 +64,14 @@ class StackedLoRALinear(LoRALinear):
         base = self.base_layer(x)
         x = self.dropped(x)
         if not self.separate:
-            update = F.linear(F.linear(x, self.lora_A), self.lora_B)
+            update = F.linear(F.linear(x, self.acting_A()), self.lora_B)
             if self.num_frozen:
                 update = update + F.linear(
                     F.linear(x, self.frozen_A.flatten(0, 1)),
                     self.frozen_B.transpose(0, 1).flatten(1),
                 )
         elif self.selected is None or self.selected == self.num_frozen:
-            update = F.linear(F.linear(x, self.lora_A), self.lora_B)
+            update = F.linear(F.linear(x, self.acting_A()), self.lora_B)
         elif self.selected < self.num_frozen:
             down, up = self.frozen_A[self.selected], self.frozen_B[self.selected]
             update = F.linear(F.linear(x, down), up)

@@ -5,8 +5,10 @@ from .codyra import CoDyRA
 from .ewc import EWC
 from .hide_lora import HiDeLoRA
 from .in_context import InContext
+from .inf_lora import InfLoRA
 from .joint import JointLoRA
 from .lora import SequentialLoRA
+from .lora_stack import LoRAStack
 from .moe_adapters import MoEAdapters
 from .moe_lora import MoELoRA
 from .moram import MoRAM
@@ -25,7 +27,9 @@ __all__ = [
     "CoDyRA",
     "HiDeLoRA",
     "InContext",
+    "InfLoRA",
     "JointLoRA",
+    "LoRAStack",
     "Method",
     "MoEAdapters",
     "MoELoRA",

@@ -6,7 +6,7 @@ import torch
 
 from ..config import MoRAMConfig
 from ..inject import adapters, inject
-from ..sketch import InputSketch
+from ..sketch import pack_sketches, unpack_sketches
 from ..task import begin_task, end_task
 from .base import Method
 
@@ -38,40 +38,33 @@ class MoRAM(Method):
         for bank in self._banks().values():
             # Whoever begins the next task has learned the one before.
             bank.learned = index > 0
-        begin_task(model, partial(_pass_over, stage, self.config), generator=self.generator)
+        begin_task(model, self._pass_over(stage), generator=self.generator)
 
     def end_task(self, model, index, stage):
-        end_task(model, partial(_pass_over, stage, self.config))
+        end_task(model, self._pass_over(stage))
 
     def state_dict(self):
         state, banks = super().state_dict(), self._banks()
         state["learned"] = {path: bank.learned for path, bank in banks.items()}
         if self.config.protect is not None:
-            # Layers that read one input share a sketch, which is kept once.
-            owners, kept = {}, {p: b.sketch for p, b in banks.items() if b.sketch is not None}
-            state["owners"] = {p: owners.setdefault(id(s), p) for p, s in kept.items()}
-            state["sketches"] = {p: [kept[p].rows, kept[p].total] for p in owners.values()}
+            state |= pack_sketches({p: b.sketch for p, b in banks.items() if b.sketch is not None})
             guards = {p: b.guard for p, b in banks.items() if b.guard is not None}
             state["guards"] = {p: list(guard) for p, guard in guards.items()}
         return state
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        size, kept = self.config.protect_size, state.get("sketches", {})
-        sketches = {path: InputSketch(size, *parts) for path, parts in kept.items()}
+        sketches = unpack_sketches(state, self.config.protect_size)
         for path, bank in self._banks().items():
             bank.learned = state["learned"][path]
-            bank.sketch = sketches.get(state.get("owners", {}).get(path))
+            bank.sketch = sketches.get(path)
             bank.guard = None
             if path in state.get("guards", {}):
                 basis, gain = state["guards"][path]
                 bank.guard_keys(basis.to(bank.current_keys.device), gain)
 
+    def _pass_over(self, stage):
+        return partial(stage.pass_over, self.config.protect_examples)
+
     def _banks(self):
         return {path: adapter.bank for path, adapter in adapters(self.model).items()}
-
-
-def _pass_over(stage, config):
-    """Run a stage's first examples through the model."""
-    for _ in stage.losses(config.protect_examples):
-        pass

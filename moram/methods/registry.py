@@ -9,8 +9,10 @@ from .codyra import CoDyRA
 from .ewc import EWC
 from .hide_lora import HiDeLoRA
 from .in_context import InContext
+from .inf_lora import InfLoRA
 from .joint import JointLoRA
 from .lora import SequentialLoRA
+from .lora_stack import LoRAStack
 from .moe_adapters import MoEAdapters
 from .moe_lora import MoELoRA
 from .moram import MoRAM
@@ -24,6 +26,8 @@ METHODS = {
     "moram": MoRAM,
     "lora": SequentialLoRA,
     "o-lora": OLoRA,
+    "inf-lora": InfLoRA,
+    "lora-stack": LoRAStack,
     "tree-lora": TreeLoRA,
     "hide-lora": HiDeLoRA,
     "ewc": EWC,

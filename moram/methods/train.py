@@ -115,6 +115,11 @@ class Stage:
             yield loss / max(1, tokens), len(rows)
         self.model.train(was_training)
 
+    def pass_over(self, limit=None):
+        """Run the model on what `losses` passes over, for what hooks on its modules see."""
+        for _ in self.losses(limit):
+            pass
+
     def rows(self, count):
         """Which examples `losses` passes over, if it is to be so many: the first."""
         return torch.arange(count)

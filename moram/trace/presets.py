@@ -27,6 +27,8 @@ _PAPER = {
     # Published for full parameters at 1e-5; on LoRA, at LoRA's rate.
     "ewc": {"lr": 1e-4, "epochs": {**_EWC_EPOCHS, "*": 1}, "method_args": {"alpha": 32}},
     # Not part of that comparison: as sequential LoRA.
+    "inf-lora": _LORA,
+    "lora-stack": _LORA,
     "moe-lora": _LORA,
     "codyra": _LORA,
     "task-lora": _LORA,

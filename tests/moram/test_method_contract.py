@@ -20,6 +20,9 @@ CASES = {
     "moram": ("moram", MORAM),
     "lora": ("lora", {}),
     "o-lora": ("o-lora", {"lambda2": 0.01}),
+    "inf-lora": ("inf-lora", {"epsilon": 0.7, "end": 0.8}),
+    "lora-stack": ("lora-stack", {}),
+    "lora-stack-protected": ("lora-stack", {"protect": 0.9, "protect_size": 6}),
     "tree-lora": ("tree-lora", {}),
     "hide-lora": ("hide-lora", {}),
     "ewc": ("ewc", {"gamma": 0.9}),
@@ -30,6 +33,7 @@ CASES = {
     "joint": ("joint", {}),
 }
 RANK = 4
+STACKS = ("o-lora", "inf-lora", "lora-stack", "lora-stack-protected", "task-lora")
 SHORT = replace(SETTINGS, epochs=2)
 every_case = pytest.mark.parametrize("case", CASES)
 # 2 layers of q, k, v and o: 8 modules, 32 inputs each, A has 4 rows.
@@ -128,16 +132,14 @@ def kept_rows(case, state, scale):
         return [state["frozen_A"], state["frozen_B"].T]
     else:
         new, old = [state["lora_A"], state["lora_B"]], [state["frozen_A"], state["frozen_B"]]
-        if case in ("o-lora", "task-lora"):
+        if case in STACKS:
             new = [t.unsqueeze(0) for t in new]
         if case == "moe-lora-frozen-router":
             new, old = [*new, state["router"]], [*old, state["frozen_router"]]
     return [torch.cat(pair) for pair in zip(old, new, strict=True)]
 
 
-@pytest.mark.parametrize(
-    "case", ["moram", "o-lora", "moe-lora", "moe-lora-frozen-router", "codyra", "task-lora"]
-)
+@pytest.mark.parametrize("case", ["moram", *STACKS, "moe-lora", "moe-lora-frozen-router", "codyra"])
 def test_what_a_task_left_frozen_is_bitwise_unchanged_by_later_tasks(case):
     model, method, ends = language_model(), build(case), []
 
@@ -163,6 +165,9 @@ def test_equal_seeds_give_equal_runs(case):
         ends.append(states(learn(method, language_model(), stages_of(method))))
     assert_equal(ends[0], ends[1])
     path = next(iter(ends[0]))
+    if case == "inf-lora":
+        # It draws nothing: its A is computed, its B starts at zero.
+        return
     assert any(not torch.equal(ends[2][path][n], t) for n, t in ends[0][path].items())
 
 
@@ -222,7 +227,7 @@ def test_a_model_scored_twice_gives_the_same_logits(case):
     assert torch.equal(first, second)
 
 
-def expected_bytes(case, model, tasks):
+def expected_bytes(case, model, method, tasks):
     """By hand: what is stored after some tasks, each number in 4 bytes."""
     if case == "codyra":
         numbers = sum(
@@ -237,7 +242,14 @@ def expected_bytes(case, model, tasks):
     if case == "tree-lora":
         # One A a finished task; visits and distances of this task's bandit, 8 bytes each.
         return one + 4 * A_NUMBERS * tasks + 2 * 8 * MODULES * (tasks - 1)
-    grown = {"moram": 0, "o-lora": 0, "task-lora": 0}
+    if case == "lora-stack-protected":
+        # In each of 2 layers one sketch for q, k and v and one for o: 6 rows of 32 and a number.
+        return tasks * one + 4 * 4 * (6 * 32 + 1)
+    if case == "inf-lora":
+        rows = [len(memory.rows) for memory in method.memories.values()]
+        assert len(rows) == 4 and all(0 < count <= 16 for count in rows)
+        return tasks * one + 4 * 32 * sum(rows)
+    grown = {"moram": 0, "o-lora": 0, "lora-stack": 0, "task-lora": 0}
     # A row of 32 per expert and module.
     grown |= {"moe-lora": 2 * 32 * MODULES * 4, "moe-lora-frozen-router": 32 * MODULES * 4}
     return tasks * (one + grown[case]) if case in grown else one
@@ -248,7 +260,7 @@ def test_stored_bytes_grow_as_stated(case):
     model, method, seen = language_model(), build(case), []
 
     def note(index, *_):
-        seen.append((method.stored_bytes(model), expected_bytes(case, model, index + 1)))
+        seen.append((method.stored_bytes(model), expected_bytes(case, model, method, index + 1)))
 
     learn(method, model, stages_of(method, 3), note=note)
     assert len(seen) == len(method.stages(3))
@@ -262,6 +274,8 @@ def test_each_task_trains_as_many_parameters_as_lora_plus_what_is_stated(case):
         "moe-lora": [2 * n * 32 * MODULES for n in (1, 2, 3)],
         "moe-lora-frozen-router": [32 * MODULES] * 3,
         "codyra": [RANK * MODULES] * 3,
+        # A is computed.
+        "inf-lora": [-A_NUMBERS] * 3,
     }
     model, method, seen = language_model(), build(case), []
     data = stages_of(method, 3)

@@ -84,9 +84,13 @@ def test_ten_kills_at_random_points_end_in_the_same_r(inputs, tmp_path):
     assert_same_end(out, whole)
 
 
-@pytest.mark.parametrize("method", ["moram", "lora", "o-lora", "ewc", "tree-lora", "moe-lora"])
+@pytest.mark.parametrize(
+    "method", ["moram", "lora", "o-lora", "inf-lora", "lora-stack", "ewc", "tree-lora", "moe-lora"]
+)
 def test_a_stop_in_the_second_task_goes_on_to_the_same_end(inputs, tmp_path, method):
     changes = PROTECTED if method == "moram" else {}
+    if method == "lora-stack":
+        changes = {"method_args": {"protect": 0.9}}
     whole, out = tmp_path / "whole", tmp_path / "stopped"
     run_trace(settings_for(*inputs, whole, method, dropout=0.1, **changes))
     asked = []

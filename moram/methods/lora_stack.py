@@ -1,0 +1,97 @@
+"""One LoRA a task, all summed: what O-LoRA is without its penalty, and what can be protected."""
+
+from functools import partial
+
+from ..config import MoRAMConfig
+from ..guard import Fresh, Guard, guards
+from ..layers import StackedLoRALinear
+from ..sketch import Inputs, pack_sketches, remember, unpack_sketches
+from .lora import LoRAMethod
+
+
+class LoRAStack(LoRAMethod):
+    """A new LoRA per task beside the frozen earlier ones; all of them act, weighted alike.
+
+    With `protect` set it is this project's addition, that of `moram.task`, for LoRA: the rows of a
+    task's A are kept out of the directions of earlier tasks' inputs, by the same sketches, gains
+    and settings as the keys of MoRAM. What is left to compare is a sum of all tasks' updates
+    against a choice. Needs no task id. Stores one LoRA per task, and with protect the sketches.
+
+    Args:
+        rank, alpha, targets, exclude, seed, dropout: see `LoRAMethod`.
+        protect, protect_size, protect_examples, protect_strength: see `MoRAMConfig`.
+    """
+
+    layer = StackedLoRALinear
+
+    def __init__(
+        self,
+        rank=8,
+        alpha=None,
+        targets="auto",
+        exclude=(),
+        seed=0,
+        dropout=0.0,
+        protect=None,
+        protect_size=256,
+        protect_examples=80,
+        protect_strength=0.5,
+    ):
+        super().__init__(rank, alpha, targets, exclude, seed, dropout)
+        # Its checks are theirs.
+        MoRAMConfig(
+            protect=protect,
+            protect_size=protect_size,
+            protect_examples=protect_examples,
+            protect_strength=protect_strength,
+        )
+        self.protect, self.protect_size = protect, protect_size
+        self.protect_examples, self.protect_strength = protect_examples, protect_strength
+        self.sketches = {}
+
+    @property
+    def name(self):
+        """The name that tables show."""
+        return "LoRA stack" if self.protect is None else "LoRA stack, protected"
+
+    def setup(self, model):
+        super().setup(model)
+        self.model = model
+
+    def begin_task(self, model, index, stage):
+        if not index:
+            return
+        layers, fresh = self.layers(model), {}
+        for path, layer in layers.items():
+            layer.grow(self.generator)
+            if self.protect is not None:
+                sketch = self.sketches[path]
+                settings = (self.protect, self.protect_strength)
+                fresh[path] = Fresh(layer.lora_A, layer.frozen_A.flatten(0, 1), sketch, *settings)
+        for path, guard in guards(fresh, self._inputs(model, stage)).items() if fresh else ():
+            layers[path].guard = guard
+
+    def end_task(self, model, index, stage):
+        for layer in self.layers(model).values():
+            layer.fold()
+        if self.protect is not None:
+            inputs = self._inputs(model, stage)
+            self.sketches = remember(self.sketches, inputs, self.protect_size)
+
+    def state_dict(self):
+        held = {path: layer.guard for path, layer in self.layers(self.model).items()}
+        held = {path: list(guard) for path, guard in held.items() if guard is not None}
+        return super().state_dict() | pack_sketches(self.sketches) | {"guards": held}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.sketches = unpack_sketches(state, self.protect_size)
+        for path, layer in self.layers(self.model).items():
+            held = state["guards"].get(path)
+            layer.guard = None
+            if held is not None:
+                layer.guard = Guard(held[0].to(layer.lora_A.device), held[1])
+
+    def _inputs(self, model, stage):
+        run = partial(stage.pass_over, self.protect_examples)
+        return Inputs(model, self.layers(model), run)
