@@ -57,19 +57,22 @@ def guards(fresh, inputs):
         `Guard` by path. With the gain, the root mean square of a fresh row's score on the new
         inputs is strength times the mean of the frozen ones', but it is at most `MAX_GAIN`.
     """
+    bases = {p: new.sketch.basis(new.energy).to(new.rows.device) for p, new in fresh.items()}
+    readers = {}
+    for path, new in fresh.items():
+        rows = kept_out(new.rows.to(bases[path].dtype), bases[path])
+        readers[path] = torch.cat([new.frozen.to(rows), rows, bases[path]])
     found, little = {}, {}
-    for first, moment in inputs.moments():
-        for path, layer in fresh.items():
-            if inputs.leader[path] == first:
-                basis = layer.sketch.basis(layer.energy).to(layer.rows.device)
-                old = _rms_scores(layer.frozen, moment).mean()
-                new = _rms_scores(kept_out(layer.rows.to(basis.dtype), basis), moment).mean()
-                gain = min(MAX_GAIN, float(layer.strength * old / new.clamp_min(1e-12)))
-                found[path] = Guard(basis, gain)
-                inside = _rms_scores(basis, moment).square().sum()
-                left = max(0.0, float(1 - inside / moment.trace().clamp_min(1e-30)))
-                if left < MIN_LEFT:
-                    little[path] = f"{path} ({len(basis)} directions, {left:.2%})"
+    measured = inputs.mean_squares(readers)
+    for path, new in fresh.items():
+        basis, (squares, energy) = bases[path], measured[path]
+        sizes = (len(new.frozen), len(new.rows), len(basis))
+        old, fresh_squares, inside = squares.split(sizes)
+        score = fresh_squares.sqrt().mean().clamp_min(1e-12)
+        found[path] = Guard(basis, min(MAX_GAIN, float(new.strength * old.sqrt().mean() / score)))
+        left = max(0.0, float(1 - inside.sum() / energy.clamp_min(1e-30)))
+        if left < MIN_LEFT:
+            little[path] = f"{path} ({len(basis)} directions, {left:.2%})"
     if little:
         warnings.warn(
             "protected directions leave next to nothing to learn in; of the new inputs' energy is "
@@ -77,9 +80,3 @@ def guards(fresh, inputs):
             stacklevel=7,
         )
     return found
-
-
-def _rms_scores(rows, moment):
-    """sqrt(k^T C k) for each row: the root mean square of its scores on inputs of moment C."""
-    rows = rows.to(moment)
-    return ((rows @ moment) * rows).sum(1).clamp_min(0).sqrt()

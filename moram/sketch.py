@@ -139,8 +139,31 @@ class Inputs:
             self._check(sums)
             left = {p: a for p, a in left.items() if self.leader[p] == p and p not in sums}
             for path in tuple(sums):
-                total, count = sums.pop(path)
-                yield path, total.div_(count)
+                moment = sums.pop(path)
+                yield path, moment.total.div_(moment.count)
+
+    def mean_squares(self, readers):
+        """What some rows read from the inputs, in one pass.
+
+        Args:
+            readers: rows [n, D] by path, of some adapters or none.
+        Returns:
+            By path (mean (r x)^2 of each row r [n], mean x^2 summed over the features).
+        Raises:
+            ValueError: as for `moments`.
+        """
+        sums = {}
+
+        def note(path, rows):
+            if path not in sums:
+                dtype = torch.promote_types(rows.dtype, torch.float32)
+                sums[path] = _Squares(readers.get(path, rows[:0]).to(rows.device, dtype))
+            sums[path].add(rows)
+
+        self._pass(self.found, note)
+        self._sum_up(sums)
+        self._check(sums)
+        return {p: (s.total[:-1] / s.count, s.total[-1] / s.count) for p, s in sums.items()}
 
     def _check(self, sums):
         missed = [path for path in self.found if path not in self.leader]
@@ -149,59 +172,63 @@ class Inputs:
                 f"batches must reach every adapter, got none to {listed(missed)}; leave what they "
                 "do not reach out with exclude"
             )
-        empty = [path for path, (_, count) in sums.items() if not count]
+        empty = [path for path, found in sums.items() if not found.count]
         if empty:
             raise ValueError(f"batches must hold more than padding, got no place for {empty[0]}")
 
     def _sums(self, found):
-        """[sum of x x^T, count] of the leaders among `found`, as many as fit."""
+        """`_Moment` of the leaders among `found`, as many as fit."""
         sums, size = {}, 0
 
         def note(path, rows):
             nonlocal size
+            if self.leader[path] != path:
+                return
             more = 4 * self.found[path].in_features ** 2
             if path not in sums:
                 if sums and size + more > PASS_BYTES:
                     return
                 size += more
-                dtype = torch.promote_types(rows.dtype, torch.float32)
-                sums[path] = [rows.new_zeros(rows.shape[1], rows.shape[1], dtype=dtype), 0]
-            rows = rows.to(sums[path][0].dtype)
-            sums[path][0].addmm_(rows.T, rows)
-            sums[path][1] += len(rows)
+                sums[path] = _Moment(rows)
+            sums[path].add(rows)
 
         self._pass(found, note)
-        processes = Processes()
-        for total in sums.values():
-            count = total[0].new_tensor([float(total[1])])
-            processes.sum([total[0], count])
-            total[1] = float(count)
+        for moment in sums.values():
+            moment.flush()
+        self._sum_up(sums)
         return sums
+
+    @staticmethod
+    def _sum_up(sums):
+        """Add up what the processes saw."""
+        processes = Processes()
+        for found in sums.values():
+            count = found.total.new_tensor([float(found.count)])
+            processes.sum([found.total, count])
+            found.count = float(count)
 
     @torch.no_grad()
     def _pass(self, found, note):
-        """Run the batches through the model; note(path, rows that count) for every input that no
-        other adapter's call just gave."""
+        """Run the batches through the model; note(path, rows that count) for every adapter's input,
+        first for its leader's."""
         paths = {adapter: path for path, adapter in found.items()}
-        self._last = (None, None)
+        self._last = (None, None, None)
 
         def see(adapter, arguments):
             x, path = arguments[0], paths[adapter]
-            seen, first = self._last
-            if x is seen:
-                self.leader[path] = first
-                return
-            self._last = (x, path)
-            self.leader[path] = path
-            mask = self._mask
-            whole = mask is None or mask.shape != x.shape[:-1]
-            note(path, x.flatten(0, -2) if whole else x[mask.to(x.device)])
+            if x is not self._last[0]:
+                mask = self._mask
+                whole = mask is None or mask.shape != x.shape[:-1]
+                rows = x.flatten(0, -2) if whole else x[mask.to(x.device)]
+                self._last = (x, path, rows)
+            self.leader[path] = self._last[1]
+            note(path, self._last[2])
 
         def see_mask(_, arguments, named):
             given = named.get("attention_mask")
             if self.mask_of is None:
                 self._mask = None if given is None or given.dim() != 2 else given.bool()
-            self._last = (None, None)
+            self._last = (None, None, None)
 
         with ExitStack() as stack:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -229,6 +256,40 @@ class Inputs:
                 break
         if not done:
             raise ValueError("batches must hold at least one batch, got none")
+
+
+class _Moment:
+    """A sum of x x^T, taken of many rows at once: with few, the product is several times slower."""
+
+    def __init__(self, rows):
+        width, dtype = rows.shape[1], torch.promote_types(rows.dtype, torch.float32)
+        self.total, self.count = rows.new_zeros(width, width, dtype=dtype), 0
+        self.waiting = []
+
+    def add(self, rows):
+        self.waiting.append(rows)
+        self.count += len(rows)
+        if sum(map(len, self.waiting)) >= self.total.shape[0] / 2:
+            self.flush()
+
+    def flush(self):
+        if self.waiting:
+            rows = torch.cat(self.waiting).to(self.total.dtype)
+            self.total.addmm_(rows.T, rows)
+            self.waiting = []
+
+
+class _Squares:
+    """Sums of (r x)^2 for some rows r, and of x^2 over the features at the end."""
+
+    def __init__(self, readers):
+        self.readers, self.total, self.count = readers, readers.new_zeros(len(readers) + 1), 0
+
+    def add(self, rows):
+        rows = rows.to(self.readers.dtype)
+        self.total[:-1] += (rows @ self.readers.T).square().sum(0)
+        self.total[-1] += rows.square().sum()
+        self.count += len(rows)
 
 
 def checked(batches):
