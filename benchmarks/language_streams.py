@@ -31,6 +31,8 @@ METHODS = {
     "moe-lora": ("moe-lora", {}),
     "tree-lora": ("tree-lora", {}),
     "moram-protected": ("moram", {"method_args.protect": 0.95}),
+    "inf-lora": ("inf-lora", {}),
+    "lora-stack-protected": ("lora-stack", {"method_args.protect": 0.95}),
 }
 # The same three rates for every method, on the first two tasks, scored on held-out training data.
 RATES = (1e-3, 2e-3, 3e-3)

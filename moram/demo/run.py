@@ -2,9 +2,12 @@
 
 import json
 import shutil
+import signal
 import time
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -68,7 +71,7 @@ def run_demo(settings, log=print):
     """
     started = time.perf_counter()
     # Whatever can be missing is asked for before the minutes of work, not after them.
-    from ..trace.run import answers_of, run_trace
+    from ..trace.run import answers_of
     from .plot import plot_results
 
     out = Path(settings.out)
@@ -85,23 +88,21 @@ def run_demo(settings, log=print):
     name = NAME if settings.model is None else str(settings.model)
     plans = {method: replace(plan, model=str(folder)) for method, plan in plans.items()}
     threads = settings.threads or torch.get_num_threads()
+    plans = {method: replace(plan, **_padding(dtype)) for method, plan in plans.items()}
     log(f"model: {name}, {dtype}, {threads} CPU threads")
     results = {"model": name, "tasks": list(settings.tasks), "methods": {}}
     plain = {k: v for k, v in vars(settings).items() if not isinstance(v, Path)}
     results["settings"] = plain | {"dtype": str(dtype), "threads": threads}
-    cached, untrained = {}, None
-    for plan in plans.values():
-        _start_anew(Path(plan.out))
-        found = run_trace(plan, log, cached=cached)
-        untrained = untrained or found["untrained"]
-        costs = found["costs"]
+    cached = {}
+    for method, found in _learn(plans, cached, threads, log).items():
         results["methods"][found["name"]] = {
             "matrix": found["matrix"],
-            "trained": [cost["trained"] for cost in costs],
-            "seconds": [cost["seconds"] for cost in costs],
-            "lr": plan.lr,
+            "trained": [cost["trained"] for cost in found["costs"]],
+            "seconds": [cost["seconds"] for cost in found["costs"]],
+            "lr": plans[method].lr,
         }
-        results |= {"untrained": untrained, "majority": found["majority"]}
+        results["untrained"] = results.get("untrained") or found["untrained"]
+        results["majority"] = found["majority"]
     plan = plans["moram"]
     model, texts, encoder = answers_of(plan, Path(plan.out) / "adapters", cached)
     results["firing"] = firing(model, encoder, settings)
@@ -145,6 +146,56 @@ def _trace_settings(settings, method):
     if method == "moram":
         changes["method_args"] = {"protect": settings.protect or None}
     return make_settings("demo", method=method, changes=[changes])
+
+
+def _padding(dtype):
+    """Padding costs work; in bfloat16, a CPU compiles a kernel for every length."""
+    return {"pad_multiple": 16 if dtype is torch.bfloat16 else 1}
+
+
+def _learn(plans, cached, threads, log):
+    """The results of both runs, by method.
+
+    On a CPU they run side by side with half of the threads each: the products of one step are too
+    small to be shared well.
+    """
+    from ..trace.run import keep_states, run_trace
+
+    for plan in plans.values():
+        _start_anew(Path(plan.out))
+    first, second = METHODS
+    if threads < 2 or torch.cuda.is_available():
+        return {method: run_trace(plans[method], log, cached=cached) for method in METHODS}
+    for method in METHODS:
+        # Fewer threads for the rest, also for the reload.
+        plans[method] = replace(plans[method], threads=threads // 2)
+    if plans[first].cache_prefix:
+        keep_states(replace(plans[first], threads=threads), cached, log)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "states.pt"
+        torch.save(cached, path)
+        arguments = (replace(plans[first], quiet=True), path)
+        # It ends with this process.
+        other = get_context("spawn").Process(target=_learn_beside, args=arguments, daemon=True)
+        other.start()
+        found = run_trace(plans[second], log, cached=cached)
+        log(f"waiting for {first}")
+        other.join()
+    if other.exitcode:
+        raise RuntimeError(
+            f"the run of {first} failed, see above; its folder is {plans[first].out}"
+        )
+    text = (Path(plans[first].out) / "results.json").read_text(encoding="utf-8")
+    return {first: json.loads(text), second: found}
+
+
+def _learn_beside(plan, path):
+    """What another process does; it writes its results."""
+    from ..trace.run import run_trace
+
+    # Ctrl-C ends the first process, and this one with it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    run_trace(plan, cached=torch.load(path))
 
 
 def _start_anew(folder):

@@ -193,3 +193,8 @@ class Encoder:
 def _spaced(prompt, answer):
     """The answer with a space before it, where the prompt ends in none."""
     return answer if prompt[-1:].isspace() else f" {answer}"
+
+
+def by_length(rows):
+    """The places of examples, short ones first: batches of equal lengths need little padding."""
+    return sorted(range(len(rows)), key=rows.length)

@@ -16,9 +16,8 @@ from ..harness.files import read_json, write_json, write_text
 from ..harness.run import CONFIG, RESULTS
 from ..harness.settings import EXAMPLES
 from ..inspection import find_adapter, inspect_atoms, token_atoms
-from .encode import Encoder
+from .encode import Encoder, by_length
 from .model import load
-from .predict import by_length
 from .report import markdown
 from .settings import SPLITS, TraceSettings
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import torch
 
 from ..continual.scoring import IGNORED, answer_logits
+from .encode import by_length
 
 _AS_WRITTEN = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 
@@ -118,8 +119,3 @@ def _batches(rows, settings, processes):
     mine = processes.share(order)
     for start in range(0, len(mine), settings.eval_batch):
         yield mine[start : start + settings.eval_batch]
-
-
-def by_length(rows):
-    """The places of examples, short ones first: batches of equal lengths need little padding."""
-    return sorted(range(len(rows)), key=rows.length)

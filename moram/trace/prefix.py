@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..continual.scoring import answer_logits
-from .encode import Rows
+from .encode import Rows, by_length
 
 FAMILIES = ("llama", "qwen2")
 
@@ -79,7 +79,7 @@ class Prefix:
     @torch.no_grad()
     def cache(self, rows, batch_size, step=lambda count: None):
         """The states [L, D] of each example of `Rows`, for `CachedRows`; in eval mode."""
-        inner, states = self.model.model, []
+        inner, states = self.model.model, [None] * len(rows)
         device = next(self.model.parameters()).device
         seen = []
         hook = inner.layers[self.first].register_forward_pre_hook(
@@ -89,11 +89,11 @@ class Prefix:
         whole = inner.layers
         inner.layers = nn.ModuleList(list(whole)[: self.first + 1])
         try:
-            for part in torch.arange(len(rows)).split(batch_size):
+            for part in torch.tensor(by_length(rows), dtype=torch.long).split(batch_size):
                 ids, mask, _ = rows.batch(part)
                 inner(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
                 for state, row in zip(seen.pop(), part.tolist(), strict=True):
-                    states.append(state[-len(rows.ids[row]) :].clone())
+                    states[row] = state[-len(rows.ids[row]) :].clone()
                 step(len(part))
         finally:
             inner.layers = whole

@@ -80,7 +80,7 @@ _DEMO = {
         "first_layer": 24,
         "epochs": 3,
         "max_prompt": 48,
-        "pad_multiple": 16,
+        "pad_multiple": 1,
         "full_matrix": True,
         "untrained": True,
     },

@@ -44,14 +44,25 @@ def answers_of(settings, folder, cached=None):
     Returns:
         (the model, a list of answers a task, the run's `Encoder`).
     """
-    run = _make(settings, lambda line: None, lambda: False, cached)
-    run.plan = run.make_plan()
-    run.method, run.stream = run.plan.method, run.plan.stream
-    run.load()
+    run = _bare(settings, lambda line: None, cached)
     checkpoint.load(run.model, folder)
     run.made()
     run.progress = SimpleNamespace(answered=lambda count: None)
     return run.model, [run.answer(i) for i in range(len(run.stream))], run.encoder
+
+
+def keep_states(settings, cached, log=print):
+    """Add to `cached` the hidden states that a run with cache_prefix will ask for."""
+    _bare(settings, log, cached).made()
+
+
+def _bare(settings, log, cached):
+    """A run whose model is loaded and has no adapters."""
+    run = _make(settings, log, lambda: False, cached)
+    run.plan = run.make_plan()
+    run.method, run.stream = run.plan.method, run.plan.stream
+    run.load()
+    return run
 
 
 def _make(settings, log, stop, cached):

@@ -31,8 +31,10 @@ def arguments(tmp_path):
     return ["demo", *(text for k, v in flags.items() for text in (f"--{k}", str(v)))]
 
 
-def test_the_demo_learns_reports_saves_and_draws(arguments, tmp_path, capsys):
-    assert main(arguments) == 0
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_demo_learns_reports_saves_and_draws(arguments, tmp_path, capsys, threads):
+    # With two threads, both methods learn side by side.
+    assert main([*arguments, "--threads", str(threads)]) == 0
     printed = capsys.readouterr().out
     out = tmp_path / "out"
     results = json.loads((out / "results.json").read_text())
@@ -89,6 +91,14 @@ def test_a_reload_that_answers_otherwise_is_reported(arguments, tmp_path, monkey
     assert "otherwise" in capsys.readouterr().err
     # What was measured before is not lost.
     assert "matrix" in (tmp_path / "out" / "results.json").read_text()
+
+
+def test_a_run_that_fails_beside_the_other_ends_the_demo(arguments, tmp_path, capsys):
+    # The first method's folder is a file: its process cannot begin.
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "lora").write_text("")
+    assert main([*arguments, "--threads", "2"]) == 1
+    assert "the run of lora failed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
