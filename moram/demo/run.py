@@ -52,9 +52,9 @@ class DemoSettings:
     protect: float = 0.95
     lr: float = 3e-3
     lora_lr: float = 2e-3
-    first_layer: int = 24
-    epochs: int = 3
-    batch_size: int = 4
+    first_layer: int = 20
+    epochs: int = 2
+    batch_size: int = 2
     seed: int = 0
     threads: int | None = None
     dtype: str = "auto"
