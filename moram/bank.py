@@ -157,14 +157,15 @@ class AtomBank(nn.Module):
 
     def acting_keys(self):
         """The current keys as they act, [C, D]."""
-        if self.guard is None:
-            return self.current_keys
-        return self.guard.acting(self.current_keys)
+        return self._acted(self.current_keys)
+
+    def _acted(self, keys):
+        return keys if self.guard is None else self.guard.acting(keys)
 
     @changes_parameters
     def fold_keys(self):
         """End `guard_keys`; the output stays what it was."""
-        copy_into(self.current_keys, whole(self.acting_keys()))
+        copy_into(self.current_keys, self._acted(whole(self.current_keys)))
         self.guard = None
 
     @changes_parameters
@@ -235,7 +236,7 @@ class AtomBank(nn.Module):
         live, total = self.num_frozen, self.num_atoms
         if total > self.capacity:
             self.reserve(max(total, 2 * self.capacity))
-        self.frozen_keys[live:total] = whole(self.acting_keys())
+        self.frozen_keys[live:total] = self._acted(whole(self.current_keys))
         self.frozen_values[live:total] = whole(self.scaled_values())
         self._set_live(total)
         self.guard = None

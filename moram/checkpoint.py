@@ -32,7 +32,7 @@ from .saved_protection import (
     tensor_name,
     write_protection,
 )
-from .sharded import copy_into, whole
+from .sharded import copy_into, reshard, whole
 from .wrappers import plain_names, plain_paths, unwrapped
 
 SKETCH_DTYPES = ("float32", "bfloat16")
@@ -200,6 +200,7 @@ def load(model, directory):
             which layer and which size. The model is left untouched.
     """
     about, tensors, config = _read(Path(directory) / WEIGHTS)
+    reshard(model)
     packed = dict(model.named_modules(remove_duplicate=False))
     try:
         _split_like(model, about["layers"])

@@ -14,6 +14,7 @@ from .models import split_attention
 from .models.heads import fresh_heads
 from .models.open_clip import settle_encoders
 from .optimizers import watch
+from .sharded import reshard
 from .targets import find_targets, resolve_targets
 from .wrappers import listed, unwrapped
 
@@ -219,6 +220,7 @@ def grow(model, n=None, *, generator=None):
 
 def grow_banks(model, found, n=None, generator=None):
     """`grow` for some of a model's adapters, by path."""
+    reshard(model)
     note_beside(model)
 
     def change():

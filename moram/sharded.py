@@ -19,3 +19,12 @@ def copy_into(parameter, tensor):
 def is_managed(parameter):
     """Whether a sharding library holds a parameter, so that no other may take its place."""
     return hasattr(parameter, "full_tensor") or hasattr(parameter, "_fsdp_flattened")
+
+
+def reshard(model):
+    """Put back what `fully_shard` has gathered: after a forward pass without a backward one, the
+    root's parameters stay whole, and what is written to them is lost."""
+    for module in model.modules():
+        # FSDPModule, without importing what may not be there.
+        if hasattr(module, "unshard") and hasattr(module, "reshard"):
+            module.reshard()

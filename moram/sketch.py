@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from .processes import Processes
+from .sharded import reshard
 from .wrappers import inner_name, listed, unwrapped
 
 # Moments that are measured in one pass take this many bytes at most, if more than one: with the
@@ -234,6 +235,7 @@ class Inputs:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(in_eval_mode(self.model))
             stack.callback(self._forget)
+            stack.callback(reshard, self.model)
             for adapter in paths:
                 stack.callback(adapter.register_forward_pre_hook(see).remove)
             inner = unwrapped(self.model)

@@ -12,6 +12,7 @@ import torch
 
 from .guard import Fresh, guards
 from .inject import adapters, grow_banks, parameters, warn_uncalled
+from .sharded import reshard, whole
 from .sketch import Inputs, remember
 
 
@@ -67,6 +68,7 @@ def begin_task(model, batches=None, *, n=None, mask=None, protect=None, generato
     found = adapters(model)
     if not found:
         raise ValueError("model has no MoRAM adapters; call moram.inject(model, config) first")
+    reshard(model)
     guarded = _guarded(found, protect)
     is_open = any(adapter.bank.guard is not None for adapter in found.values())
     inputs = None
@@ -84,6 +86,7 @@ def begin_task(model, batches=None, *, n=None, mask=None, protect=None, generato
 
 def end_task(model, batches=None, *, mask=None, protect=None):
     """What leaving `task` does."""
+    reshard(model)
     found = adapters(model)
     for adapter in found.values():
         if adapter.bank.guard is not None:
@@ -128,7 +131,7 @@ def _guard(found, inputs):
     for path, adapter in found.items():
         bank, config = adapter.bank, adapter.config
         if bank.sketch is not None:
-            rows, frozen = bank.current_keys, bank.segments()[0]
+            rows, frozen = whole(bank.current_keys), bank.segments()[0]
             settings = (config.protect, config.protect_strength)
             fresh[path] = Fresh(rows, frozen, bank.sketch, *settings)
     # Not before the last pass: guarded keys change what deeper layers see.

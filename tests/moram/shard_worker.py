@@ -7,6 +7,7 @@ from torch import nn
 
 import moram
 from moram import adapters
+from moram.sharded import whole
 
 X = torch.linspace(-1, 1, 32).reshape(4, 8)
 
@@ -31,8 +32,10 @@ def step(model):
 
 
 def next_task(model):
-    """A step, a task boundary, another step."""
+    """A step, a look at the model, a task boundary, another step."""
     step(model)
+    with torch.no_grad():
+        model(X)
     moram.grow(model, generator=torch.Generator().manual_seed(5))
     step(model)
 
@@ -59,6 +62,8 @@ def shard(rank, folder):
     other = learner(seed=3)
     fully_shard(other, mesh=mesh)
     dist.barrier()
+    with torch.no_grad():
+        other(X)
     moram.load(other, f"{folder}/sharded")
     grown = said(lambda: moram.grow(other, 3))
     kept = learner()
@@ -73,6 +78,53 @@ def shard(rank, folder):
         "grown": grown,
         "kept": kept(X).detach(),
     }
+
+
+def batches(task):
+    """A task's batches; every process takes every other one."""
+    generator = torch.Generator().manual_seed(20 + task)
+    return [torch.randn(4, 8, generator=generator) * (1 + task) for _ in range(4)]
+
+
+def protect(model, share=slice(None)):
+    """Two tasks of one step over all batches; returns what the banks hold, and an open guard."""
+    for task in range(2):
+        mine = batches(task)[share]
+        with moram.task(model, mine, generator=torch.Generator().manual_seed(5)) as atoms:
+            optimizer = torch.optim.SGD(atoms, lr=0.1)
+            torch.stack([model(x).square().mean() for x in mine]).mean().backward()
+            optimizer.step()
+            guards = [adapter.bank.guard for adapter in adapters(model).values()]
+            gains = [None if guard is None else guard.gain for guard in guards]
+    found = {"gains": gains, "output": model(X).detach()}
+    for path, adapter in adapters(model).items():
+        rows = adapter.bank.sketch.rows
+        found[path] = [rows.T @ rows, adapter.bank.sketch.total, whole(adapter.bank.current_keys)]
+    return found
+
+
+def protected_learner():
+    """An `Mlp` whose new keys will be protected."""
+    model = Mlp()
+    config = small_config(targets=("up", "down"), protect=0.7, protect_size=4, value_scale=8.0)
+    moram.inject(model, config, generator=torch.Generator().manual_seed(0))
+    return model
+
+
+def protected_ddp(rank, folder):
+    """Learn under protection with DistributedDataParallel around the model."""
+    wrapped = nn.parallel.DistributedDataParallel(protected_learner())
+    return protect(wrapped, slice(rank, None, 2))
+
+
+def protected_shards(rank, folder):
+    """Learn under protection with base and adapters cut up by `fully_shard`."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = protected_learner()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    return protect(model, slice(rank, None, 2))
 
 
 def flat(rank, folder):
