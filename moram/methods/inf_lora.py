@@ -24,9 +24,9 @@ class InfLoRA(LoRAMethod):
     A changes nothing for inputs within M. Of M and its complement the smaller one is kept (dual
     memory). Needs no task id. Stores one LoRA per task and the memory.
 
-    The length is that of LoRA's initial rows, as in the authors' code; the paper leaves it open. A
-    row for which no direction is left is zero. The authors' code squares the eigenvalues once more
-    before it compares them with eps_t, and so keeps fewer directions; this follows the paper.
+    The length is that of LoRA's initial rows, as in the authors' code. A row for which no direction
+    is left is zero. That code compares sums of squared eigenvalues with eps_t and so keeps fewer
+    directions; here it is the inputs' energy, as in gradient projection memory (arXiv 2103.09762).
 
     Args:
         rank, alpha, targets, exclude, seed, dropout: see `LoRAMethod`.
