@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import NamedTuple
 
 from ._version import __version__
@@ -116,11 +117,29 @@ def _add_settings_arguments(add, presets, settings):
     )
     add("--out", help="folder for everything the run writes; the same command goes on in it")
     add("--quiet", action="store_true", default=None, help="no bar and no lines")
+    add("--settings", action="store_true", help="say what every setting is, and run nothing")
+
+
+def _show_settings(arguments, kind, presets):
+    """Print every setting, with what the preset and the method of the command line make of it."""
+    from .config import MoRAMConfig
+    from .harness.describe import describe
+    from .methods.registry import accepted_arguments
+    from .methods.train import TrainSettings
+
+    preset, method = arguments.preset or "paper", arguments.method or "moram"
+    related, width = (TrainSettings, MoRAMConfig), min(get_terminal_size().columns, 100)
+    print(describe(kind, presets, preset, method, related=related, width=width))
+    print(f"\nmethod_args of {method}: {', '.join(accepted_arguments(method)) or 'none'}")
+    return 0
 
 
 def _run_trace(arguments, parser):
+    from .trace.settings import PRESETS, TraceSettings, make_settings
+
+    if arguments.settings:
+        return _show_settings(arguments, TraceSettings, PRESETS)
     from .trace.run import run_trace
-    from .trace.settings import make_settings
 
     names = ("model", "data", "tasks", "suite", "order", "method", "out", "full_matrix", "quiet")
     settings = _read_settings(arguments, names, "tasks", make_settings)
@@ -203,8 +222,11 @@ def _run_xtail(arguments, parser):
         named = arguments.named
         named = None if named is None else [n.strip() for n in named.split(",") if n.strip()]
         return int(check_data(arguments.folder, named, arguments.images) > 0)
+    from .xtail.settings import PRESETS, XtailSettings, make_settings
+
+    if arguments.settings:
+        return _show_settings(arguments, XtailSettings, PRESETS)
     from .xtail.run import run_xtail
-    from .xtail.settings import make_settings
 
     names = ("backbone", "pretrained", "data_dir", "datasets", "method", "shots", "out")
     names += ("skip_bad", "quiet")
