@@ -1,6 +1,7 @@
 """The command `moram`: reads arguments, calls the library. Nothing else does."""
 
 import argparse
+import json
 import signal
 import sys
 from collections.abc import Callable
@@ -278,6 +279,18 @@ def _run_inspect(arguments, parser):
     return 0
 
 
+def _add_env_arguments(parser):
+    parser.add_argument("--json", action="store_true", help="the same for programs")
+
+
+def _run_env(arguments, parser):
+    from .environment import environment, to_text
+
+    found = environment()
+    print(json.dumps(found, indent=2) if arguments.json else "\n".join(to_text(found)))
+    return 0
+
+
 class Command(NamedTuple):
     """One word behind `moram`.
 
@@ -318,5 +331,10 @@ COMMANDS = {
         "which atoms fire for which task, in a finished run of moram trace",
         _add_inspect_arguments,
         _run_inspect,
+    ),
+    "env": Command(
+        "versions, processor, devices and backends that run here, for a bug report",
+        _add_env_arguments,
+        _run_env,
     ),
 }

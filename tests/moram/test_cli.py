@@ -1,5 +1,6 @@
 """The command `moram` itself: its help, its version. What its words do is tested with them."""
 
+import argparse
 import subprocess
 import sys
 
@@ -51,9 +52,12 @@ def test_help_lists_every_command_with_what_it_does(capsys):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_a_help_of_its_own(capsys, name):
-    said = printed(capsys, name, "--help")
-    assert said.startswith(f"usage: moram {name} [-h]") and said.count("\n  ") >= 3
+def test_every_command_says_what_its_arguments_are(capsys, name):
+    assert printed(capsys, name, "--help").startswith(f"usage: moram {name} [-h]")
+    parser = argparse.ArgumentParser()
+    COMMANDS[name].add_arguments(parser)
+    arguments = [a for a in parser._actions if not isinstance(a, argparse._SubParsersAction)]
+    assert [a.dest for a in arguments if not a.help] == [] and len(arguments) > 1
 
 
 def test_the_methods_that_help_offers_are_those_that_fit(capsys):
