@@ -1,4 +1,5 @@
-# Two commands: `make demo` and `make test`. Each sets up everything it needs, once.
+# Two commands: `make demo` and `make test`. Each sets up everything it needs, once. `make` alone
+# says what there is, because everything else installs gigabytes first.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 OUT ?= out
@@ -12,49 +13,54 @@ OLDEST := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRU
 	MKL_CBWR=COMPATIBLE OPENBLAS_CORETYPE=Nehalem \
 	NPY_DISABLE_CPU_FEATURES="X86_V3 X86_V4 AVX512_ICL AVX512_SPR"
 
+.PHONY: help
+help: ## this list
+	@echo "make TARGET [ARGS=...] [VENV=$(VENV)] [OUT=$(OUT)] [CONSTRAINTS=]"
+	@sed -nE 's/^([a-z]+):.*## (.*)/  \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+
 .PHONY: demo test portable lint bench clean plain interpreted parity traffic gate launches opcheck
 
-demo: $(VENV)/.demo
+demo: $(VENV)/.demo ## a small language model learns three tasks in a row; results in OUT/demo
 	$(BIN)/moram demo --out $(OUT)/demo $(ARGS)
 
 # Two processes, because Triton decides at its import whether it interprets kernels.
-test: $(VENV)/.dev lint
+test: $(VENV)/.dev lint ## lint and every test: what CI runs
 	$(MAKE) --no-print-directory -j2 -Otarget plain interpreted
 
 # Both processes as the oldest CPUs run them, which round otherwise than this one.
-portable: $(VENV)/.dev
+portable: $(VENV)/.dev ## every test, with the instructions of the oldest CPUs alone
 	$(OLDEST) $(MAKE) --no-print-directory -j2 -Otarget plain interpreted
 
-plain: $(VENV)/.dev
+plain: $(VENV)/.dev ## the tests but those of interpreted kernels; ARGS goes to pytest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
 
-interpreted: $(VENV)/.dev
+interpreted: $(VENV)/.dev ## the tests of kernels, in Triton's interpreter
 	$(INTERPRETED)
 
 # The five checks of the kernels that need no GPU, one by one.
 INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/interpreted
 
-parity: $(VENV)/.dev
+parity: $(VENV)/.dev ## of the interpreted tests: kernels and operator against a float64 oracle
 	$(INTERPRETED)/test_interpreted_*.py tests/interpreted/test_shared_inputs.py
 
-traffic: $(VENV)/.dev
+traffic: $(VENV)/.dev ## of the interpreted tests: bytes read and written, counted
 	$(INTERPRETED)/test_traffic.py tests/interpreted/test_traffic_backward.py
 
 # Every shipped configuration for every target; `make test` compiles a part of them.
-gate: $(VENV)/.dev
+gate: $(VENV)/.dev ## compile every shipped configuration for every target; ARGS=--update records
 	$(BIN)/python tests/compile_gate/gate.py $(ARGS)
 
-launches: $(VENV)/.dev
+launches: $(VENV)/.dev ## of the interpreted tests: how many launches each path takes
 	$(INTERPRETED)/test_launches.py
 
-opcheck: $(VENV)/.dev
+opcheck: $(VENV)/.dev ## of the interpreted tests: torch.library.opcheck, determinism
 	$(INTERPRETED)/test_ops.py tests/interpreted/test_bits.py
 
-lint: $(VENV)/.dev
+lint: $(VENV)/.dev ## ruff check and ruff format --check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/.dev
+bench: $(VENV)/.dev ## time the layers on this machine; ARGS goes to benchmarks/throughput.py
 	$(BIN)/python benchmarks/throughput.py $(ARGS)
 
 $(VENV)/.demo: setup.py tests/constraints.txt
@@ -66,5 +72,5 @@ $(VENV)/.dev: $(VENV)/.demo
 	$(BIN)/python -m pip install $(CONSTRAINTS) -e ".[dev]"
 	touch $@
 
-clean:
+clean: ## remove the environment, results and builds
 	rm -rf $(VENV) $(OUT) build *.egg-info

@@ -1,14 +1,21 @@
 """Packaging. tests/constraints.txt has the versions that the test suite runs on."""
 
 from pathlib import Path
+from runpy import run_path
 
 from setuptools import find_packages, setup
 
+ROOT = Path(__file__).parent
+
 setup(
     name="moram",
-    version="0.1.0",
+    # Run and not imported: what the package needs is not installed yet.
+    version=run_path(str(ROOT / "moram" / "_version.py"))["__version__"],
+    author="MoRAM contributors",
+    # The paper of the method.
+    url="https://arxiv.org/abs/2506.21035",
     description="Continual learning with incremental mixtures of rank-1 associative memory experts",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -1,10 +1,16 @@
 """The command `moram`: reads arguments, calls the library. Nothing else does."""
 
 import argparse
+import json
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from shutil import get_terminal_size
+from typing import NamedTuple
+
+from ._version import __version__
 
 # Shells report a program that Ctrl-C ended so.
 INTERRUPTED = 130
@@ -19,46 +25,25 @@ def main(argv=None):
 
 
 def _main(argv):
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="moram", description="Continual learning with MoRAM.")
+    parser.add_argument("--version", action="version", version=f"moram {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser(
-        "demo", help="teach a small language model several tasks in a row, on the CPU"
-    )
-    _add_demo_arguments(demo)
-    trace = commands.add_parser(
-        "trace", help="learn a stream of language tasks with one method and score it (TRACE)"
-    )
-    _add_trace_arguments(trace)
-    xtail = commands.add_parser(
-        "xtail", help="learn a stream of image domains with one method and score it (X-TAIL)"
-    )
-    _add_xtail_arguments(xtail)
-    table = commands.add_parser(
-        "table", help="one table of several finished runs of moram trace or moram xtail"
-    )
-    table.add_argument("runs", nargs="+", type=Path, help="folders that one of them wrote")
-    table.add_argument("--out", type=Path, required=True, help="folder for the tables")
-    inspect = commands.add_parser(
-        "inspect", help="which atoms fire for which task, in a finished run of moram trace"
-    )
-    _add_inspect_arguments(inspect)
+    for name, command in COMMANDS.items():
+        subparser = commands.add_parser(name, help=command.help)
+        # What the others take is not asked for, and may take long to say.
+        if name in argv:
+            command.add_arguments(subparser)
     arguments = parser.parse_args(argv)
-    run = {
-        "demo": _run_demo,
-        "trace": _run_trace,
-        "xtail": _run_xtail,
-        "table": _run_table,
-        "inspect": _run_inspect,
-    }[arguments.command]
+    name, command = arguments.command, COMMANDS[arguments.command]
     try:
-        return run(arguments, commands.choices[arguments.command])
+        return command.run(arguments, commands.choices[name])
     except ImportError as error:
-        extra = arguments.command if arguments.command in ("demo", "xtail") else "trace"
-        advice = f"install it with: pip install 'moram[{extra}]'"
-        print(f"moram {arguments.command}: {error}; {advice}", file=sys.stderr)
+        advice = f"install it with: pip install 'moram[{command.extra}]'"
+        print(f"moram {name}: {error}; {advice}", file=sys.stderr)
     except (OSError, TypeError, ValueError, RuntimeError) as error:
         # Libraries write errors over several lines.
-        print(f"moram {arguments.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"moram {name}: {' '.join(str(error).split())}", file=sys.stderr)
     return 1
 
 
@@ -103,7 +88,7 @@ def _run_demo(arguments, parser):
 
 
 def _add_trace_arguments(parser):
-    from .methods.registry import METHODS
+    from .methods.registry import ENTRIES
     from .trace.presets import PRESETS
     from .trace.protocol import SUITES
 
@@ -113,7 +98,7 @@ def _add_trace_arguments(parser):
     add("--tasks", help="names of the tasks, in order, separated by commas (default: the suite's)")
     add("--suite", choices=SUITES, help="trace, or the 4 and 15 task classification streams")
     add("--order", type=int, help="1-3 of suite standard, 4-6 of suite large")
-    methods = [name for name, method in METHODS.items() if method.needs != "clip"]
+    methods = [name for name, method in ENTRIES.items() if method.needs != "clip"]
     add("--method", choices=methods, help="what learns (default: moram)")
     _add_settings_arguments(add, PRESETS, "moram.trace.settings.TraceSettings")
     add("--full-matrix", action="store_true", default=None, help="score unlearned tasks too")
@@ -133,11 +118,29 @@ def _add_settings_arguments(add, presets, settings):
     )
     add("--out", help="folder for everything the run writes; the same command goes on in it")
     add("--quiet", action="store_true", default=None, help="no bar and no lines")
+    add("--settings", action="store_true", help="say what every setting is, and run nothing")
+
+
+def _show_settings(arguments, kind, presets):
+    """Print every setting, with what the preset and the method of the command line make of it."""
+    from .config import MoRAMConfig
+    from .harness.describe import describe
+    from .methods.registry import accepted_arguments
+    from .methods.train import TrainSettings
+
+    preset, method = arguments.preset or "paper", arguments.method or "moram"
+    related, width = (TrainSettings, MoRAMConfig), min(get_terminal_size().columns, 100)
+    print(describe(kind, presets, preset, method, related=related, width=width))
+    print(f"\nmethod_args of {method}: {', '.join(accepted_arguments(method)) or 'none'}")
+    return 0
 
 
 def _run_trace(arguments, parser):
+    from .trace.settings import PRESETS, TraceSettings, make_settings
+
+    if arguments.settings:
+        return _show_settings(arguments, TraceSettings, PRESETS)
     from .trace.run import run_trace
-    from .trace.settings import make_settings
 
     names = ("model", "data", "tasks", "suite", "order", "method", "out", "full_matrix", "quiet")
     settings = _read_settings(arguments, names, "tasks", make_settings)
@@ -187,12 +190,11 @@ def _until_stopped(command, run):
 
 
 def _add_xtail_arguments(parser):
-    from .methods.registry import METHODS
-    from .xtail.catalog import XTAIL
+    from .methods.registry import ENTRIES
+    from .xtail.catalog import REAL, SMALL, XTAIL
     from .xtail.presets import PRESETS
-    from .xtail.small import REAL, SMALL
 
-    methods = [n for n, m in METHODS.items() if m.needs != "language" and not m.needs_task_id]
+    methods = [n for n, m in ENTRIES.items() if m.needs != "language" and not m.needs_task_id]
     parser.epilog = (
         f"Datasets of their own names: {', '.join(XTAIL)}, cifar100; drawn or small ones: "
         f"{', '.join((*SMALL, *REAL))}; any other name is a folder NAME/{{train,test}}/CLASS in "
@@ -221,13 +223,21 @@ def _run_xtail(arguments, parser):
         named = arguments.named
         named = None if named is None else [n.strip() for n in named.split(",") if n.strip()]
         return int(check_data(arguments.folder, named, arguments.images) > 0)
+    from .xtail.settings import PRESETS, XtailSettings, make_settings
+
+    if arguments.settings:
+        return _show_settings(arguments, XtailSettings, PRESETS)
     from .xtail.run import run_xtail
-    from .xtail.settings import make_settings
 
     names = ("backbone", "pretrained", "data_dir", "datasets", "method", "shots", "out")
     names += ("skip_bad", "quiet")
     settings = _read_settings(arguments, names, "datasets", make_settings)
     return _until_stopped("xtail", lambda stop: run_xtail(settings, stop=stop))
+
+
+def _add_table_arguments(parser):
+    parser.add_argument("runs", nargs="+", type=Path, help="folders that one of them wrote")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the tables")
 
 
 def _run_table(arguments, parser):
@@ -246,13 +256,11 @@ def _run_table(arguments, parser):
 
 
 def _add_inspect_arguments(parser):
-    from .trace.settings import SPLITS
-
     add = parser.add_argument
     add("run", type=Path, help="folder that moram trace wrote with method moram")
     add("--data", type=Path, help="folder in TRACE's format (default: the run's)")
     add("--tasks", help="whose inputs to look at, separated by commas (default: all of the run)")
-    add("--split", choices=SPLITS, default="test", help="which examples (default: test)")
+    add("--split", default="test", help="which examples: train, eval or test (default: test)")
     add("--limit", type=int, default=32, help="at most so many examples a task (default: 32)")
     add("--last", type=int, metavar="N", help="only the last N tokens of each (default: all)")
     add("--adapter", help="path of the adapter to draw (default: that separates the tasks best)")
@@ -269,3 +277,64 @@ def _run_inspect(arguments, parser):
     tasks = None if tasks is None else tuple(name for name in tasks.split(",") if name)
     inspect_run(tasks=tasks, **given)
     return 0
+
+
+def _add_env_arguments(parser):
+    parser.add_argument("--json", action="store_true", help="the same for programs")
+
+
+def _run_env(arguments, parser):
+    from .environment import environment, to_text
+
+    found = environment()
+    print(json.dumps(found, indent=2) if arguments.json else "\n".join(to_text(found)))
+    return 0
+
+
+class Command(NamedTuple):
+    """One word behind `moram`.
+
+    help: one line. add_arguments: function from a parser. run: function from the arguments and the
+    parser to an exit status. extra: of setup.py, that installs what the command needs.
+    """
+
+    help: str
+    add_arguments: Callable
+    run: Callable
+    extra: str = "trace"
+
+
+COMMANDS = {
+    "demo": Command(
+        "teach a small language model several tasks in a row, on the CPU",
+        _add_demo_arguments,
+        _run_demo,
+        "demo",
+    ),
+    "trace": Command(
+        "learn a stream of language tasks with one method and score it (TRACE)",
+        _add_trace_arguments,
+        _run_trace,
+    ),
+    "xtail": Command(
+        "learn a stream of image domains with one method and score it (X-TAIL)",
+        _add_xtail_arguments,
+        _run_xtail,
+        "xtail",
+    ),
+    "table": Command(
+        "one table of several finished runs of moram trace or moram xtail",
+        _add_table_arguments,
+        _run_table,
+    ),
+    "inspect": Command(
+        "which atoms fire for which task, in a finished run of moram trace",
+        _add_inspect_arguments,
+        _run_inspect,
+    ),
+    "env": Command(
+        "versions, processor, devices and backends that run here, for a bug report",
+        _add_env_arguments,
+        _run_env,
+    ),
+}

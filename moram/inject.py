@@ -95,7 +95,13 @@ def _share_inputs(model):
 
 @changes_parameters
 def inject_with(model, targets, exclude, wrap):
-    """`inject` for any kind of adapter: wrap(linear) returns the `AdapterLinear` to use."""
+    """`inject` for any kind of adapter.
+
+    Args:
+        model: any `nn.Module`. targets, exclude: as in `MoRAMConfig`.
+        wrap: function from a Linear to the `AdapterLinear` to use in its place.
+    Returns, Raises: as `inject`.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     preset = resolve_targets(model, targets)
@@ -219,7 +225,11 @@ def grow(model, n=None, *, generator=None):
 
 
 def grow_banks(model, found, n=None, generator=None):
-    """`grow` for some of a model's adapters, by path."""
+    """`grow` for some of a model's adapters.
+
+    Args:
+        found: these adapters, by path. n, generator: as for `grow`.
+    """
     reshard(model)
     note_beside(model)
 

@@ -32,7 +32,13 @@ def write_protection(found, dtype, tensors):
 
 
 def restore_protection(model, about, tensors, actual):
-    """Inverse of `write_protection`."""
+    """Inverse of `write_protection`.
+
+    Args:
+        model: holds the adapters. tensors: those of the file, by name.
+        about: what the file says of its layers and, by path, of their protection.
+        actual: by path in the file, the adapter's path in the model.
+    """
     sketches = {}
     for path in about["layers"]:
         known = about.get("protection", {}).get(path, {})

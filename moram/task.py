@@ -64,7 +64,10 @@ def task(model, batches=None, *, n=None, mask=None, protect=None, generator=None
 
 
 def begin_task(model, batches=None, *, n=None, mask=None, protect=None, generator=None):
-    """What entering `task` does; returns the parameters to train."""
+    """What entering `task` does; returns the parameters to train.
+
+    Args, Raises: see `task`.
+    """
     found = adapters(model)
     if not found:
         raise ValueError("model has no MoRAM adapters; call moram.inject(model, config) first")
@@ -85,7 +88,10 @@ def begin_task(model, batches=None, *, n=None, mask=None, protect=None, generato
 
 
 def end_task(model, batches=None, *, mask=None, protect=None):
-    """What leaving `task` does."""
+    """What leaving `task` does.
+
+    Args, Raises: see `task`.
+    """
     reshard(model)
     found = adapters(model)
     for adapter in found.values():

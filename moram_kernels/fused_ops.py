@@ -59,7 +59,11 @@ def retrieve_triton(x, bank, residual, settings, training, num_frozen, precision
 
 
 def retrieve_linear_triton(x, weight, bias, bank, settings, training, precision, scores=None):
-    """x weight^T + bias + update, the base and the update in one output, for a frozen weight."""
+    """x weight^T + bias + update, the base and the update in one output, for a frozen weight.
+
+    Args: x, bank, settings and scores as for `retrieve_triton`; the rest as for
+        `moram_kernels.retrieve_linear`.
+    """
     leaves = (x, *bank[2:])
     if torch.is_grad_enabled() and any(t.requires_grad for t in leaves):
         return _RetrieveFused.apply(
@@ -139,9 +143,13 @@ class _RetrieveFused(torch.autograd.Function):
 
 
 def plan_for(x, bank, settings, training, precision, keep=None, result=None):
-    """The plan of a call with these tensors; training: whether a backward follows.
+    """The plan of a call with these tensors.
 
-    result: the dtype of the output or of its gradient, if it is not that of x.
+    Args:
+        x: rows [M, D]. bank: (keys, values, current_keys, current_values).
+        settings: (top_k, temperature, threshold, eps).
+        training: whether a backward follows. precision, keep: as for `plan`.
+        result: the dtype of the output or of its gradient, if it is not that of x.
     """
     keys, values, current_keys, _ = bank
     dtype = x.dtype if {x.dtype, result or x.dtype} == {keys.dtype} else torch.float32

@@ -52,7 +52,14 @@ def select_atoms(norm_scores, top_k):
 
 
 def mixture_weights(norm_scores, selected, activation, training=False):
-    """Softmax over the selected atoms; at inference, cut below the threshold."""
+    """Softmax over the selected atoms; at inference, cut below the threshold.
+
+    Args:
+        norm_scores: [..., N]. selected: bool [..., N]. activation: `SelfActivation`.
+        training: if true, the threshold is not applied.
+    Returns:
+        [..., N], >= 0, of sum 1 before the cut.
+    """
     logits = (norm_scores / activation.temperature).masked_fill(~selected, float("-inf"))
     weights = logits.softmax(dim=-1)
     if not training and activation.threshold > 0:

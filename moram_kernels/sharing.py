@@ -44,7 +44,11 @@ def shared_scores(x, banks, activation, *, training, backend="auto", precision="
 
 
 def pays(x, banks, plans, precision):
-    """Whether one product for all banks is modelled faster than one each."""
+    """Whether one product for all banks is modelled faster than one each.
+
+    Args:
+        x: rows [M, D]. banks, precision: as for `shared_scores`. plans: `Plan`, one a bank.
+    """
     if any(not plan.path.startswith("split") for plan in plans):
         return False
     itemsize = 2 if x.itemsize == banks[0][0].itemsize == 2 else 4

@@ -17,7 +17,12 @@ import moram
 
 
 def read(tokenizer, folder, split, most=112):
-    """The (prompt, answer) of each example as token ids; long prompts lose their beginning."""
+    """The (prompt, answer) of each example as token ids; long prompts lose their beginning.
+
+    Args:
+        tokenizer: the model's. folder: of the task. split: "train" or "test".
+        most: tokens of a prompt at most.
+    """
     rows = json.loads((Path(folder) / f"{split}.json").read_text(encoding="utf-8"))
     answers = [
         tokenizer(" " + row["answer"], add_special_tokens=False)["input_ids"] for row in rows
@@ -41,7 +46,16 @@ def batch(rows):
 
 
 def learn(model, stream, config, lr=3e-3, epochs=1, size=4, seed=0):
-    """Learn the tasks, each its (training, test) rows; returns R[t][i], task i's score after t."""
+    """Learn the tasks one after the other.
+
+    Args:
+        model: a causal language model, which is changed. config: `MoRAMConfig`.
+        stream: of each task, its (training, test) rows as `read` gives them.
+        lr: peak learning rate. epochs: passes over a task. size: examples a step.
+        seed: of the keys and of the order of examples.
+    Returns:
+        R[t][i], the score of task i after learning task t.
+    """
     generator, matrix = torch.Generator().manual_seed(seed), []
     moram.inject(model, config, generator=generator)
     for index, (train, _) in enumerate(stream):

@@ -40,7 +40,11 @@ class MoRAMLinear(AdapterLinear):
 
     @classmethod
     def from_linear(cls, linear, config=None, backend=None, *, generator=None):
-        """Wrap an existing Linear, also a quantised one, without copying it."""
+        """Wrap an existing Linear, also a quantised one, without copying it.
+
+        Args:
+            linear: the module to wrap. config, backend, generator: as for the class.
+        """
         layer = cls.__new__(cls)
         layer._setup(linear, config, backend, generator)
         return layer

@@ -1,25 +1,30 @@
 """Methods of continual learning, one file each, with the same hooks."""
 
-from .base import Method
-from .codyra import CoDyRA
-from .ewc import EWC
-from .hide_lora import HiDeLoRA
-from .in_context import InContext
-from .inf_lora import InfLoRA
-from .joint import JointLoRA
-from .lora import SequentialLoRA
-from .lora_stack import LoRAStack
-from .moe_adapters import MoEAdapters
-from .moe_lora import MoELoRA
-from .moram import MoRAM
-from .o_lora import OLoRA
-from .rail import RAILDual, RAILPrimal
-from .registry import METHODS, accepted_arguments, make_method
-from .stream import run_stream
-from .task_lora import TaskLoRA
-from .train import TrainSettings
-from .tree_lora import TreeLoRA
-from .zero_shot import ZeroShot
+from typing import TYPE_CHECKING
+
+from ..lazy import attach
+
+if TYPE_CHECKING:
+    from .base import Method
+    from .codyra import CoDyRA
+    from .ewc import EWC
+    from .hide_lora import HiDeLoRA
+    from .in_context import InContext
+    from .inf_lora import InfLoRA
+    from .joint import JointLoRA
+    from .lora import SequentialLoRA
+    from .lora_stack import LoRAStack
+    from .moe_adapters import MoEAdapters
+    from .moe_lora import MoELoRA
+    from .moram import MoRAM
+    from .o_lora import OLoRA
+    from .rail import RAILDual, RAILPrimal
+    from .registry import METHODS, accepted_arguments, make_method
+    from .stream import run_stream
+    from .task_lora import TaskLoRA
+    from .train import TrainSettings
+    from .tree_lora import TreeLoRA
+    from .zero_shot import ZeroShot
 
 __all__ = [
     "EWC",
@@ -46,3 +51,29 @@ __all__ = [
     "make_method",
     "run_stream",
 ]
+
+attach(
+    __name__,
+    {
+        "base": ("Method",),
+        "codyra": ("CoDyRA",),
+        "ewc": ("EWC",),
+        "hide_lora": ("HiDeLoRA",),
+        "in_context": ("InContext",),
+        "inf_lora": ("InfLoRA",),
+        "joint": ("JointLoRA",),
+        "lora": ("SequentialLoRA",),
+        "lora_stack": ("LoRAStack",),
+        "moe_adapters": ("MoEAdapters",),
+        "moe_lora": ("MoELoRA",),
+        "moram": ("MoRAM",),
+        "o_lora": ("OLoRA",),
+        "rail": ("RAILDual", "RAILPrimal"),
+        "registry": ("METHODS", "accepted_arguments", "make_method"),
+        "stream": ("run_stream",),
+        "task_lora": ("TaskLoRA",),
+        "train": ("TrainSettings",),
+        "tree_lora": ("TreeLoRA",),
+        "zero_shot": ("ZeroShot",),
+    },
+)

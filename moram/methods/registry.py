@@ -2,45 +2,64 @@
 
 import difflib
 import inspect
+from collections.abc import Mapping
 from dataclasses import fields
+from importlib import import_module
+from typing import NamedTuple
 
-from ..config import MoRAMConfig
-from .codyra import CoDyRA
-from .ewc import EWC
-from .hide_lora import HiDeLoRA
-from .in_context import InContext
-from .inf_lora import InfLoRA
-from .joint import JointLoRA
-from .lora import SequentialLoRA
-from .lora_stack import LoRAStack
-from .moe_adapters import MoEAdapters
-from .moe_lora import MoELoRA
-from .moram import MoRAM
-from .o_lora import OLoRA
-from .rail import RAILDual, RAILPrimal
-from .task_lora import TaskLoRA
-from .tree_lora import TreeLoRA
-from .zero_shot import ZeroShot
 
-METHODS = {
-    "moram": MoRAM,
-    "lora": SequentialLoRA,
-    "o-lora": OLoRA,
-    "inf-lora": InfLoRA,
-    "lora-stack": LoRAStack,
-    "tree-lora": TreeLoRA,
-    "hide-lora": HiDeLoRA,
-    "ewc": EWC,
-    "moe-lora": MoELoRA,
-    "moe-adapters": MoEAdapters,
-    "codyra": CoDyRA,
-    "rail-primal": RAILPrimal,
-    "rail-dual": RAILDual,
-    "task-lora": TaskLoRA,
-    "joint": JointLoRA,
-    "zero-shot": ZeroShot,
-    "in-context": InContext,
+class Entry(NamedTuple):
+    """Where a method is found, and for what, which command lines tell without importing it.
+
+    module: of this package. kind: its class there. needs, needs_task_id: as of the class, see
+    `moram.methods.base.Method`.
+    """
+
+    module: str
+    kind: str
+    needs: str | None = None
+    needs_task_id: bool = False
+
+
+ENTRIES = {
+    "moram": Entry("moram", "MoRAM"),
+    "lora": Entry("lora", "SequentialLoRA"),
+    "o-lora": Entry("o_lora", "OLoRA"),
+    "inf-lora": Entry("inf_lora", "InfLoRA"),
+    "lora-stack": Entry("lora_stack", "LoRAStack"),
+    "tree-lora": Entry("tree_lora", "TreeLoRA"),
+    "hide-lora": Entry("hide_lora", "HiDeLoRA"),
+    "ewc": Entry("ewc", "EWC"),
+    "moe-lora": Entry("moe_lora", "MoELoRA"),
+    "moe-adapters": Entry("moe_adapters", "MoEAdapters", needs="clip"),
+    "codyra": Entry("codyra", "CoDyRA"),
+    "rail-primal": Entry("rail", "RAILPrimal", needs="clip"),
+    "rail-dual": Entry("rail", "RAILDual", needs="clip"),
+    "task-lora": Entry("task_lora", "TaskLoRA", needs_task_id=True),
+    "joint": Entry("joint", "JointLoRA"),
+    "zero-shot": Entry("zero_shot", "ZeroShot"),
+    "in-context": Entry("in_context", "InContext", needs="language", needs_task_id=True),
 }
+
+
+class _Methods(Mapping):
+    """The classes, each imported when it is asked for."""
+
+    def __getitem__(self, name):
+        entry = ENTRIES[name]
+        return getattr(import_module(f"{__package__}.{entry.module}"), entry.kind)
+
+    def __contains__(self, name):
+        return name in ENTRIES
+
+    def __iter__(self):
+        return iter(ENTRIES)
+
+    def __len__(self):
+        return len(ENTRIES)
+
+
+METHODS = _Methods()
 
 
 def make_method(name, **arguments):
@@ -78,11 +97,15 @@ def accepted_arguments(name):
         return ()
     own = [p for p in inspect.signature(METHODS[name]).parameters if p != "config"]
     if name == "moram":
+        from ..config import MoRAMConfig
+
         own = ["rank", *(field.name for field in fields(MoRAMConfig)), *own]
     return tuple(own)
 
 
 def _make_moram(**arguments):
+    from ..config import MoRAMConfig
+
     if "rank" in arguments:
         if "atoms_per_task" in arguments:
             raise ValueError("rank and atoms_per_task are the same setting: give one of them")
@@ -92,7 +115,7 @@ def _make_moram(**arguments):
     names = {field.name for field in fields(MoRAMConfig)}
     settings = {k: v for k, v in arguments.items() if k in names}
     others = {k: v for k, v in arguments.items() if k not in names}
-    return MoRAM(MoRAMConfig(**settings), **others)
+    return METHODS["moram"](MoRAMConfig(**settings), **others)
 
 
 def _closest(name, names):

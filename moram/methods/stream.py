@@ -81,7 +81,12 @@ def num_examples(stream, settings, untrained=True):
 
 
 def score(model, data, settings, step=lambda count: None):
-    """Accuracy in percent on every task's test part, and the predictions."""
+    """Accuracy in percent on every task's test part, and the predictions.
+
+    Args:
+        data: as from `encode_stream`. settings: `TrainSettings`.
+        step: called with the number of examples answered since the last call.
+    """
     predictions = [predict(model, test, settings.batch_size, step) for _, test in data]
     pairs = zip(predictions, data, strict=True)
     return [exact_match(found, test) for found, (_, test) in pairs], predictions

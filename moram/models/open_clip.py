@@ -52,7 +52,12 @@ class SplitAttention(nn.Module):
         average_attn_weights=True,
         is_causal=False,
     ):
-        """Attention output and None, as `nn.MultiheadAttention` with need_weights=False."""
+        """Attention output and None, as `nn.MultiheadAttention` with need_weights=False.
+
+        Args: as of `nn.MultiheadAttention`; key and value may be None for query and key.
+        Raises:
+            ValueError: need_weights is true, or is_causal without attn_mask.
+        """
         if need_weights:
             raise ValueError("need_weights must be False: split attention returns no weights")
         if is_causal and attn_mask is None:

@@ -78,7 +78,10 @@ def _make(settings, log, stop, cached):
 
 
 class TraceRun(Run):
-    """See `run_trace`."""
+    """A run over language tasks.
+
+    Args: see `run_trace` and `Run`.
+    """
 
     summarise, report = staticmethod(summarise), staticmethod(write_report)
 

@@ -71,12 +71,15 @@ class TraceSettings:
         train_split: dict from task to the split it is trained on, where that is not "train".
         eval_split: what is scored: "test", "eval", or "held-out": the last `held_out` training
             examples, which are then not trained on. For choosing settings, where a data set's eval
-            and test files are the same.
+            and test files are the same. held_out: examples a task that "held-out" takes.
         train_limit, eval_limit: at most so many examples, the first.
         decoding: "generate" (greedy, KV cache) or "forced" (one pass over the true answer: whether
             greedy decoding would write it), a text or a dict by task as above.
-        max_new_tokens*, repetition_penalty, no_repeat_ngram: of "generate".
-        rouge, similarity: variants of these scores.
+        max_new_tokens*: of "generate", at most. repetition_penalty: of "generate", on tokens that
+            came before; 1 = none. no_repeat_ngram: of "generate", runs of so many tokens come at
+            most once; 0 = no limit.
+        rouge: "rouge" or "rouge_score", the package whose ROUGE-L is followed. similarity:
+            "difflib" or "rapidfuzz", likewise for Py150's edit similarity.
         full_matrix: score all tasks after each task, not the learned ones alone.
         untrained: also score the untouched model.
         eval_batch: examples scored at once, per process.

@@ -1,5 +1,7 @@
 """The published datasets of X-TAIL and MTIL: facts alone. Reading them is in datasets.py.
 
+And the names of those of the preset `small`, which are made or read in small.py.
+
 Names, order, templates and folders are those of the MoRAM, CoDyRA and RAIL repositories; folders,
 split files and origins those of CoOp's DATASETS.md. Numbers of images are from CoOp's paper and the
 datasets' pages and were not counted here: a difference is a note, a wrong number of classes an
@@ -47,6 +49,9 @@ XTAIL = (
     "sun397",
 )
 MTIL = (*XTAIL[:2], "cifar100", *XTAIL[2:])
+# Many classes first, as in X-TAIL: they are what the text loss is divided by.
+SMALL = ("symbols", "letters", "digits", "greek", "shapes", "textures")
+REAL = ("mnist10k", "animals", "vehicles")
 DEFAULT_TEMPLATE = "a photo of a {}."
 
 _VGG = "https://www.robots.ox.ac.uk/~vgg/data"

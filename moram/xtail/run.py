@@ -46,7 +46,10 @@ def run_xtail(settings, log=print, stop=lambda: False, clip=None):
 
 
 class XtailRun(Run):
-    """See `run_xtail`."""
+    """A run over image domains.
+
+    Args: see `run_xtail` and `Run`.
+    """
 
     summarise, report = staticmethod(summarise), staticmethod(write_report)
 

@@ -12,12 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from .catalog import REAL, SMALL
 from .domains import ArraySplit, Domain, to_rgb
 from .rendered import DIGITS, GREEK, LETTERS, ODD_FONTS, SHAPES, SYMBOLS, TEXTURES, Style, render
 
-# Many classes first, as in X-TAIL: they are what the text loss is divided by.
-SMALL = ("symbols", "letters", "digits", "greek", "shapes", "textures")
-REAL = ("mnist10k", "animals", "vehicles")
 # Images per class of a drawn domain.
 TRAIN, TEST = 24, 24
 

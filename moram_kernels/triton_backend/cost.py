@@ -128,7 +128,12 @@ def backward_times(device, shape, tiles=None):
 
 
 def gather(device, shape, width, passes):
-    """Reading the rows of top_k atoms a token; passes: bytes a token that only stream."""
+    """Seconds to read the rows of top_k atoms for each token.
+
+    Args:
+        device: as from `device_model`. shape: `Shape`. width: numbers in a row.
+        passes: bytes a token that only stream.
+    """
     moved = shape.tokens * min(shape.top_k, shape.atoms) * width * shape.itemsize
     near = shape.atoms * width * shape.itemsize < device.cache_bytes
     rate = device.cache * CACHE_SHARE if near else 1.6 * device.memory * MEMORY_SHARE

@@ -29,7 +29,11 @@ class Saved(NamedTuple):
 
 
 def new_saved(like, tokens, atoms, current, top_k, backward):
-    """Empty tensors of the sizes that a backward needs, on the device of another."""
+    """`Saved` of empty tensors of the sizes that a backward needs.
+
+    Args:
+        like: a tensor on the device. The rest as for `saved_shapes`.
+    """
     shapes = saved_shapes(tokens, atoms, current, top_k, backward)
     dtypes = (torch.int32, torch.float32, torch.float32, torch.float32)
     return Saved(*(like.new_empty(s, dtype=d) for s, d in zip(shapes, dtypes, strict=True)))
@@ -115,7 +119,12 @@ def _split(x, keys, values, residual, out, settings, threshold, saved, plan, pre
 
 
 def score(a, table, out, precision, config):
-    """out = a rows^T in float32, by the vendor's library where it can."""
+    """out = a rows^T in float32, by the vendor's library where it can.
+
+    Args:
+        a: [M, D]. table: `Table` of N rows of D numbers. out: float32 [M, N].
+        precision: of float32 products. config: the tile of the kernel.
+    """
     if table.whole is not None and launcher.can_multiply(a, table.whole):
         launcher.multiply(launcher.rows(a), table.whole.t(), out)
     else:
@@ -125,7 +134,12 @@ def score(a, table, out, precision, config):
 def aggregate(coefficients, table, residual, out, precision, config, unscale=None):
     """out = residual + coefficients times a table's rows, by the vendor's library where it can.
 
-    It cannot where unscale [M] multiplies the rows of float16 coefficients.
+    Args:
+        coefficients: [M, N]. table: `Table` of N rows of O numbers.
+        residual: [M, O] or None; may be out. out: [M, O].
+        precision: of float32 products. config: the tile of the kernel.
+        unscale: factors [M] of the rows of float16 coefficients, which the library does not know,
+            or None.
     """
     library = table.whole is not None and launcher.can_multiply(coefficients, table.whole)
     library = library and out.dtype == table.dtype and unscale is None

@@ -11,7 +11,12 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 
 def launch(kernel, grid, *args, **meta):
-    """Launch a kernel on the device of its first tensor."""
+    """Launch a kernel on the device of its first tensor.
+
+    Args:
+        kernel: of `triton.jit`. grid: number of programs along each axis.
+        args: its arguments, a tensor first. meta: its constants, warps and stages.
+    """
     device = args[0].device
     if interpreting() and meta.get("PRECISION", "ieee") not in _interpreted_precisions():
         # A way to use tensor cores, which Triton's interpreter refuses; its products are exact.
@@ -35,7 +40,11 @@ def multiply(left, right, out):
 
 
 def multiply_add(base, left, right, out):
-    """out = base + left right by the vendor's library; 16-bit operands only."""
+    """out = base + left right by the vendor's library.
+
+    Args:
+        base: [M, N]; may be out. left: [M, D]. right: [D, N]. out: [M, N]. All of one 16-bit dtype.
+    """
     torch.addmm(base, left, right, out=out)
 
 

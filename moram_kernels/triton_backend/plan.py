@@ -41,7 +41,10 @@ class Plan:
 
 
 def why_not_covered(atoms, top_k, dtype, precision="ieee"):
-    """Why no kernel covers a call, one sentence with the limits, or None."""
+    """Why no kernel covers a call, one sentence with the limits, or None.
+
+    Args: as for `plan`.
+    """
     if dtype not in DTYPES:
         return f"the kernels cover {', '.join(DTYPES)}, not {dtype}"
     if precision not in PRECISIONS:
@@ -55,7 +58,11 @@ def why_not_covered(atoms, top_k, dtype, precision="ieee"):
 
 
 def saved_shapes(tokens, atoms, current, top_k, backward):
-    """Shapes of (index, picked, scores, stats) that a backward needs; see `forward.Saved`."""
+    """Shapes of (index, picked, scores, stats) that a backward needs; see `forward.Saved`.
+
+    Args:
+        backward: "dense" (from scores) or "lists". The rest as for `plan`.
+    """
     count = min(top_k, atoms) if backward == "lists" else 0
     # Rows of a multiple of 16 numbers are stored in whole vectors.
     columns = current if backward == "lists" else (atoms + 15) // 16 * 16
@@ -63,7 +70,11 @@ def saved_shapes(tokens, atoms, current, top_k, backward):
 
 
 def fixed_form(capacity, current, width, top_k):
-    """What is kept where shapes must not depend on tokens or live atoms: "dense" or "lists"."""
+    """What is kept where shapes must not depend on tokens or live atoms: "dense" or "lists".
+
+    Args:
+        capacity: frozen atoms that the bank has room for. The rest as for `plan`.
+    """
     atoms = capacity + current
     large = atoms > ROW_ATOMS or atoms > max(160 * top_k, width // 2)
     return "lists" if large and top_k <= LIST_TOP_K else "dense"

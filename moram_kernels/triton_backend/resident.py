@@ -286,5 +286,10 @@ def launch_resident(x, keys, values, residual, out, activation, threshold, preci
 
 
 def network_for(tile, tile2, top_k, device):
-    """The network of a row in one tile or two."""
+    """The network of a row in one tile or two.
+
+    Args:
+        tile, tile2: columns of the first tile and of the second one, 0 = there is none.
+        top_k: atoms per token, 4, 8 or 16. device: a torch device.
+    """
     return network((tile, tile2) if tile2 else (tile,), top_k, target(device))

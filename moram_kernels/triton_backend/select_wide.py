@@ -112,7 +112,7 @@ def _combine_kernel(
 def launch_select_wide(scores, activation, threshold, lists, current=None, stats=None):
     """Select from scores [M, N] of any N >= top_k into lists, in two launches.
 
-    Args and lists as in `select.launch_select`; of stats only the norm is filled.
+    Args: as for `select.launch_select`; of stats only the norm is filled.
     """
     num_rows, num_atoms = scores.shape
     top_k, temperature, level, eps = activation

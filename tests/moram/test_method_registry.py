@@ -6,8 +6,9 @@ import pytest
 from torch import nn
 
 from moram.continual import Example, Task
-from moram.methods import accepted_arguments, make_method
+from moram.methods import METHODS, accepted_arguments, make_method
 from moram.methods.in_context import HEADER
+from moram.methods.registry import ENTRIES
 
 
 def words(text):
@@ -57,6 +58,19 @@ def test_in_context_demonstrations_keep_to_labels_room_and_never_show_the_query(
     assert sorted(re.findall(r"x(\d)", prompt)) == list("012345")
     with pytest.raises(ValueError, match="source must be one of train, test, got 'dev'"):
         make_method("in-context", source="dev")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_command_lines_tell_of_a_method_without_importing_it_is_so(name):
+    kind, entry = METHODS[name], ENTRIES[name]
+    assert (kind.needs, kind.needs_task_id) == (entry.needs, entry.needs_task_id)
+
+
+def test_methods_are_a_mapping_that_knows_their_names():
+    assert len(METHODS) == len(list(METHODS)) == len({id(kind) for kind in METHODS.values()})
+    assert "ewc" in METHODS and "fine-tuning" not in METHODS
+    with pytest.raises(KeyError, match="fine-tuning"):
+        _ = METHODS["fine-tuning"]
 
 
 @pytest.mark.parametrize("name", ["zero-shot", "in-context"])
