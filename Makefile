@@ -13,6 +13,7 @@ OLDEST := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRU
 	NPY_DISABLE_CPU_FEATURES="X86_V3 X86_V4 AVX512_ICL AVX512_SPR"
 
 .PHONY: demo test portable lint bench clean plain interpreted parity traffic gate launches opcheck
+.PHONY: results
 
 demo: $(VENV)/.demo
 	$(BIN)/moram demo --out $(OUT)/demo $(ARGS)
@@ -56,6 +57,10 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/throughput.py $(ARGS)
+
+# The pages of results, from the files that benchmarks left under benchmarks/results.
+results: $(VENV)/.dev
+	$(BIN)/python benchmarks/results_page.py $(ARGS)
 
 $(VENV)/.demo: setup.py tests/constraints.txt
 	$(PYTHON) -m venv $(VENV)
