@@ -240,14 +240,13 @@ def methods_block(root):
         text = inspect.getdoc(method)
         what = " ".join(text.splitlines()[0].split())
         stored = re.search(r"\bStores (.+?)\.(?:\s|$)", " ".join(text.split()))
-        learned = "in steps" if method.has_steps else "at the end of a task"
         models = {"clip": "CLIP", "language": "language"}.get(method.needs, "both")
-        rows.append([f"`{name}`", "yes" if method.needs_task_id else "no", models, learned])
+        rows.append([f"`{name}`", "yes" if method.needs_task_id else "no", models])
         told.append(fill(f"- `{name}`: {what}", tables.WIDTH, subsequent_indent="  "))
         if stored:
             line = f"Stores {stored[1]}."
             told.append(fill(line, tables.WIDTH, initial_indent="  ", subsequent_indent="  "))
-    titles = ["`--method`", "told the task at inference", "models", "learns"]
+    titles = ["`--method`", "told the task at inference", "models"]
     return tables.markdown(titles, rows) + "\n\n" + "\n".join(told)
 
 

@@ -39,11 +39,15 @@ def write(root, name, content):
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    "path", results_page.pages(), ids=lambda p: str(p.relative_to(p.parents[1]))
-)
-def test_a_page_holds_what_make_results_writes(path):
-    assert path.is_file() and path.read_text(encoding="utf-8") == results_page.pages()[path]
+def test_pages_hold_what_make_results_writes():
+    pages = results_page.pages()
+    assert len(pages) > 3
+    stale = [
+        str(path.relative_to(results_page.ROOT))
+        for path, text in pages.items()
+        if not path.is_file() or path.read_text(encoding="utf-8") != text
+    ]
+    assert not stale, f"run make results: {', '.join(stale)}"
 
 
 def test_a_row_is_the_mean_over_its_runs_and_the_best_comes_first():
