@@ -58,8 +58,7 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/throughput.py $(ARGS)
 
-# The pages of results, from the files that benchmarks left under benchmarks/results.
-results: $(VENV)/.dev
+results: $(VENV)/.dev ## write the pages of results from benchmarks/results; ARGS=--check compares
 	$(BIN)/python benchmarks/results_page.py $(ARGS)
 
 $(VENV)/.demo: setup.py tests/constraints.txt

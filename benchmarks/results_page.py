@@ -20,8 +20,8 @@ import results_tables as tables
 from moram.methods.registry import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
-# Folders that hold no page of this repository.
-ELSEWHERE = {".git", ".venv", "out", "build"}
+# Folders that hold no page of this repository, besides hidden ones.
+ELSEWHERE = {"out", "build"}
 # Runs of one folder: its title and what the files do not say. Other folders get their own name.
 STUDIES = {
     "language/textcls": ("Four classification tasks", ""),
@@ -174,6 +174,12 @@ def _speed(folder):
     for name, title, table in (
         ("throughput.csv", "Times faster than plain torch on a CPU", tables.speed_table),
         ("throughput_compiled.csv", "The same beside compiled plain torch", tables.compiled_table),
+        (
+            "sum_or_choice.csv",
+            "A stack of LoRAs and a bank of atoms, as tasks become many: us a token (times the "
+            "base), memory",
+            tables.many_tasks_table,
+        ),
         ("images/speed.csv", "What the image harness saves", tables.saving_table),
     ):
         if (folder / name).is_file():
@@ -268,8 +274,8 @@ def wrap(text):
 def pages(root=ROOT):
     """What this program writes: {path: text} of every page, as it should be."""
     found = results_pages(root)
-    for path in sorted(root.rglob("*.md")):
-        if not ELSEWHERE & set(path.relative_to(root).parts) and path not in found:
+    for path in _hand_written(root):
+        if path not in found:
             text = path.read_text(encoding="utf-8")
             for name, block in BLOCKS.items():
                 text = re.sub(
@@ -280,6 +286,12 @@ def pages(root=ROOT):
                 )
             found[path] = text
     return found
+
+
+def _hand_written(root):
+    tops = [path for path in root.iterdir() if path.is_dir() and path.name not in ELSEWHERE]
+    inner = (page for top in tops if top.name[0] != "." for page in top.rglob("*.md"))
+    return sorted([*root.glob("*.md"), *inner])
 
 
 def _between(block, root, match):

@@ -234,6 +234,22 @@ def saving_table(rows):
     return markdown(titles, [[row["what"], *(row[key] for key in keys)] for row in rows])
 
 
+def many_tasks_table(rows):
+    """What a layer costs at inference after many tasks, and what it keeps."""
+    found = {}
+    for row in rows:
+        cell = f"{row['us_per_token']} ({row['ratio_to_base']})"
+        case = found.setdefault((row["tasks"], row["tokens"]), {})
+        case[row["layer"]] = cell if row["layer"] == "base" else f"{cell}, {_mib(row['bytes'])}"
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    lines = [[*case, *(cells.get(name, "-") for name in layers)] for case, cells in found.items()]
+    return markdown(["tasks", "tokens", *layers], lines)
+
+
+def _mib(size):
+    return f"{int(size) / 2**20:.1f} MiB"
+
+
 def model_tables(rows):
     """Device times, and times as called from Python, of every case of the model."""
     device, host = [], []

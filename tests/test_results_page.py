@@ -169,6 +169,17 @@ def test_speed_is_what_the_csv_says():
     assert [float(cell) for cell in wide.split("|")[4:-1]] == pytest.approx(expected, rel=5e-3)
 
 
+def test_layers_that_hold_many_tasks_stand_side_by_side():
+    base = {"tasks": "8", "tokens": "1", "layer": "base", "us_per_token": "50", "bytes": "0"}
+    bank = base | {"layer": "moram", "us_per_token": "75", "bytes": str(3 * 2**19)}
+    rows = [base | {"ratio_to_base": "1"}, bank | {"ratio_to_base": "1.5"}]
+    assert tables.many_tasks_table(rows).splitlines() == [
+        "| tasks | tokens | base | moram |",
+        "| --- | --- | --- | --- |",
+        "| 8 | 1 | 50 (1) | 75 (1.5), 1.5 MiB |",
+    ]
+
+
 def test_the_check_names_pages_that_are_out_of_date(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(results_page, "ROOT", tmp_path)
     stale = {tmp_path / "README.md": "new\n"}
