@@ -138,7 +138,8 @@ def _protocol(runs):
     first = settings[0]
     orders = dict.fromkeys(", ".join(run["tasks"]) for run in runs)
     seeds = sorted({one["seed"] for one in settings})
-    steps = _count(first.get("epochs"), "epoch") or _count(first.get("iterations"), "step")
+    kind = "epoch" if "epochs" in first else "step"
+    steps = _count(first.get("epochs", first.get("iterations")), kind)
     limits = [
         f"{first[key]} {what}"
         for key, what in (
@@ -158,7 +159,11 @@ def _protocol(runs):
 
 
 def _count(number, what):
-    return f"{number} {what}{'s' * (number != 1)}" if isinstance(number, int) else ""
+    """A number of things in words; or numbers by task, with "*" for the others."""
+    if isinstance(number, dict):
+        others = [f"{count} for {task}" for task, count in number.items() if task != "*"]
+        return ", ".join([_count(number.get("*", 0), what), *others])
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _shares(folder):

@@ -125,6 +125,17 @@ def test_parts_that_are_missing_are_left_out_and_new_ones_appear(tmp_path):
         assert re.findall("## (.*)", after[path]) == titles
 
 
+def test_epochs_that_differ_by_task_are_said(tmp_path):
+    found = run("LoRA", [[80.0, 0.0], [20.0, 60.0]])
+    found["settings"]["epochs"] = {"*": 1, "b": 2}
+    write(tmp_path, "language/textcls/runs.json", [found])
+    page = tmp_path / "benchmarks" / "results" / "README.md"
+    assert (
+        "rank or atoms 2 a task, 1 epoch, 2 for b, batches of 4"
+        in results_page.pages(tmp_path)[page]
+    )
+
+
 def test_only_what_lies_between_the_comments_is_written(tmp_path):
     write(tmp_path, "language/textcls/runs.json", [run("LoRA", [[80.0, 0.0], [20.0, 60.0]])])
     page = tmp_path / "README.md"
