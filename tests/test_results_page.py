@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from statistics import mean
 
 import pytest
 import results_page
@@ -155,6 +156,23 @@ def test_the_front_page_shows_six_rows_and_no_good_baseline_is_left_out():
         name for name in tables.groups(runs) if name.removesuffix(" [+]") not in results_page.SHOWN
     ]
     assert set(ranked[:3]) <= set(names)
+
+
+def test_what_the_front_page_says_beside_its_table_holds():
+    folder = results_page.ROOT / "benchmarks" / "results"
+    rows = tables.groups(tables.read(folder / results_page.FRONT / "runs.json"))
+    change = {
+        name: mean(run["summary"]["backward_transfer"] for run in group)
+        for name, group in rows.items()
+        if name in ("MoRAM", "MoRAM, protected [+]")
+    }
+    # "The published rule forgets", and protected keys "next to nothing": within the noise of a row.
+    assert change["MoRAM"] < -5 < -3 < change["MoRAM, protected [+]"]
+    images = tables.read(folder / "images" / "small" / "runs.json")
+    last = {name: mean(map(tables.final, group)) for name, group in tables.groups(images).items()}
+    frozen = [score for name, score in last.items() if name.startswith("RAIL")]
+    # "Regression on frozen features ends far above every adapter".
+    assert min(frozen) > 10 + max(score for name, score in last.items() if "RAIL" not in name)
 
 
 def test_every_method_is_in_the_table_of_methods():
