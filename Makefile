@@ -19,6 +19,7 @@ help: ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 
 .PHONY: demo test portable lint bench clean plain interpreted parity traffic gate launches opcheck
+.PHONY: results
 
 demo: $(VENV)/.demo ## a small language model learns three tasks in a row; results in OUT/demo
 	$(BIN)/moram demo --out $(OUT)/demo $(ARGS)
@@ -62,6 +63,9 @@ lint: $(VENV)/.dev ## ruff check and ruff format --check
 
 bench: $(VENV)/.dev ## time the layers on this machine; ARGS goes to benchmarks/throughput.py
 	$(BIN)/python benchmarks/throughput.py $(ARGS)
+
+results: $(VENV)/.dev ## write the pages of results from benchmarks/results; ARGS=--check compares
+	$(BIN)/python benchmarks/results_page.py $(ARGS)
 
 $(VENV)/.demo: setup.py tests/constraints.txt
 	$(PYTHON) -m venv $(VENV)
