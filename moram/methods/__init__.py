@@ -15,7 +15,6 @@ from .moram import MoRAM
 from .o_lora import OLoRA
 from .rail import RAILDual, RAILPrimal
 from .registry import METHODS, accepted_arguments, make_method
-from .stream import run_stream
 from .task_lora import TaskLoRA
 from .train import TrainSettings
 from .tree_lora import TreeLoRA
@@ -44,5 +43,4 @@ __all__ = [
     "ZeroShot",
     "accepted_arguments",
     "make_method",
-    "run_stream",
 ]
