@@ -4,6 +4,7 @@ import argparse
 import signal
 import sys
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 # Shells report a program that Ctrl-C ended so.
@@ -103,9 +104,8 @@ def _run_demo(arguments, parser):
 
 
 def _add_trace_arguments(parser):
-    from .methods.registry import METHODS
-    from .trace.presets import PRESETS
     from .trace.protocol import SUITES
+    from .trace.settings import TraceSettings
 
     add = parser.add_argument
     add("--model", help="hub id or folder of a causal language model; smollm2 comes from PyPI")
@@ -113,15 +113,37 @@ def _add_trace_arguments(parser):
     add("--tasks", help="names of the tasks, in order, separated by commas (default: the suite's)")
     add("--suite", choices=SUITES, help="trace, or the 4 and 15 task classification streams")
     add("--order", type=int, help="1-3 of suite standard, 4-6 of suite large")
-    methods = [name for name, method in METHODS.items() if method.needs != "clip"]
-    add("--method", choices=methods, help="what learns (default: moram)")
-    _add_settings_arguments(add, PRESETS, "moram.trace.settings.TraceSettings")
+    _add_settings_arguments(add, TraceSettings)
     add("--full-matrix", action="store_true", default=None, help="score unlearned tasks too")
 
 
-def _add_settings_arguments(add, presets, settings):
-    """What commands that run a stream share; settings is the path of their dataclass."""
-    add("--preset", choices=presets, help="settings to start from (default: paper)")
+def _add_settings_arguments(add, settings):
+    """What commands that run a stream share; settings is their dataclass."""
+    from .harness.sweep import methods_of, share_of
+
+    def seeds(text):
+        return [int(seed) for seed in text.split(",")]
+
+    def told(function, *first):
+        """An argparse type that says what the function refuses."""
+
+        def parse(text):
+            try:
+                return function(*first, text)
+            except ValueError as error:
+                raise argparse.ArgumentTypeError(str(error)) from error
+
+        return parse
+
+    add(
+        "--method",
+        type=told(methods_of, settings),
+        help="what learns (default: moram); several with commas, or all: one after the other, each "
+        f"in its own folder below --out, and a table of them. {', '.join(settings.methods())}",
+    )
+    add("--seeds", type=seeds, help="run each method with these seeds, such as 0,1,2")
+    add("--shard", type=told(share_of), help="do this share of several runs: INDEX/COUNT")
+    add("--preset", choices=settings.presets, help="settings to start from (default: paper)")
     add("--config", type=Path, action="append", default=[], help="YAML file of settings")
     add(
         "--set",
@@ -129,35 +151,55 @@ def _add_settings_arguments(add, presets, settings):
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help=f"any setting of {settings}, such as lr=1e-3 or method_args.top_k=4",
+        help=f"any setting of {settings.__module__}.{settings.__name__}, such as lr=1e-3 or "
+        "method_args.top_k=4",
     )
     add("--out", help="folder for everything the run writes; the same command goes on in it")
     add("--quiet", action="store_true", default=None, help="no bar and no lines")
 
 
 def _run_trace(arguments, parser):
+    from .trace.report import REPORT
     from .trace.run import run_trace
-    from .trace.settings import make_settings
 
-    names = ("model", "data", "tasks", "suite", "order", "method", "out", "full_matrix", "quiet")
-    settings = _read_settings(arguments, names, "tasks", make_settings)
-    return _until_stopped("trace", lambda stop: run_trace(settings, stop=stop))
+    names = ("model", "data", "tasks", "suite", "order", "out", "full_matrix", "quiet")
+    # Runs in one process share hidden states.
+    return _run_stream(arguments, names, REPORT, partial(run_trace, cached={}))
 
 
-def _read_settings(arguments, names, listed, make):
-    """The settings that a command line asks for.
+def _run_stream(arguments, names, report, run):
+    """One run, or several and a table of them, as a command line asks for.
 
     Args:
-        names: of settings that have an option of their own. listed: the one that is a list.
-        make: function from preset, files and changes to settings.
+        names: of settings that have an option of their own. report: of the benchmark.
+        run: function from settings, and `stop`, to results.
     """
+    from .harness.sweep import expand, sweep
     from .harness.yaml_values import parse_change
 
+    listed = report.settings.word("tasks")
     given = {n: getattr(arguments, n) for n in names if getattr(arguments, n) is not None}
     if listed in given:
         given[listed] = tuple(name for name in given[listed].split(",") if name)
-    changes = dict(parse_change(text) for text in arguments.changes)
-    return make(arguments.preset, files=arguments.config, changes=[given, changes])
+    methods, seeds, share = arguments.method, arguments.seeds, arguments.shard
+    if methods is not None and len(methods) == 1:
+        given["method"] = methods[0]
+    layers = [given, dict(parse_change(text) for text in arguments.changes)]
+
+    def make(changes):
+        files = arguments.config
+        return report.settings.make(arguments.preset, files=files, changes=[*layers, changes])
+
+    settings = make({})
+    if (methods is None or len(methods) == 1) and seeds is None and share is None:
+        return _until_stopped(arguments.command, lambda stop: run(settings, stop=stop))
+    runs = expand(make, methods, seeds)
+
+    def run_all(stop):
+        log = (lambda line: None) if settings.quiet else print
+        sweep(runs, settings.out, partial(run, stop=stop), report, share or (0, 1), log=log)
+
+    return _until_stopped(arguments.command, run_all)
 
 
 def _until_stopped(command, run):
@@ -187,12 +229,10 @@ def _until_stopped(command, run):
 
 
 def _add_xtail_arguments(parser):
-    from .methods.registry import METHODS
     from .xtail.catalog import XTAIL
-    from .xtail.presets import PRESETS
+    from .xtail.settings import XtailSettings
     from .xtail.small import REAL, SMALL
 
-    methods = [n for n, m in METHODS.items() if m.needs != "language" and not m.needs_task_id]
     parser.epilog = (
         f"Datasets of their own names: {', '.join(XTAIL)}, cifar100; drawn or small ones: "
         f"{', '.join((*SMALL, *REAL))}; any other name is a folder NAME/{{train,test}}/CLASS in "
@@ -203,9 +243,8 @@ def _add_xtail_arguments(parser):
     add("--pretrained", help="tag or file of weights, or random (default: openai, or its own)")
     add("--data-dir", help="folder of the datasets; moram xtail check-data DIR looks at it")
     add("--datasets", help="names separated by commas, in the order they are learned; or mtil")
-    add("--method", choices=methods, help="what learns (default: moram)")
     add("--shots", type=int, help="training images per class (default: 16)")
-    _add_settings_arguments(add, PRESETS, "moram.xtail.settings.XtailSettings")
+    _add_settings_arguments(add, XtailSettings)
     add("--skip-bad", action="store_true", default=None, help="leave out undecodable images")
     actions = parser.add_subparsers(dest="action", title="other action")
     check = actions.add_parser("check-data", help="what of the datasets is missing or damaged")
@@ -221,26 +260,23 @@ def _run_xtail(arguments, parser):
         named = arguments.named
         named = None if named is None else [n.strip() for n in named.split(",") if n.strip()]
         return int(check_data(arguments.folder, named, arguments.images) > 0)
+    from .xtail.report import REPORT
     from .xtail.run import run_xtail
-    from .xtail.settings import make_settings
 
-    names = ("backbone", "pretrained", "data_dir", "datasets", "method", "shots", "out")
-    names += ("skip_bad", "quiet")
-    settings = _read_settings(arguments, names, "datasets", make_settings)
-    return _until_stopped("xtail", lambda stop: run_xtail(settings, stop=stop))
+    names = ("backbone", "pretrained", "data_dir", "datasets", "shots", "out", "skip_bad", "quiet")
+    return _run_stream(arguments, names, REPORT, run_xtail)
 
 
 def _run_table(arguments, parser):
     from .harness.tables import read_results
-    from .trace import report as trace
-    from .xtail import report as xtail
+    from .trace.report import REPORT as TRACE
+    from .xtail.report import REPORT as XTAIL
 
-    formats = (trace.FORMAT, xtail.FORMAT)
-    runs = read_results(arguments.runs, formats, "moram trace or moram xtail")
+    reports = {report.format: report for report in (TRACE, XTAIL)}
+    runs = read_results(arguments.runs, reports, "moram trace or moram xtail")
     if len({run["format"] for run in runs}) > 1:
         raise ValueError("one table holds runs of moram trace or of moram xtail, not both")
-    report = trace if runs[0]["format"] == trace.FORMAT else xtail
-    report.write_report(runs, arguments.out)
+    reports[runs[0]["format"]].write(runs, arguments.out)
     print((arguments.out / "table.md").read_text(encoding="utf-8"))
     return 0
 
