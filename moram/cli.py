@@ -143,6 +143,7 @@ def _add_settings_arguments(add, settings):
     )
     add("--seeds", type=seeds, help="run each method with these seeds, such as 0,1,2")
     add("--shard", type=told(share_of), help="do this share of several runs: INDEX/COUNT")
+    add("--held-out", action="store_true", help="score held-out training examples instead")
     add("--preset", choices=settings.presets, help="settings to start from (default: paper)")
     add("--config", type=Path, action="append", default=[], help="YAML file of settings")
     add(
@@ -184,6 +185,8 @@ def _run_stream(arguments, names, report, run):
     methods, seeds, share = arguments.method, arguments.seeds, arguments.shard
     if methods is not None and len(methods) == 1:
         given["method"] = methods[0]
+    if arguments.held_out:
+        given |= report.settings.choosing
     layers = [given, dict(parse_change(text) for text in arguments.changes)]
 
     def make(changes):
@@ -239,17 +242,21 @@ def _add_xtail_arguments(parser):
         "--data-dir, its prompt in NAME/template.txt. Settings: moram.xtail.settings."
     )
     add = parser.add_argument
-    add("--backbone", help="a model of open_clip (ViT-B-16), a Hugging Face CLIP, or small")
+    # The words of moram trace first; the second ones are older.
+    model = ("--model", "--backbone")
+    add(*model, dest="backbone", help="of open_clip (ViT-B-16), a Hugging Face CLIP, or small")
     add("--pretrained", help="tag or file of weights, or random (default: openai, or its own)")
-    add("--data-dir", help="folder of the datasets; moram xtail check-data DIR looks at it")
-    add("--datasets", help="names separated by commas, in the order they are learned; or mtil")
+    data = ("--data", "--data-dir")
+    add(*data, dest="data_dir", help="folder of the datasets; moram xtail check-data looks at it")
+    names = ("--tasks", "--datasets")
+    add(*names, dest="datasets", help="names, in the order they are learned, with commas; or mtil")
     add("--shots", type=int, help="training images per class (default: 16)")
     _add_settings_arguments(add, XtailSettings)
     add("--skip-bad", action="store_true", default=None, help="leave out undecodable images")
     actions = parser.add_subparsers(dest="action", title="other action")
     check = actions.add_parser("check-data", help="what of the datasets is missing or damaged")
     check.add_argument("folder", type=Path, help="folder of the datasets")
-    check.add_argument("--datasets", dest="named", help="only these, separated by commas")
+    check.add_argument(*names, dest="named", help="only these, separated by commas")
     check.add_argument("--images", action="store_true", help="decode every image, too")
 
 

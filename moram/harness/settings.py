@@ -61,6 +61,8 @@ class StreamSettings:
     presets: ClassVar[dict[str, dict]] = {}
     # What this benchmark calls its "tasks", "data" and "model", where it has names of its own.
     words: ClassVar[dict[str, str]] = {}
+    # Changes by which held-out training examples are scored: for choosing settings.
+    choosing: ClassVar[dict[str, Any]] = {}
     # What `Method.needs` may be, where messages send other methods, and whether a method is told
     # the task that it is scored on.
     model_kind: ClassVar[str | None] = None

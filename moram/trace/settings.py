@@ -56,6 +56,7 @@ class TraceSettings(StreamSettings):
     """
 
     presets: ClassVar[dict[str, dict]] = PRESETS
+    choosing: ClassVar[dict[str, Any]] = {"eval_split": HELD_OUT}
     model_kind: ClassVar[str | None] = "language"
     elsewhere: ClassVar[str] = "; see moram xtail"
 

@@ -1,7 +1,7 @@
 """The settings of a run over image domains: what they have besides those of every stream."""
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..harness.settings import StreamSettings
 from ..harness.values import FRACTION, NOT_NEGATIVE, setting
@@ -42,6 +42,7 @@ class XtailSettings(StreamSettings):
 
     presets: ClassVar[dict[str, dict]] = PRESETS
     words: ClassVar[dict[str, str]] = {"tasks": "datasets", "data": "data_dir", "model": "backbone"}
+    choosing: ClassVar[dict[str, Any]] = {"held_out": True}
     model_kind: ClassVar[str | None] = "clip"
     elsewhere: ClassVar[str] = "; see moram trace"
     tells_task: ClassVar[bool] = False

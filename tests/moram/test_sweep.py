@@ -216,3 +216,29 @@ def test_malformed_sweeps_exit_with_usage(command, capsys, arguments, message):
     with pytest.raises(SystemExit) as error:
         main([*command, *arguments])
     assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["trace", "xtail"])
+def test_both_commands_have_the_same_words(monkeypatch, command):
+    asked = []
+    monkeypatch.setattr(f"moram.{command}.run.run_{command}", lambda own, **_: asked.append(own))
+    names = {"trace": ("model", "data", "tasks"), "xtail": ("backbone", "data_dir", "datasets")}
+    words = ["--model", "m", "--data", "d", "--tasks", "a,b", "--held-out"]
+    assert main([command, *words]) == 0
+    assert main([command, *words[:4], "--set", "tasks=[a, b]", "--held-out"]) == 0
+    if command == "xtail":
+        older = [
+            "--backbone",
+            "m",
+            "--data-dir",
+            "d",
+            "--datasets",
+            "a,b",
+            "--set",
+            "held_out=true",
+        ]
+        assert main([command, *older]) == 0
+    assert len(asked) == 2 + (command == "xtail") and all(own == asked[0] for own in asked)
+    assert [getattr(asked[0], name) for name in names[command]] == ["m", "d", ("a", "b")]
+    held_out = {"trace": "eval_split", "xtail": "held_out"}[command]
+    assert getattr(asked[0], held_out) == {"trace": "held-out", "xtail": True}[command]
