@@ -14,9 +14,8 @@ written when all its runs are there.
 
 from streams import parse, run_part
 
-from moram.xtail import report
+from moram.xtail.report import REPORT
 from moram.xtail.run import run_xtail
-from moram.xtail.settings import make_settings
 from moram.xtail.small import REAL, SMALL
 
 SEEDS = (0, 1, 2)
@@ -98,11 +97,7 @@ def main():
     place = "folder of the data sets of part real"
     arguments = parse(__doc__.splitlines()[0], PARTS, place, data_required=False)
     preset = "paper" if arguments.part == "vit" else "small"
-
-    def run(method, changes):
-        return run_xtail(make_settings(preset, method, changes=[changes]))
-
-    run_part(arguments, list(PARTS[arguments.part]()), run, report, "data_dir")
+    run_part(arguments, PARTS, run_xtail, REPORT, preset)
 
 
 if __name__ == "__main__":

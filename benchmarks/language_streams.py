@@ -11,10 +11,9 @@ written when all its runs are there.
 
 from streams import parse, run_part
 
-from moram.trace import report
 from moram.trace.protocol import TRACE
+from moram.trace.report import REPORT
 from moram.trace.run import run_trace
-from moram.trace.settings import make_settings
 
 ORDERS = {
     "order1": ("agnews", "dbpedia", "yelp", "SST-2"),
@@ -137,11 +136,7 @@ def main():
     """Run one part, or this process's share of it."""
     place = "folder of the tasks, in TRACE's format"
     arguments, cached = parse(__doc__.splitlines()[0], PARTS, place), {}
-
-    def run(method, changes):
-        return run_trace(make_settings("small", method, changes=[changes]), cached=cached)
-
-    run_part(arguments, list(PARTS[arguments.part]()), run, report, "data")
+    run_part(arguments, PARTS, lambda own: run_trace(own, cached=cached), REPORT, "small")
 
 
 if __name__ == "__main__":

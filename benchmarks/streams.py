@@ -1,11 +1,9 @@
-"""What the benchmarks of streams share: shares of the runs, finished ones, the final table."""
+"""What the benchmarks of streams share: their arguments, and the settings of their runs."""
 
 import argparse
-import json
-import time
 from pathlib import Path
 
-from moram.harness.files import write_json
+from moram.harness.sweep import share_of, sweep
 
 
 def parse(description, parts, data_help, data_required=True):
@@ -20,40 +18,17 @@ def parse(description, parts, data_help, data_required=True):
     return parser.parse_args()
 
 
-def run_part(arguments, runs, run, report, data_key):
-    """Do this process's share of the runs; write the table when all are there.
+def run_part(arguments, parts, run, report, preset):
+    """Do this process's share of a part's runs; write the table when all are there.
 
     Args:
-        arguments: of `parse`. runs: (name, method, changes) of all runs of the part.
-        run: function from method and changes to results.
-        report: a module with `read_results` and `write_report`.
-        data_key: the setting that says where the data lies.
+        arguments: of `parse`. parts: by name, functions to (name, method, changes) of all runs.
+        run, report: see `moram.harness.sweep.sweep`. preset: that the runs start from.
     """
-    index, count = map(int, arguments.shard.split("/"))
-    mine = [one for one in runs if arguments.only in one[0]]
-    for name, method, changes in mine[index::count]:
-        folder = arguments.out / name
-        if finished(folder):
-            continue
-        start = time.perf_counter()
-        common = {data_key: arguments.data, "out": str(folder), "threads": arguments.threads}
-        results = run(method, common | {"quiet": True} | changes)
-        summary = {key: round(value, 1) for key, value in results["summary"].items()}
-        print(f"{name}: {summary}, {time.perf_counter() - start:.0f} s", flush=True)
-        # What a finished run needs no more.
-        (folder / "state.pt").unlink()
-    folders = [arguments.out / name for name, _, _ in runs]
-    if all(finished(folder) for folder in folders):
-        results = report.read_results(folders)
-        report.write_report(results, arguments.out / arguments.part)
-        for found in results:
-            # Where the data lay is of no interest elsewhere.
-            for key in (data_key, "out"):
-                found["settings"][key] = Path(found["settings"][key]).name
-        write_json(arguments.out / arguments.part / "runs.json", results)
-
-
-def finished(folder):
-    """Whether a run in that folder is complete."""
-    path = folder / "results.json"
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["complete"]
+    runs = []
+    for name, method, changes in parts[arguments.part]():
+        common = {"data": arguments.data, "out": str(arguments.out / name), "quiet": True}
+        changes = [common | {"threads": arguments.threads}, changes]
+        runs.append((name, report.settings.make(preset, method, changes=changes)))
+    share = share_of(arguments.shard)
+    sweep(runs, arguments.out / arguments.part, run, report, share, arguments.only)

@@ -2,18 +2,15 @@
 
 import argparse
 import json
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from shutil import get_terminal_size
 from typing import NamedTuple
 
 from ._version import __version__
-
-# Shells report a program that Ctrl-C ended so.
-INTERRUPTED = 130
+from .cli_streams import add_settings_arguments, run_stream, show_settings
 
 
 def main(argv=None):
@@ -99,94 +96,20 @@ def _add_trace_arguments(parser):
     add("--suite", choices=SUITES, help="trace, or the 4 and 15 task classification streams")
     add("--order", type=int, help="1-3 of suite standard, 4-6 of suite large")
     methods = [name for name, method in ENTRIES.items() if method.needs != "clip"]
-    add("--method", choices=methods, help="what learns (default: moram)")
-    _add_settings_arguments(add, PRESETS, "moram.trace.settings.TraceSettings")
+    add_settings_arguments(add, methods, PRESETS, "moram.trace.settings.TraceSettings")
     add("--full-matrix", action="store_true", default=None, help="score unlearned tasks too")
 
 
-def _add_settings_arguments(add, presets, settings):
-    """What commands that run a stream share; settings is the path of their dataclass."""
-    add("--preset", choices=presets, help="settings to start from (default: paper)")
-    add("--config", type=Path, action="append", default=[], help="YAML file of settings")
-    add(
-        "--set",
-        dest="changes",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help=f"any setting of {settings}, such as lr=1e-3 or method_args.top_k=4",
-    )
-    add("--out", help="folder for everything the run writes; the same command goes on in it")
-    add("--quiet", action="store_true", default=None, help="no bar and no lines")
-    add("--settings", action="store_true", help="say what every setting is, and run nothing")
-
-
-def _show_settings(arguments, kind, presets):
-    """Print every setting, with what the preset and the method of the command line make of it."""
-    from .config import MoRAMConfig
-    from .harness.describe import describe
-    from .methods.registry import accepted_arguments
-    from .methods.train import TrainSettings
-
-    preset, method = arguments.preset or "paper", arguments.method or "moram"
-    related, width = (TrainSettings, MoRAMConfig), min(get_terminal_size().columns, 100)
-    print(describe(kind, presets, preset, method, related=related, width=width))
-    print(f"\nmethod_args of {method}: {', '.join(accepted_arguments(method)) or 'none'}")
-    return 0
-
-
 def _run_trace(arguments, parser):
-    from .trace.settings import PRESETS, TraceSettings, make_settings
+    from .trace.report import REPORT
 
     if arguments.settings:
-        return _show_settings(arguments, TraceSettings, PRESETS)
+        return show_settings(arguments, REPORT.settings)
     from .trace.run import run_trace
 
-    names = ("model", "data", "tasks", "suite", "order", "method", "out", "full_matrix", "quiet")
-    settings = _read_settings(arguments, names, "tasks", make_settings)
-    return _until_stopped("trace", lambda stop: run_trace(settings, stop=stop))
-
-
-def _read_settings(arguments, names, listed, make):
-    """The settings that a command line asks for.
-
-    Args:
-        names: of settings that have an option of their own. listed: the one that is a list.
-        make: function from preset, files and changes to settings.
-    """
-    from .harness.yaml_values import parse_change
-
-    given = {n: getattr(arguments, n) for n in names if getattr(arguments, n) is not None}
-    if listed in given:
-        given[listed] = tuple(name for name in given[listed].split(",") if name)
-    changes = dict(parse_change(text) for text in arguments.changes)
-    return make(arguments.preset, files=arguments.config, changes=[given, changes])
-
-
-def _until_stopped(command, run):
-    """Run until the end, or until Ctrl-C or SIGTERM: the first one lets it save."""
-    from .harness.run import Stopped
-    from .processes import leave
-
-    asked = []
-
-    def ask(number, frame):
-        # The second time, the usual thing happens.
-        print(f"moram {command}: stopping after this step", file=sys.stderr)
-        asked.append(number)
-        signal.signal(number, signal.default_int_handler)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        run(lambda: bool(asked))
-    except (Stopped, KeyboardInterrupt) as stopped:
-        print(f"moram {command}: {str(stopped) or 'interrupted'}", file=sys.stderr)
-        return INTERRUPTED
-    finally:
-        leave()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    return 0
+    names = ("model", "data", "tasks", "suite", "order", "out", "full_matrix", "quiet")
+    # Runs in one process share hidden states.
+    return run_stream(arguments, names, REPORT, partial(run_trace, cached={}))
 
 
 def _add_xtail_arguments(parser):
@@ -201,18 +124,21 @@ def _add_xtail_arguments(parser):
         "--data-dir, its prompt in NAME/template.txt. Settings: moram.xtail.settings."
     )
     add = parser.add_argument
-    add("--backbone", help="a model of open_clip (ViT-B-16), a Hugging Face CLIP, or small")
+    # The words of moram trace first; the second ones are older.
+    model = ("--model", "--backbone")
+    add(*model, dest="backbone", help="of open_clip (ViT-B-16), a Hugging Face CLIP, or small")
     add("--pretrained", help="tag or file of weights, or random (default: openai, or its own)")
-    add("--data-dir", help="folder of the datasets; moram xtail check-data DIR looks at it")
-    add("--datasets", help="names separated by commas, in the order they are learned; or mtil")
-    add("--method", choices=methods, help="what learns (default: moram)")
+    data = ("--data", "--data-dir")
+    add(*data, dest="data_dir", help="folder of the datasets; moram xtail check-data looks at it")
+    names = ("--tasks", "--datasets")
+    add(*names, dest="datasets", help="names, in the order they are learned, with commas; or mtil")
     add("--shots", type=int, help="training images per class (default: 16)")
-    _add_settings_arguments(add, PRESETS, "moram.xtail.settings.XtailSettings")
+    add_settings_arguments(add, methods, PRESETS, "moram.xtail.settings.XtailSettings")
     add("--skip-bad", action="store_true", default=None, help="leave out undecodable images")
     actions = parser.add_subparsers(dest="action", title="other action")
     check = actions.add_parser("check-data", help="what of the datasets is missing or damaged")
     check.add_argument("folder", type=Path, help="folder of the datasets")
-    check.add_argument("--datasets", dest="named", help="only these, separated by commas")
+    check.add_argument(*names, dest="named", help="only these, separated by commas")
     check.add_argument("--images", action="store_true", help="decode every image, too")
 
 
@@ -223,16 +149,14 @@ def _run_xtail(arguments, parser):
         named = arguments.named
         named = None if named is None else [n.strip() for n in named.split(",") if n.strip()]
         return int(check_data(arguments.folder, named, arguments.images) > 0)
-    from .xtail.settings import PRESETS, XtailSettings, make_settings
+    from .xtail.report import REPORT
 
     if arguments.settings:
-        return _show_settings(arguments, XtailSettings, PRESETS)
+        return show_settings(arguments, REPORT.settings)
     from .xtail.run import run_xtail
 
-    names = ("backbone", "pretrained", "data_dir", "datasets", "method", "shots", "out")
-    names += ("skip_bad", "quiet")
-    settings = _read_settings(arguments, names, "datasets", make_settings)
-    return _until_stopped("xtail", lambda stop: run_xtail(settings, stop=stop))
+    names = ("backbone", "pretrained", "data_dir", "datasets", "shots", "out", "skip_bad", "quiet")
+    return run_stream(arguments, names, REPORT, run_xtail)
 
 
 def _add_table_arguments(parser):
@@ -242,15 +166,14 @@ def _add_table_arguments(parser):
 
 def _run_table(arguments, parser):
     from .harness.tables import read_results
-    from .trace import report as trace
-    from .xtail import report as xtail
+    from .trace.report import REPORT as TRACE
+    from .xtail.report import REPORT as XTAIL
 
-    formats = (trace.FORMAT, xtail.FORMAT)
-    runs = read_results(arguments.runs, formats, "moram trace or moram xtail")
+    reports = {report.format: report for report in (TRACE, XTAIL)}
+    runs = read_results(arguments.runs, reports, "moram trace or moram xtail")
     if len({run["format"] for run in runs}) > 1:
         raise ValueError("one table holds runs of moram trace or of moram xtail, not both")
-    report = trace if runs[0]["format"] == trace.FORMAT else xtail
-    report.write_report(runs, arguments.out)
+    reports[runs[0]["format"]].write(runs, arguments.out)
     print((arguments.out / "table.md").read_text(encoding="utf-8"))
     return 0
 

@@ -1,8 +1,6 @@
 """The benchmarks of image streams: their lists of runs, how runs are shared out, what is timed."""
 
-import json
 from argparse import Namespace
-from pathlib import Path
 
 import image_speed
 import image_streams
@@ -14,11 +12,10 @@ from image_streams import METHODS, PARTS
 
 from moram.models.clip import MEAN, STD, Clip, Preprocess
 from moram.xtail.domains import FileSplit
-from moram.xtail.plan import build_method
+from moram.xtail.plan import XtailPlan
+from moram.xtail.report import REPORT
 from moram.xtail.settings import make_settings
 
-NAMES = ("a", "b", "c", "d", "e")
-RUNS = [(f"part/{name}", f"method-{name}", {"rank": i}) for i, name in enumerate(NAMES)]
 MODEL = {
     "embed_dim": 8,
     "vision_cfg": {"layers": 1, "width": 16, "head_width": 8, "patch_size": 8, "image_size": 16},
@@ -37,7 +34,7 @@ def test_all_runs_of_a_part_are_valid_and_have_a_folder_of_their_own(part):
         assert folder == part and own
         settings = make_settings(preset, method, changes=[common | changes])
         assert (settings.method, settings.preset) == (method, preset)
-        assert not build_method(settings).needs_task_id
+        assert not XtailPlan.build_method(settings).needs_task_id
         # What `run_part` sets itself.
         assert not common.keys() & changes.keys()
 
@@ -72,138 +69,19 @@ def test_the_search_gives_every_method_the_same_rates_and_sees_no_test_image():
     assert learn <= searched and "zero-shot" not in searched
 
 
-class Report:
-    """Stands for moram.xtail.report."""
-
-    def __init__(self):
-        self.written = []
-
-    def read_results(self, folders):
-        return [json.loads((folder / "results.json").read_text()) for folder in folders]
-
-    def write_report(self, results, out):
-        assert len(results) == len(RUNS)
-        self.written.append(out)
-
-
-class Work:
-    """Does runs as `run_part` asks for them: a fake run that writes what a real one does."""
-
-    def __init__(self, out, data="/some/where/data", complete=True):
-        self.out, self.data, self.complete = out, data, complete
-        self.done, self.report = [], Report()
-
-    def run(self, method, changes):
-        self.done.append((method, changes))
-        folder = Path(changes["out"])
-        folder.mkdir(parents=True)
-        (folder / "state.pt").write_bytes(b"state")
-        settings = {"data_dir": changes["data_dir"], "out": changes["out"]}
-        results = {"complete": self.complete, "method": method, "settings": settings}
-        results["summary"] = {"average": 61.2345}
-        (folder / "results.json").write_text(json.dumps(results))
-        return results
-
-    def part(self, shard="0/1", only=""):
-        """Returns the names of the runs that were done."""
-        before = len(self.done)
-        arguments = Namespace(
-            part="part", data=self.data, out=self.out, shard=shard, only=only, threads=3
-        )
-        streams.run_part(arguments, RUNS, self.run, self.report, "data_dir")
-        return [method.removeprefix("method-") for method, _ in self.done[before:]]
-
-
-@pytest.fixture
-def work(tmp_path):
-    return Work(tmp_path / "out")
-
-
-def test_a_part_does_every_run_once_with_its_changes(work, capsys):
-    assert work.part() == list(NAMES)
-    for i, (method, changes) in enumerate(work.done):
-        folder = work.out / "part" / NAMES[i]
-        assert method == f"method-{NAMES[i]}"
-        assert changes == {
-            "data_dir": "/some/where/data",
-            "out": str(folder),
-            "threads": 3,
-            "quiet": True,
-            "rank": i,
-        }
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines] == [name for name, _, _ in RUNS]
-    assert all("{'average': 61.2}" in line for line in lines)
-
-
-def test_finished_runs_are_skipped_and_unfinished_ones_done_again(work):
-    work.part()
-    assert work.part() == []
-    half = work.out / "part" / "c" / "results.json"
-    half.write_text(half.read_text().replace("true", "false"))
-    (work.out / "part" / "d" / "results.json").unlink()
-    for name in ("c", "d"):
-        # The fake run makes its folder anew.
-        for path in (work.out / "part" / name).iterdir():
-            path.unlink()
-        (work.out / "part" / name).rmdir()
-    assert work.part() == ["c", "d"]
-
-
-def test_a_run_is_finished_when_its_results_say_so(tmp_path):
-    assert not streams.finished(tmp_path / "none")
-    for complete in (False, True):
-        (tmp_path / "results.json").write_text(json.dumps({"complete": complete}))
-        assert streams.finished(tmp_path) is complete
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_shards_do_every_run_once_between_them(tmp_path, count):
-    # Folders of their own: nothing of the others is finished yet.
-    shares = [Work(tmp_path / str(i)).part(f"{i}/{count}") for i in range(count)]
-    assert sorted(name for share in shares for name in share) == sorted(NAMES)
-    sizes = [len(share) for share in shares]
-    assert max(sizes) - min(sizes) <= 1
-
-
-def test_only_does_the_runs_whose_name_contains_it(work):
-    assert work.part(only="part/d") == ["d"]
-    assert work.part(only="x") == []
-
-
-def test_the_table_is_written_when_all_runs_are_there(work):
-    work.part("0/2")
-    assert work.report.written == [] and not (work.out / "part" / "runs.json").exists()
-    work.part("1/2")
-    assert work.report.written == [work.out / "part"]
-    assert len(json.loads((work.out / "part" / "runs.json").read_text())) == len(NAMES)
-
-
-def test_incomplete_results_are_no_reason_for_a_table(work):
-    work.complete = False
-    assert work.part() == list(NAMES)
-    assert work.report.written == []
-
-
-def test_states_are_removed_and_results_stay(work):
-    work.part()
-    files = [p.relative_to(work.out / "part") for p in work.out.rglob("*") if p.is_file()]
-    expected = [Path(name, "results.json") for name in NAMES]
-    assert sorted(files) == sorted([*expected, Path("runs.json")])
-
-
-@pytest.mark.parametrize(("data", "name"), [("/some/where/data", "data"), ("", "")])
-def test_runs_json_says_no_path_of_this_machine(tmp_path, data, name):
-    work = Work(tmp_path / "out", data)
-    work.part()
-    text = (work.out / "part" / "runs.json").read_text()
-    assert "/some" not in text and str(tmp_path) not in text
-    found = json.loads(text)
-    assert [run["settings"]["out"] for run in found] == list(NAMES)
-    assert {run["settings"]["data_dir"] for run in found} == {name}
-    # The runs' own results are left as they were.
-    kept = json.loads((work.out / "part" / "a" / "results.json").read_text())
-    assert kept["settings"] == {"data_dir": data, "out": str(work.out / "part" / "a")}
+def test_a_part_does_every_run_with_its_changes_and_those_of_the_command(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(streams, "sweep", lambda *arguments: asked.append(arguments))
+    arguments = Namespace(part="vit", data="d", out=tmp_path, shard="1/2", only="lora", threads=3)
+    streams.run_part(arguments, PARTS, "run", REPORT, "paper")
+    ((runs, out, run, report, share, only),) = asked
+    assert (out, run, report, share, only) == (tmp_path / "vit", "run", REPORT, (1, 2), "lora")
+    wanted = list(PARTS["vit"]())
+    assert [name for name, _ in runs] == [name for name, _, _ in wanted]
+    for (name, settings), (_, method, changes) in zip(runs, wanted, strict=True):
+        assert (settings.method, settings.out) == (method, str(tmp_path / name))
+        assert (settings.data_dir, settings.threads, settings.quiet) == ("d", 3, True)
+        assert settings.iterations == changes["iterations"] and settings.shots == 16
 
 
 def test_compare_takes_turns_and_gives_medians_and_their_ratio(monkeypatch):

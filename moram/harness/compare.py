@@ -2,55 +2,39 @@
 
 import json
 
-# What may differ when a run goes on: nothing that changes a result, up to rounding.
-FREE = (
-    "label",
-    "threads",
-    "quiet",
-    "save_seconds",
-    "tensorboard",
-    "eval_batch",
-    "micro_batch",
-    "shard",
-    "cache_gib",
-    "workers",
-    "device",
-)
+from .settings import StreamSettings
 
 
-def differences(settings, saved):
+def differences(settings: StreamSettings, saved: dict, tied: set[str] | frozenset = frozenset()):
     """Settings, among those that change results, in which a run and a saved one differ.
 
     Args:
-        settings: `TraceSettings`. saved: what `to_dict` gave.
+        saved: what `to_dict` gave.
+        tied: settings that change the method's results, though they are free for others.
     Returns:
         Lines "name: saved value -> value".
     """
-    # With dropout, other micro-batches drop other inputs.
-    tied = {"micro_batch"} if settings.dropout else set()
-    # Images that are scored together may be given to one task.
-    tied |= {"eval_batch"} if settings.method_args.get("selection") == "batch" else set()
-    free = [name for name in FREE if name not in tied]
+    free = settings.with_rule("free") - settings.tied - tied
     # As a file holds them: lists for tuples, also inside.
     now = json.loads(json.dumps(settings.to_dict()))
     return [
         f"{name}: {saved.get(name)!r} -> {now.get(name)!r}"
         for name in sorted(now.keys() | saved.keys())
-        if name not in (*free, "out") and saved.get(name) != now.get(name)
+        if name not in free and saved.get(name) != now.get(name)
     ]
 
 
-def groups(runs):
+def groups(runs: list[dict], kind: type[StreamSettings]):
     """Runs by name, with the settings that differ among those of one method.
 
     Args:
-        runs: list of results.
+        runs: list of results. kind: the class of their settings.
     Returns:
         A dict from name to a list of runs, which differ in their order and seed alone.
     Raises:
         ValueError: two runs differ in nothing.
     """
-    settings = [{k: json.dumps(v) for k, v in _flat(run["settings"])} for run in runs]
+    settings = [{k: json.dumps(v) for k, v in _flat(run["settings"], kind)} for run in runs]
     found, seen = {}, set()
     for run, own in zip(runs, settings, strict=True):
         same = [other for r, other in zip(runs, settings, strict=True) if r["name"] == run["name"]]
@@ -66,9 +50,10 @@ def groups(runs):
     return found
 
 
-def _flat(settings):
+def _flat(settings, kind):
+    passed = kind.with_rule("free") | kind.with_rule("same_row")
     for key, value in settings.items():
-        if key in (*FREE, "data", "data_dir", "out", "seed", "tasks", "datasets", "order", "suite"):
+        if key in passed:
             continue
         if isinstance(value, dict):
             yield from ((f"{key}.{inner}", item) for inner, item in value.items())

@@ -5,19 +5,27 @@ What the tasks are made of, and how they are scored, is a subclass's business.
 
 import sys
 import time
-from contextlib import nullcontext
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
+from .. import checkpoint
 from ..inject import adapters, warn_uncalled
 from ..layers import Adapter
-from ..methods.train import TaskTrainer
+from ..methods.train import Stage, TaskTrainer
+from ..processes import Processes
 from .compare import differences
 from .files import check_space, read_json, read_state, write_json, write_state
 from .memory import peak_mib, reset_peak
+from .plan import StreamPlan
 from .progress import STEPS, Bar, Progress
-from .settings import EXAMPLES
+from .report import Report
+from .settings import EXAMPLES, StreamSettings
 
 STATE, CONFIG, RESULTS = "state.pt", "config.json", "results.json"
 # What a run writes besides JSON: a folder that holds one of them without CONFIG is not its own.
@@ -29,24 +37,71 @@ class Stopped(Exception):
     """The run was asked to stop, and saved what it had."""
 
 
-class Run:
+class Run(ABC):
     """One run. What can be wrong is found by `check` and `prepare`, before any training.
 
-    Subclasses give `make_plan` (an object with method, stream, stages, has_untrained, fingerprint,
-    train_settings(members), examples(members), scored(number) and work()), `load` (sets model),
-    `stage`, `score_task`, `save_adapters`, `more_results`, `summarise` and `report`.
+    A benchmark gives the abstract methods, and overrides what else differs: `made`,
+    `training_model`, `more_results`. report: its `Report`. plan: its `StreamPlan`, from `check` on.
+    model: what learns, from `load` on.
 
     Args:
-        settings: has method, out, save_seconds and what `Progress` reads. processes: `Processes`.
-        device: a torch device. log: called with lines of text, in the first process only.
+        settings: of the benchmark. log: called with lines of text, in the first process only.
         stop: asked after every step; if it returns true, the state is saved and `Stopped` raised.
+        device: a torch device; None = `pick_device`. processes: None = this one alone.
     """
 
-    def __init__(self, settings, processes, device, log, stop):
-        self.settings, self.processes, self.log, self.stop = settings, processes, log, stop
-        self.device = device
+    report: ClassVar[Report]
+    plan: StreamPlan
+    model: nn.Module
+
+    def __init__(
+        self,
+        settings: StreamSettings,
+        log: Callable[[str], object] = print,
+        stop: Callable[[], bool] = lambda: False,
+        device: torch.device | None = None,
+        processes: Processes | None = None,
+    ):
+        self.settings, self.stop = settings, stop
+        self.processes = Processes() if processes is None else processes
+        self.device = pick_device() if device is None else device
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        quiet = settings.quiet or not self.processes.is_first
+        self.log = (lambda line: None) if quiet else log
         self.out = Path(settings.out)
         self.costs = []
+
+    @abstractmethod
+    def make_plan(self) -> StreamPlan:
+        """The plan of these settings."""
+
+    @abstractmethod
+    def load(self) -> None:
+        """Set `model`, on the device and in eval mode."""
+
+    @abstractmethod
+    def stage(self, members: Sequence[int]) -> Stage:
+        """The training data of some tasks, by their places in the stream."""
+
+    @abstractmethod
+    def score_task(self, number: int | str, i: int) -> dict[str, Any]:
+        """Answer and score task i after a stage, or UNTRAINED; tells `progress.answered`.
+
+        Returns:
+            What is kept: plain types, with {"eval": {"score": percent}} in them.
+        """
+
+    def made(self) -> None:  # noqa: B027
+        """Called when the adapters are in the model."""
+
+    def training_model(self) -> AbstractContextManager:
+        """The context in which the model is trained, where it is not the one that is scored."""
+        return nullcontext()
+
+    def more_results(self, results: dict[str, Any]) -> dict[str, Any]:
+        """What results.json holds besides what every run writes."""
+        return {}
 
     def execute(self):
         """Run to the end; returns what was written to results.json."""
@@ -67,15 +122,12 @@ class Run:
             self.score(number, self.plan.scored(number))
             self.write(number)
         if self.processes.is_first and adapters(self.model):
-            self.save_adapters(self.out / "adapters")
+            names, base = [task.name for task in self.stream], self.settings.base_model
+            checkpoint.save(self.model, self.out / "adapters", tasks=names, base_model=base)
         results = self.write(len(self.plan.stages) - 1, complete=True)
         self.progress.close()
         self.processes.wait()
         return results
-
-    def training_model(self):
-        """The context in which the model is trained, where it is not the one that is scored."""
-        return nullcontext()
 
     def check(self):
         """Check all that needs no model."""
@@ -104,9 +156,6 @@ class Run:
             write_json(self.out / CONFIG, {**self.settings.to_dict(), EXAMPLES: fingerprint})
         self.processes.wait()
 
-    def made(self):
-        """Called when the adapters are in the model."""
-
     def watch(self, name, total):
         """A `Bar` over what is prepared before the run's own bar begins."""
         return Bar(total, name, self.settings, self.processes, self.log)
@@ -119,7 +168,7 @@ class Run:
         if (saved is None and foreign) or not isinstance(saved, dict | None):
             raise ValueError(f"{self.out} holds files of something else: name another out folder")
         held = {name: value for name, value in (saved or {}).items() if name != EXAMPLES}
-        changed = differences(self.settings, held) if saved else []
+        changed = differences(self.settings, held, self.method.tied) if saved else []
         if changed:
             raise ValueError(
                 f"{self.out} holds a run with other settings; name another out folder, or go back "
@@ -264,6 +313,7 @@ class Run:
         """Write results.json and, at the end, the tables and the picture."""
         settings = self.settings
         results = {
+            "format": self.report.format,
             "complete": complete,
             "method": settings.method,
             "name": settings.label or self.method.name,
@@ -275,10 +325,10 @@ class Run:
             "settings": settings.to_dict(),
         }
         results |= self.more_results(results)
-        results["summary"] = self.summarise(results)
+        results["summary"] = self.report.summarise(results)
         if self.processes.is_first:
             if complete:
-                self.report([results], self.out)
+                self.report.write([results], self.out)
                 self.log((self.out / "table.md").read_text(encoding="utf-8"))
             # Last: what says that it is complete, is.
             write_json(self.out / RESULTS, results)

@@ -1,143 +1,242 @@
-"""What dataclasses of settings share: presets, YAML files, key=value changes, and checks."""
+"""The settings of a run over a stream: what all benchmarks share, with its checks, in one place.
 
-import contextlib
+A benchmark's dataclass derives from `StreamSettings` and adds what it alone has. What a value may
+be is said where the setting is declared, see `values`.
+"""
+
 import copy
 import difflib
-from dataclasses import MISSING, asdict, fields
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
-from ..config import check_count
+from ..methods.base import MODELS, Method
+from ..methods.registry import ENTRIES
+from ..methods.train import TrainSettings
+from .values import (
+    FRACTION,
+    NOT_NEGATIVE,
+    among,
+    check_value,
+    converted,
+    default_of,
+    rules_of,
+    setting,
+)
 from .yaml_values import read_yaml
 
 # In config.json beside the settings: what tells a run's examples from others.
 EXAMPLES = "examples"
 
 
-def assemble(kind, presets, preset, method, files=(), changes=()):
-    """Settings from a preset, then YAML files, then changes, the later ones winning.
+@dataclass(frozen=True)
+class StreamSettings:
+    """What the settings of every benchmark have. A subclass says its own defaults, and has the
+    settings `tasks` (a tuple), `data` and `model` (texts), or what its `words` call them.
+
+    The kind of a value is its annotation: str, bool, int, float, tuple (names, which may come as
+    one text with commas) or dict. With "| None" it may be None, and with "| dict" a dict from task
+    to value with "*" for the others.
 
     Args:
-        kind: the dataclass of the settings. presets: by name, see `moram.trace.presets`.
-        preset: its name; holds settings for all methods and some for single ones. None = what a
-            file says, or else "paper".
-        method: name of the method, unless a file or a change names another.
-        files: YAML files with a flat mapping from setting to value.
-        changes: dicts of settings. A key may reach into a dict: "method_args.top_k". What a file
-            or a change says of method_args is added to what was there.
+        method, method_args: see `moram.methods.registry`.
+        label: the name that tables show, by which they group runs; empty = the method's own.
+        preset: the settings that this one started from, for the record.
+        targets, exclude: as in `MoRAMConfig`, for every method.
+        rank: of LoRA, atoms a task of MoRAM: equal trained parameters for all methods.
+        dropout: of the adapters' inputs in training.
+        lr, batch_size, schedule, betas, clip, seed: see `TrainSettings`.
+        eval_limit: at most so many test examples a task; None = all.
+        eval_batch: test examples that go through the model at once.
+        untrained: also score the untouched model.
+        threads: of torch; None = torch's choice.
+        quiet, tensorboard: as named. save_seconds: how often the state is written within a task.
+        out: folder for everything the run writes.
     Raises:
-        ValueError: an unknown preset or setting; the message names the closest ones.
+        TypeError, ValueError: a setting is of the wrong kind or out of range; names it.
     """
-    layers = [read_yaml(path) for path in files] + [dict(c) for c in changes]
-    for layer in layers:
-        # The config.json of a run says, besides its settings, which examples it had.
-        layer.pop(EXAMPLES, None)
-    if preset is None:
-        preset = next((layer["preset"] for layer in layers if "preset" in layer), "paper")
-    if preset not in presets:
-        raise ValueError(f"preset must be one of {', '.join(presets)}, got {preset!r}")
-    for layer in layers:
-        if layer.get("preset", preset) != preset:
-            raise ValueError(f"preset is {preset!r}, and a file asks for {layer['preset']!r}")
-        method = layer.get("method", method)
-    start = copy.deepcopy(presets[preset])
-    values = {"preset": preset, "method": method, **start["*"], **start.get(method, {})}
-    known = {item.name: item for item in fields(kind)}
-    for layer in layers:
-        for key, value in layer.items():
-            name, _, inner = key.partition(".")
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-                raise ValueError(
-                    f"there is no setting {name!r}"
-                    + (f"; close: {', '.join(close)}" if close else "")
-                )
-            if inner:
-                before = values.get(name, _default(known[name]))
-                before = before if isinstance(before, dict) else {"*": before}
-                value = {**before, inner: value}
-            elif name == "method_args" and isinstance(value, dict):
-                # A file that sets one argument leaves the preset's others alone.
-                value = {**values.get(name, {}), **value}
-            values[name] = value
-    return kind(**values)
 
+    # Starting points, by name; see `moram.trace.presets`.
+    presets: ClassVar[dict[str, dict]] = {}
+    # What this benchmark calls its "tasks", "data" and "model", where it has names of its own.
+    words: ClassVar[dict[str, str]] = {}
+    # Changes by which held-out training examples are scored: for choosing settings.
+    choosing: ClassVar[dict[str, Any]] = {}
+    # What `Method.needs` may be, where messages send other methods, and whether a method is told
+    # the task that it is scored on.
+    model_kind: ClassVar[str | None] = None
+    elsewhere: ClassVar[str] = ""
+    tells_task: ClassVar[bool] = True
 
-def among(name, value, allowed):
-    """Raise unless value is one of those allowed."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+    method: str = "moram"
+    method_args: dict = field(default_factory=dict)
+    label: str = setting("", free=True)
+    preset: str = "paper"
+    targets: str | tuple = "auto"
+    exclude: tuple = ()
+    rank: int = 8
+    dropout: float = setting(0.0, within=FRACTION)
+    lr: float = 5e-4
+    batch_size: int = 32
+    schedule: str = "constant"
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float | None = 1.0
+    seed: int = setting(0, least=0, same_row=True)
+    eval_limit: int | None = None
+    eval_batch: int = setting(1, free=True)
+    untrained: bool = True
+    threads: int | None = setting(None, free=True)
+    quiet: bool = setting(False, free=True)
+    tensorboard: bool = setting(False, free=True)
+    save_seconds: float = setting(120.0, within=NOT_NEGATIVE, free=True)
+    out: str = setting("out", given=True, free=True)
 
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            self.put(item.name, converted(item, getattr(self, item.name)))
+            check_value(self, item)
+        among("preset", self.preset, self.presets)
+        self.complete()
+        word = self.word("tasks")
+        if not self.stream:
+            raise ValueError(f"{word} must name at least one")
+        if len(set(self.stream)) != len(self.stream):
+            raise ValueError(f"{word} must differ, got {', '.join(self.stream)}")
+        for item in fields(self):
+            for task in self.stream if isinstance(getattr(self, item.name), dict) else ():
+                check_value(self, item, task)
+        self.check()
+        for task in self.stream:
+            _ = self.train_settings(task)
 
-def names_of(name, value):
-    """A tuple of names, which may come as one text with commas."""
-    value = value.split(",") if isinstance(value, str) else value
-    if not isinstance(value, (tuple, list)) or not all(isinstance(v, str) for v in value):
-        raise TypeError(f"{name} must be a list of names, got {value!r}")
-    return tuple(v.strip() for v in value if v.strip())
+    def complete(self) -> None:
+        """Called when every value is of its kind: what follows from others is `put` here."""
 
+    def check(self) -> None:
+        """Called when all is complete: what several settings say together is checked here."""
 
-def to_beta(value):
-    """A number that came in a text with commas."""
-    with contextlib.suppress(ValueError):
-        value = float(value) if isinstance(value, str) else value
-    return value
+    def put(self, name: str, value: Any) -> None:
+        """Set a value while the settings are made."""
+        object.__setattr__(self, name, value)
 
+    @classmethod
+    def word(cls, name: str) -> str:
+        """What this benchmark calls its "tasks", "data" or "model"."""
+        return cls.words.get(name, name)
 
-def check_number(name, value):
-    """Raise unless value is a number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+    @property
+    def stream(self) -> tuple[str, ...]:
+        """The names of the tasks, in the order they are learned."""
+        return getattr(self, self.word("tasks"))
 
+    @property
+    def source(self) -> str:
+        """Where the data lie."""
+        return getattr(self, self.word("data"))
 
-def _default(item):
-    return item.default if item.default_factory is MISSING else item.default_factory()
+    @property
+    def base_model(self) -> str:
+        """What is adapted."""
+        return getattr(self, self.word("model"))
 
+    @property
+    def tied(self) -> set[str]:
+        """Settings, free otherwise, that change results beside these values of the others."""
+        return set()
 
-def to_plain(settings):
-    """A dataclass of settings as plain types, for JSON."""
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in asdict(settings).items()
-    }
+    @classmethod
+    def with_rule(cls, rule: str) -> set[str]:
+        """The settings that have a rule, such as "free"."""
+        return {item.name for item in fields(cls) if rules_of(cls, item.name).get(rule)}
 
+    @classmethod
+    def refusal(cls, method: type[Method] | Method) -> str:
+        """Why a method does not fit, to be read behind its name; empty where it does."""
+        if method.needs not in (None, cls.model_kind):
+            return f"is for {MODELS[method.needs]}{cls.elsewhere}"
+        if method.needs_task_id and not cls.tells_task:
+            return "must be told the task, which this benchmark does not do"
+        return ""
 
-def betas_of(value):
-    """Two numbers, which may come as one text with a comma."""
-    betas = value.split(",") if isinstance(value, str) else value
-    if not isinstance(betas, (tuple, list)):
-        raise TypeError(f"betas must be two numbers in [0, 1), got {value!r}")
-    return tuple(map(to_beta, betas))
+    @classmethod
+    def methods(cls) -> list[str]:
+        """The names of the methods that fit."""
+        return [name for name, method in ENTRIES.items() if not cls.refusal(method)]
 
+    def of(self, name: str, task: str) -> Any:
+        """The value of a setting for a task."""
+        value = getattr(self, name)
+        if not isinstance(value, dict):
+            return value
+        if task in value:
+            return value[task]
+        if "*" not in value:
+            raise ValueError(f'{name} has no value for {task} and no "*"')
+        return value["*"]
 
-def check_kinds(settings, texts, flags, numbers, counts, optional_counts):
-    """Raise unless settings are of their kinds.
+    def train_settings(self, task: str) -> TrainSettings:
+        """What `TaskTrainer` takes for a task: the settings that have the names of its own."""
+        names = [item.name for item in fields(TrainSettings) if hasattr(self, item.name)]
+        return TrainSettings(**{name: self.of(name, task) for name in names})
 
-    Args:
-        texts, flags, numbers: names of settings. counts: name: the least that it may be.
-        optional_counts: names of settings that are None, or at least 1.
-    """
-    for name in texts:
-        if not isinstance(getattr(settings, name), str):
-            raise TypeError(f"{name} must be text, got {getattr(settings, name)!r}")
-    for name in flags:
-        if not isinstance(getattr(settings, name), bool):
-            raise TypeError(f"{name} must be true or false, got {getattr(settings, name)!r}")
-    for name in numbers:
-        check_number(name, getattr(settings, name))
-    for beta in settings.betas:
-        check_number("betas", beta)
-    for name, least in counts.items():
-        check_count(name, getattr(settings, name), least)
-    for name in optional_counts:
-        if getattr(settings, name) is not None:
-            check_count(name, getattr(settings, name), 1)
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
 
+    @classmethod
+    def make(
+        cls,
+        preset: str | None = "paper",
+        method: str = "moram",
+        files: Iterable[str | Path] = (),
+        changes: Iterable[dict[str, Any]] = (),
+    ) -> Self:
+        """Settings from a preset, then YAML files, then changes, the later ones winning.
 
-def value_for(name, value, task):
-    """The value of a setting for a task, where it may be a dict by task with "*"."""
-    if not isinstance(value, dict):
-        return value
-    if task in value:
-        return value[task]
-    if "*" not in value:
-        raise ValueError(f'{name} has no value for {task} and no "*"')
-    return value["*"]
+        Args:
+            preset: holds settings for all methods and some for single ones. None = what a file
+                says, or else "paper".
+            method: name of the method, unless a file or a change names another.
+            files: YAML files with a flat mapping from setting to value.
+            changes: dicts of settings. A key may reach into a dict: "method_args.top_k". What a
+                file or a change says of method_args is added to what was there.
+        Raises:
+            ValueError: an unknown preset or setting; the message names the closest ones.
+        """
+        layers = [read_yaml(path) for path in files] + [dict(c) for c in changes]
+        for layer in layers:
+            # The config.json of a run says, besides its settings, which examples it had.
+            layer.pop(EXAMPLES, None)
+        if preset is None:
+            preset = next((layer["preset"] for layer in layers if "preset" in layer), "paper")
+        among("preset", preset, cls.presets)
+        for layer in layers:
+            if layer.get("preset", preset) != preset:
+                raise ValueError(f"preset is {preset!r}, and a file asks for {layer['preset']!r}")
+            method = layer.get("method", method)
+        start = copy.deepcopy(cls.presets[preset])
+        values = {"preset": preset, "method": method, **start["*"], **start.get(method, {})}
+        known = {item.name: item for item in fields(cls)}
+        for layer in layers:
+            for key, value in layer.items():
+                name, _, inner = key.partition(".")
+                name = cls.word(name)
+                if name not in known:
+                    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+                    raise ValueError(
+                        f"there is no setting {name!r}"
+                        + (f"; close: {', '.join(close)}" if close else "")
+                    )
+                if inner:
+                    before = values.get(name, default_of(known[name]))
+                    before = before if isinstance(before, dict) else {"*": before}
+                    value = {**before, inner: value}
+                elif name == "method_args" and isinstance(value, dict):
+                    # A file that sets one argument leaves the preset's others alone.
+                    value = {**values.get(name, {}), **value}
+                values[name] = value
+        return cls(**values)

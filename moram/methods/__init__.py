@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from .o_lora import OLoRA
     from .rail import RAILDual, RAILPrimal
     from .registry import METHODS, accepted_arguments, make_method
-    from .stream import run_stream
     from .task_lora import TaskLoRA
     from .train import TrainSettings
     from .tree_lora import TreeLoRA
@@ -49,7 +48,6 @@ __all__ = [
     "ZeroShot",
     "accepted_arguments",
     "make_method",
-    "run_stream",
 ]
 
 attach(
@@ -70,7 +68,6 @@ attach(
         "o_lora": ("OLoRA",),
         "rail": ("RAILDual", "RAILPrimal"),
         "registry": ("METHODS", "accepted_arguments", "make_method"),
-        "stream": ("run_stream",),
         "task_lora": ("TaskLoRA",),
         "train": ("TrainSettings",),
         "tree_lora": ("TreeLoRA",),

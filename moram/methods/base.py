@@ -7,6 +7,9 @@ import torch
 from ..inject import adapters
 from ..layers import Adapter
 
+# What `Method.needs` may be, and what messages call it.
+MODELS = {"language": "language models", "clip": "CLIP models"}
+
 
 class Step(NamedTuple):
     """One optimiser step, as hooks see it.
@@ -33,12 +36,14 @@ class Method:
     name = ""
     # Whether the model must be told, at inference, which task an input belongs to.
     needs_task_id = False
-    # "language" or "clip" where a method is for such models alone.
+    # A key of MODELS where a method is for such models alone.
     needs = None
     # Whether tasks are trained step by step, or learned in `end_task` alone.
     has_steps = True
     # Whether no method hook ever changes what the model computes from an image.
     has_frozen_features = False
+    # Settings of a run that change no result of other methods, but do change this one's.
+    tied: frozenset[str] = frozenset()
 
     def setup(self, model):
         """Prepare the model, once: put the adapters in, freeze the rest."""

@@ -104,6 +104,8 @@ class MoEAdapters(Method):
             "dropout": dropout,
         }
         self.freeze, self.selection = freeze, selection
+        # Images that are scored together are given to one task.
+        self.tied = frozenset({"eval_batch"} if selection == "batch" else ())
         self.generator = torch.Generator().manual_seed(seed)
         self.alexnet = None if alexnet is None else load_alexnet(alexnet)
         self.selector = TaskSelector(

@@ -23,7 +23,6 @@ class TrainSettings:
         lr: peak learning rate of AdamW; the optimiser is new for each task.
         epochs: passes over a task's data.
         batch_size: examples a step, over all processes together.
-        max_length: tokens of prompt and answer at most.
         clip: gradient norm is clipped to this; None = it is not.
         seed: of the order of the data, and of dropout.
         micro_batch: examples that go through the model at once; None = batch_size. Changes memory,
@@ -41,7 +40,6 @@ class TrainSettings:
     lr: float = 1e-3
     epochs: int = 2
     batch_size: int = 8
-    max_length: int = 192
     clip: float | None = 1.0
     seed: int = 0
     micro_batch: int | None = None
@@ -53,7 +51,7 @@ class TrainSettings:
     iterations: int | None = None
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "max_length"):
+        for name in ("epochs", "batch_size"):
             check_count(name, getattr(self, name), 1)
         check_count("warmup", self.warmup, 0)
         for name in ("micro_batch", "iterations"):
@@ -88,7 +86,8 @@ class Stage:
     """A task's training data, for hooks that pass over it once more.
 
     Args:
-        model: the model. data: has `len` and what the objective reads, see `Encoded`.
+        model: the model. data: has `len` and what the objective reads:
+            `batch(rows)` for the default.
         settings: `TrainSettings`. objective: as `summed_loss`.
     """
 

@@ -15,10 +15,10 @@ from ..continual.data import check_characters
 from ..harness.files import read_json, write_json, write_text
 from ..harness.run import CONFIG, RESULTS
 from ..harness.settings import EXAMPLES
+from ..harness.tables import markdown
 from ..inspection import find_adapter, inspect_atoms, token_atoms
 from .encode import Encoder, by_length
 from .model import load
-from .report import markdown
 from .settings import SPLITS, TraceSettings
 
 ADAPTERS = "adapters"

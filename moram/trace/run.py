@@ -7,12 +7,11 @@ import torch
 from .. import checkpoint
 from ..harness.run import Run, Stopped, versions
 from ..methods.train import Stage
-from ..processes import Processes
 from .encode import Encoder
 from .model import compile_parts, fit_context, load, shard
-from .plan import Plan
+from .plan import TracePlan
 from .predict import forced, generate
-from .report import FORMAT, summarise, write_report
+from .report import REPORT
 from .streams import StreamRows, is_forced
 
 __all__ = ["Stopped", "TraceRun", "run_trace"]
@@ -32,7 +31,7 @@ def run_trace(settings, log=print, stop=lambda: False, cached=None):
         ValueError, OSError: bad settings, data, model or folder, named before any training.
         Stopped: see `stop`.
     """
-    return _make(settings, log, stop, cached).execute()
+    return TraceRun(settings, log, stop, cached).execute()
 
 
 def answers_of(settings, folder, cached=None):
@@ -58,23 +57,11 @@ def keep_states(settings, cached, log=print):
 
 def _bare(settings, log, cached):
     """A run whose model is loaded and has no adapters."""
-    run = _make(settings, log, lambda: False, cached)
+    run = TraceRun(settings, log, cached=cached)
     run.plan = run.make_plan()
     run.method, run.stream = run.plan.method, run.plan.stream
     run.load()
     return run
-
-
-def _make(settings, log, stop, cached):
-    from accelerate import Accelerator
-
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    processes = Processes()
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    quiet = settings.quiet or not processes.is_first
-    log = (lambda line: None) if quiet else log
-    return TraceRun(settings, processes, accelerator, log, stop, cached)
 
 
 class TraceRun(Run):
@@ -83,17 +70,21 @@ class TraceRun(Run):
     Args: see `run_trace` and `Run`.
     """
 
-    summarise, report = staticmethod(summarise), staticmethod(write_report)
+    report = REPORT
 
-    def __init__(self, settings, processes, accelerator, log, stop, cached=None):
-        super().__init__(settings, processes, accelerator.device, log, stop)
+    def __init__(self, settings, log=print, stop=lambda: False, cached=None):
+        from accelerate import Accelerator
+
+        # It joins the processes that its launcher started.
+        accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        super().__init__(settings, log, stop, accelerator.device)
         self.sharded = settings.shard or "FSDP" in str(accelerator.distributed_type)
         self.cached = {} if cached is None else cached
 
     def make_plan(self):
         if self.sharded and self.settings.cache_prefix:
             raise ValueError("cache_prefix and a sharded model do not go together")
-        return Plan(self.settings)
+        return TracePlan(self.settings, self.log)
 
     def load(self):
         """Load the model, and say how much of the examples it will not see."""
@@ -149,15 +140,8 @@ class TraceRun(Run):
         with self.rows.upper():
             return forced(*common, self.processes, step)
 
-    def save_adapters(self, folder):
-        """Write the adapters as PEFT lays them out."""
-        tasks = [task.name for task in self.stream]
-        checkpoint.save(self.model, folder, tasks=tasks, base_model=self.settings.model)
-
     def more_results(self, results):
-        """What results.json holds besides what every run writes."""
         return {
-            "format": FORMAT,
             "majority": self.plan.majority,
             "metrics": [scorer.variant for scorer in self.plan.scorers],
             "decoding": [self.settings.of("decoding", task.name) for task in self.stream],

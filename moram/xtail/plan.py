@@ -1,44 +1,39 @@
-"""What a run will do: its datasets, method and stages, checked without a model."""
+"""What a run over image domains will do: its datasets, few shots and images left out."""
 
 import hashlib
 import os
 import zlib
 from pathlib import Path
 
-from ..methods.registry import accepted_arguments, make_method
+from ..harness.plan import StreamPlan
 from .datasets import load_domains, offsets, shared_names
 from .domains import FileSplit, check_covered, empty_classes, few_shot, origin, take
 from .folders import describe_passed_over
 from .small import is_small, load_small
 
 
-class Plan:
-    """Everything about a run that follows from its settings and its data.
+class XtailPlan(StreamPlan):
+    """`StreamPlan` of `XtailSettings`.
 
     stream: `Domain`s, the train split of each cut to its few shots. offsets: the first label of
     each in the joint label space.
-
-    Args:
-        settings: `XtailSettings`. log: called with lines of text.
-    Raises:
-        ValueError, OSError: bad data, or settings that do not fit it or the method.
     """
 
-    def __init__(self, settings, log=print):
-        self.settings = settings
-        self.method = build_method(settings)
-        whole = read_domains(settings)
+    def read(self, log):
+        whole = read_domains(self.settings)
         for domain in whole:
             if domain.passed_over:
                 log(describe_passed_over(domain))
-        self.stream = [self._cut(domain, log) for domain in whole]
-        self.offsets = offsets(self.stream)
-        for prompt, first, second in shared_names(self.stream):
+        stream = [self._cut(domain, log) for domain in whole]
+        self.offsets = offsets(stream)
+        for prompt, first, second in shared_names(stream):
             log(f"{first} and {second} both have the prompt {prompt!r}: ties go to {first}")
-        self.source = settings.data_dir or "the drawn domains"
-        self.stages = self.method.stages(len(self.stream))
-        # Where nothing is trained, the one row of R is the untrained model's.
-        self.has_untrained = settings.untrained and any(self.stages)
+        return stream
+
+    @classmethod
+    def arguments(cls, settings):
+        # The published layers have no scale.
+        return super().arguments(settings) | {"alpha": settings.rank}
 
     def _cut(self, domain, log):
         """A domain with its few training images, and its test images up to the limit."""
@@ -106,44 +101,6 @@ class Plan:
     def prompts(self):
         """The prompts of all classes of all datasets."""
         return [prompt for domain in self.stream for prompt in domain.prompts]
-
-    def examples(self, members):
-        """Examples that training a stage goes through."""
-        if not members:
-            return 0
-        if self.method.has_steps:
-            return self.settings.iterations * self.settings.batch_size
-        return sum(len(self.stream[i].train) for i in members)
-
-    def scored(self, number):
-        """The tasks that are scored after a stage: all, also those to come."""
-        return range(len(self.stream))
-
-    def work(self):
-        """Examples to train on and to answer, all in all."""
-        tests = sum(len(domain.test) for domain in self.stream)
-        rows = len(self.stages) + self.has_untrained
-        return sum(map(self.examples, self.stages)) + rows * tests
-
-
-def build_method(settings):
-    """The method of a run.
-
-    Raises:
-        ValueError: there is no such method or argument, or it does not fit X-TAIL.
-    """
-    common = {"targets": settings.targets, "exclude": settings.exclude}
-    common |= {"rank": settings.rank, "dropout": settings.dropout, "seed": settings.seed}
-    # The published layers have no scale.
-    common["alpha"] = settings.rank
-    accepted = accepted_arguments(settings.method)
-    common = {name: value for name, value in common.items() if name in accepted}
-    method = make_method(settings.method, **(common | settings.method_args))
-    if method.needs == "language":
-        raise ValueError(f"{settings.method} is for language models")
-    if method.needs_task_id:
-        raise ValueError(f"{settings.method} must be told the task, which X-TAIL does not do")
-    return method
 
 
 def read_domains(settings):

@@ -2,15 +2,13 @@
 
 import torch
 
-from .. import checkpoint
-from ..harness.run import Run, Stopped, pick_device, versions
+from ..harness.run import Run, Stopped, versions
 from ..models.clip import load_clip
-from ..processes import Processes
 from .images import ImageRows, ImageStore, TestImages, Transforms
 from .objective import ImageStage
-from .plan import Plan
+from .plan import XtailPlan
 from .pretrain import small_clip
-from .report import FORMAT, per_dataset, summarise, whole_matrix, write_report
+from .report import REPORT, per_dataset, whole_matrix
 from .settings import SMALL_BACKBONE
 
 # The image encoders of open_clip's and Hugging Face's CLIP.
@@ -35,14 +33,7 @@ def run_xtail(settings, log=print, stop=lambda: False, clip=None):
         ValueError, OSError: bad settings, data, model or folder, named before any training.
         Stopped: see `stop`.
     """
-    processes = Processes()
-    if processes.world > 1:
-        raise ValueError(f"moram xtail runs in one process, got {processes.world}")
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    log = (lambda line: None) if settings.quiet else log
-    device = pick_device() if settings.device == "auto" else torch.device(settings.device)
-    return XtailRun(settings, processes, device, log, stop, clip).execute()
+    return XtailRun(settings, log, stop, clip).execute()
 
 
 class XtailRun(Run):
@@ -51,14 +42,17 @@ class XtailRun(Run):
     Args: see `run_xtail` and `Run`.
     """
 
-    summarise, report = staticmethod(summarise), staticmethod(write_report)
+    report = REPORT
 
-    def __init__(self, settings, processes, device, log, stop, clip=None):
-        super().__init__(settings, processes, device, log, stop)
+    def __init__(self, settings, log=print, stop=lambda: False, clip=None):
+        device = None if settings.device == "auto" else torch.device(settings.device)
+        super().__init__(settings, log, stop, device)
+        if self.processes.world > 1:
+            raise ValueError(f"moram xtail runs in one process, got {self.processes.world}")
         self.clip, self.classified, self.store = clip, None, None
 
     def make_plan(self):
-        return Plan(self.settings, self.log)
+        return XtailPlan(self.settings, self.log)
 
     def load(self):
         """Load the model, unless one was given."""
@@ -193,18 +187,11 @@ class XtailRun(Run):
             if self.store is not None:
                 self.store.close()
 
-    def save_adapters(self, folder):
-        """Write the adapters as PEFT lays them out."""
-        tasks = [domain.name for domain in self.stream]
-        checkpoint.save(self.model, folder, tasks=tasks, base_model=self.settings.backbone)
-
     def more_results(self, results):
-        """What results.json holds besides what every run writes."""
         matrix = whole_matrix(results)
         whole = len(matrix) == len(self.stream)
         return {
             "per_dataset": per_dataset(matrix) if whole else None,
-            "format": FORMAT,
             "classes": [len(domain.classes) for domain in self.stream],
             "test_images": [len(domain.test) for domain in self.stream],
             "unscored": self.plan.unscored,

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from moram.continual.scoring import Encoded
 from moram.methods import TrainSettings, make_method
 from moram.methods.base import Step
 from moram.methods.moe_lora import imbalance
 from moram.methods.train import Stage
 from moram.methods.tree_lora import Node, build_tree, differences
+from moram.trace.encode import Rows
 
 TWO = {"targets": ("0", "1"), "rank": 2}
 STEP = Step(1, 0, 8, 4, torch.tensor(3.0))
@@ -107,7 +107,7 @@ def test_ewc_fisher_and_penalty_are_those_of_hand_made_gradients(micro):
         down.copy_(torch.tensor([[0.5, 1.0]]))
         up.copy_(torch.tensor([[1.0], [-2.0]]))
     ids = torch.tensor([[0, 1], [1, 1]])
-    data = Encoded(ids, torch.ones_like(ids), torch.tensor([[-100, 1], [-100, 1]]), 1)
+    data = Rows(ids.tolist(), [1, 1], pad=0, multiple=1)
     settings = TrainSettings(batch_size=2, micro_batch=micro)
     assert method.penalty(model, STEP) is None
     method.end_task(model, 0, Stage(model, data, settings))

@@ -1,6 +1,7 @@
 """The command `moram` itself: its help, its version. What its words do is tested with them."""
 
 import argparse
+import re
 import subprocess
 import sys
 
@@ -61,7 +62,8 @@ def test_every_command_says_what_its_arguments_are(capsys, name):
 
 
 def test_the_methods_that_help_offers_are_those_that_fit(capsys):
-    trace, xtail = printed(capsys, "trace", "--help"), printed(capsys, "xtail", "--help")
+    texts = [printed(capsys, command, "--help") for command in ("trace", "xtail")]
+    trace, xtail = (re.split(r"[\s,]+", text) for text in texts)
     for method, in_trace, in_xtail in (
         ("moram", True, True),
         ("rail-primal", False, True),
@@ -70,5 +72,5 @@ def test_the_methods_that_help_offers_are_those_that_fit(capsys):
         ("in-context", True, False),
         ("zero-shot", True, True),
     ):
-        assert (f"{method}," in trace or f"{method}}}" in trace) == in_trace, method
-        assert (f"{method}," in xtail or f"{method}}}" in xtail) == in_xtail, method
+        assert (method in trace) == in_trace, method
+        assert (method in xtail) == in_xtail, method

@@ -1,4 +1,4 @@
-"""Metrics, streams on disk, tokens and exact match, the data that ships, the command line."""
+"""Metrics, streams on disk, the data that ships, the command line."""
 
 import json
 import re
@@ -6,10 +6,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
-from choices import DRAWN, Choices
-from tiny_models import language_model
-from toy_language import WordTokenizer
 
 import moram
 from moram.cli import main
@@ -22,7 +18,6 @@ from moram.continual import (
     overall_performance,
     plasticity,
 )
-from moram.continual.scoring import Encoded, encode, exact_match, predict
 
 TASKS = ("topic", "feeling", "purpose")
 # Row t: after task t. Task 0 peaks after task 1, task 1 is forgotten, task 2 is last.
@@ -149,122 +144,6 @@ def test_half_a_surrogate_pair_in_a_task_is_named_with_its_entry(tmp_path, part,
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         load_stream(tmp_path, ["one"])
-
-
-def test_encoding_pads_left_and_labels_the_answer_and_its_end():
-    # Ids in order of appearance: "a" 2, " b" 3, " c" 4, " X" 5; then " Y" 6, " Z" 7.
-    examples = [Example("a b c", "X"), Example("a", "Y Z")]
-    encoded = encode(WordTokenizer(), examples, multiple=4)
-    assert encoded.input_ids.tolist() == [[0, 0, 0, 2, 3, 4, 5, 1], [0, 0, 0, 0, 2, 6, 7, 1]]
-    assert encoded.attention_mask.tolist() == [[0] * 3 + [1] * 5, [0] * 4 + [1] * 4]
-    assert encoded.labels.tolist() == [[-100] * 6 + [5, 1], [-100] * 5 + [6, 7, 1]]
-    assert encoded.tail == 3
-
-
-@pytest.mark.parametrize(("words", "length"), [(2, 4), (3, 8), (6, 8), (7, 12)])
-def test_lengths_are_the_next_multiple(words, length):
-    example = Example(" ".join(["w"] * words), "X")
-    assert encode(WordTokenizer(), [example], multiple=4).input_ids.shape == (1, length)
-
-
-def test_truncation_keeps_the_end_of_the_prompt():
-    tokenizer = WordTokenizer()
-    encoded = encode(tokenizer, [Example("a b c d e", "X")], max_length=5, multiple=1)
-    ids = [tokenizer[word] for word in (" c", " d", " e", " X")]
-    assert encoded.input_ids.tolist() == [[*ids, 1]]
-    assert encoded.attention_mask.tolist() == [[1] * 5]
-
-
-def test_answer_after_white_space_gets_no_second_space():
-    tokenizer = WordTokenizer()
-    encode(tokenizer, [Example("a\n", "X"), Example("b", "Y")])
-    assert "X" in tokenizer.ids and " X" not in tokenizer.ids
-    assert " Y" in tokenizer.ids and "Y" not in tokenizer.ids
-
-
-def test_padding_is_the_end_of_text_where_there_is_no_padding_token():
-    tokenizer = WordTokenizer()
-    tokenizer.pad_token_id = None
-    encoded = encode(tokenizer, [Example("a", "X")], multiple=5)
-    assert encoded.input_ids.tolist() == [[1, 1, 2, 3, 1]]
-    assert encoded.attention_mask.tolist() == [[0, 0, 1, 1, 1]]
-
-
-def test_answer_that_leaves_no_room_is_refused():
-    message = "an answer has 4 tokens, max_length is 4: 'X Y Z'"
-    with pytest.raises(ValueError, match=message):
-        encode(WordTokenizer(), [Example("a", "X Y Z")], max_length=4)
-    encode(WordTokenizer(), [Example("a", "X Y Z")], max_length=5)
-
-
-def test_exact_match_needs_the_whole_answer_and_not_its_end():
-    labels = torch.tensor([[-100, 5, 1], [6, 7, 1], [6, 7, 1], [-100, 8, 1]])
-    encoded = Encoded(labels, labels, torch.cat([labels[:, :1] * 0 - 100, labels], 1), 3)
-    predictions = torch.tensor([[9, 5, 4], [6, 7, 1], [6, 8, 1], [8, 9, 1]])
-    assert exact_match(predictions, encoded) == 50.0
-
-
-def greedy_case():
-    """Examples of which a third has the greedy answer, and which of them greedy writes exactly."""
-    # Larger weights than a fresh model's, so that no two tokens are nearly as likely.
-    model = language_model(seed=3, initializer_range=0.5)
-    tokenizer = WordTokenizer()
-    words = [f" v{i}" for i in range(2, 64)]
-    assert [tokenizer[word] for word in words] == list(range(2, 64))
-    generator = torch.Generator().manual_seed(0)
-    examples, written = [], []
-    while len(examples) < 18:
-        count, answers = 3 + len(examples) % 5, 1 + len(examples) % 3
-        prompt = torch.randint(2, 64, (1, count), generator=generator)
-        greedy = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=False,
-            max_new_tokens=answers,
-            eos_token_id=None,
-        )[0, count:]
-        if (greedy < 2).any():
-            continue
-        answer = greedy.clone()
-        if len(examples) % 3:
-            position = len(examples) % answers
-            answer[position] = (answer[position] - 1) % 62 + 2
-        text = ["".join(words[i - 2] for i in ids.tolist()) for ids in (prompt[0], answer)]
-        examples.append(Example(text[0], text[1].removeprefix(" ")))
-        written.append(torch.equal(answer, greedy))
-    return model, tokenizer, examples, written
-
-
-def predict_clearly(model, encoded, batch_size):
-    """Predictions of which no rounding decides any."""
-    with Choices(DRAWN) as choices:
-        predictions = predict(model, encoded, batch_size)
-    assert choices.made and not choices.unclear
-    return predictions
-
-
-def test_exact_match_agrees_with_greedy_generation():
-    model, tokenizer, examples, written = greedy_case()
-    assert 0 < sum(written) < len(written)
-    encoded = encode(tokenizer, examples, multiple=16)
-    predictions = predict_clearly(model, encoded, 5)
-    assert exact_match(predictions, encoded) == pytest.approx(100 * sum(written) / len(written))
-    for i, is_written in enumerate(written):
-        one = Encoded(*(t[i : i + 1] for t in encoded[:3]), encoded.tail)
-        assert exact_match(predictions[i : i + 1], one) == 100 * is_written
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_predictions_do_not_depend_on_the_batch_size(training):
-    model, tokenizer, examples, _ = greedy_case()
-    encoded = encode(tokenizer, examples, multiple=16)
-    expected = predict_clearly(model, encoded, 1)
-    model.train(training)
-    for batch_size in (2, 5, 18, 40):
-        done = []
-        assert torch.equal(predict(model, encoded, batch_size, done.append), expected)
-        assert sum(done) == 18 and max(done) <= batch_size
-        assert model.training == training
 
 
 def shipped():

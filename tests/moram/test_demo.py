@@ -104,7 +104,7 @@ def test_a_run_that_fails_beside_the_other_ends_the_demo(arguments, tmp_path, ca
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        ("--epochs", "0", "epochs of letters must be >= 1, got 0"),
+        ("--epochs", "0", "epochs must be >= 1, got 0"),
         ("--batch-size", "0", "batch_size must be >= 1, got 0"),
         ("--lr", "-1", "lr must be finite and > 0, got -1.0"),
         ("--threads", "0", "threads must be >= 1, got 0"),

@@ -7,16 +7,14 @@ import pytest
 import torch
 from tiny_models import language_model, small_config
 from torch import nn
-from toy_language import WordTokenizer, toy_stream
+from toy_language import WordTokenizer, encode, learn_stream, toy_stream
 
 from moram import adapters
-from moram.continual.scoring import encode
 from moram.layers import LoRALinear
-from moram.methods import Method, MoRAM, SequentialLoRA, TrainSettings, run_stream
-from moram.methods.stream import num_examples
+from moram.methods import Method, MoRAM, SequentialLoRA, TrainSettings
 from moram.methods.train import TaskTrainer
 
-SETTINGS = TrainSettings(lr=0.02, epochs=4, batch_size=4, max_length=16)
+SETTINGS = TrainSettings(lr=0.02, epochs=4, batch_size=4)
 METHODS = ["moram", "lora"]
 # 2 layers, rank or atoms 4: q and o are 32 -> 32, k and v 32 -> 16.
 TRAINED = 2 * 4 * (2 * (32 + 32) + 2 * (32 + 16))
@@ -49,29 +47,16 @@ def snapshot(bank):
     )
 
 
-def learn(method, model=None, settings=SETTINGS, tasks=2, **more):
-    model = language_model() if model is None else model
-    return run_stream(model, WordTokenizer(), toy_stream(tasks), method, settings, **more)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_result_has_a_row_per_task_and_a_column_per_task(name):
-    result = learn(make_method(name), tasks=3, settings=replace(SETTINGS, epochs=1))
-    assert [len(row) for row in result.matrix] == [3, 3, 3]
-    assert len(result.untrained) == 3
-    assert all(0 <= value <= 100 for row in result.matrix for value in row)
-    assert result.majority == [50.0] * 3
-    # 16 examples in batches of 4, one epoch.
-    assert [len(losses) for losses in result.losses] == [4, 4, 4]
-    assert len(result.seconds) == 3 and min(result.seconds) > 0
-    # 8 test examples, answers of one token and the end of text.
-    assert [tuple(p.shape) for p in result.predictions] == [(8, 2)] * 3
+def learn(method, model=None, settings=SETTINGS, tasks=2):
+    return learn_stream(method, language_model() if model is None else model, settings, tasks)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_both_methods_train_the_same_number_of_parameters_in_each_task(name):
     result = learn(make_method(name), tasks=3, settings=replace(SETTINGS, epochs=1))
     assert result.trained == [TRAINED] * 3
+    # 16 examples in batches of 4.
+    assert [len(losses) for losses in result.losses] == [4, 4, 4]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -148,38 +133,6 @@ def test_equal_seeds_give_equal_runs(name):
     assert runs[0] == runs[1]
     assert runs[0] != runs[2], "the method's seed draws the first keys"
     assert runs[0] != runs[3], "the settings' seed orders the data"
-
-
-@pytest.mark.parametrize("known", [False, True], ids=["measured", "known"])
-def test_steps_sum_to_the_announced_number_of_examples(known):
-    settings, done = replace(SETTINGS, epochs=2, batch_size=5), []
-    untrained = [12.5, 25.0] if known else None
-    result = learn(make_method("lora"), settings=settings, step=done.append, untrained=untrained)
-    # Train: 2 epochs of 3 batches of 5 in 2 tasks. Tests: 2 x 8, twice, and once untrained.
-    expected = 2 * 3 * 5 * 2 + 16 * (2 if known else 3)
-    assert sum(done) == expected
-    assert num_examples(toy_stream(), settings, untrained=not known) == expected
-    if known:
-        assert result.untrained == [12.5, 25.0]
-
-
-def test_hooks_are_called_once_around_each_task():
-    calls = []
-
-    class Recorded(Method):
-        def setup(self, model):
-            calls.append("setup")
-            model.requires_grad_(False)
-            model.lm_head.weight.requires_grad_(True)
-
-        def begin_task(self, model, index, stage):
-            calls.append(("begin", index))
-
-        def end_task(self, model, index, stage):
-            calls.append(("end", index))
-
-    learn(Recorded(), settings=replace(SETTINGS, epochs=1))
-    assert calls == ["setup", ("begin", 0), ("end", 0), ("begin", 1), ("end", 1)]
 
 
 def test_each_task_gets_a_fresh_optimizer_over_the_current_atoms(monkeypatch):

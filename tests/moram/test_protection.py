@@ -6,16 +6,15 @@ import pytest
 import torch
 from tiny_models import language_model, small_config
 from torch import nn
-from toy_language import WordTokenizer, toy_stream
+from toy_language import WordTokenizer, encode, learn_stream, toy_stream
 
 import moram
 from moram import AtomBank, MoRAMConfig, MoRAMLinear, adapters
-from moram.continual.scoring import encode
-from moram.methods import MoRAM, TrainSettings, run_stream
+from moram.methods import MoRAM, TrainSettings
 from moram.methods.train import Stage
 from moram.sketch import Inputs, InputSketch
 
-SETTINGS = TrainSettings(lr=0.02, epochs=4, batch_size=4, max_length=16)
+SETTINGS = TrainSettings(lr=0.02, epochs=4, batch_size=4)
 
 
 def protected(**changes):
@@ -143,7 +142,7 @@ def test_the_basis_is_the_fewest_directions_with_that_part_of_the_energy():
 
 
 def stage_of(model, task, tokenizer):
-    return Stage(model, encode(tokenizer, task.train, 16), SETTINGS)
+    return Stage(model, encode(tokenizer, task.train), SETTINGS)
 
 
 def test_moments_leave_out_padding_and_are_shared_by_layers_with_one_input():
@@ -152,7 +151,8 @@ def test_moments_leave_out_padding_and_are_shared_by_layers_with_one_input():
     method.setup(model)
     found = adapters(model)
     stage = stage_of(model, toy_stream(1)[0], tokenizer)
-    assert (stage.data.attention_mask == 0).any()
+    _, mask, _ = stage.data.batch(range(8))
+    assert (mask == 0).any()
     moments, leader = moments_of(stage, found, 8)
     inputs = {path: [] for path in found}
     hooks = [
@@ -161,8 +161,7 @@ def test_moments_leave_out_padding_and_are_shared_by_layers_with_one_input():
     ]
     # A second way: one example at a time, without any padding.
     for row in range(8):
-        ids = stage.data.input_ids[row][stage.data.attention_mask[row].bool()]
-        model(input_ids=ids[None])
+        model(input_ids=torch.tensor([stage.data.ids[row]]))
     for hook in hooks:
         hook.remove()
     for path in found:
@@ -220,14 +219,14 @@ def test_training_keeps_the_projection_and_leaves_plain_keys_behind():
 
     config = small_config(top_k=4, value_scale=8.0, protect=0.9, protect_size=6)
     method = Watched(config)
-    run_stream(model, WordTokenizer(), toy_stream(2), method, SETTINGS)
+    learn_stream(method, model, SETTINGS)
     assert len(seen) == 16 * 8 and max(seen) < 1e-5
     assert all(adapter.bank.guard is None for adapter in adapters(model).values())
 
 
 def test_without_protection_nothing_is_stored():
     model, method = language_model(), MoRAM(small_config())
-    run_stream(model, WordTokenizer(), toy_stream(2), method, SETTINGS)
+    learn_stream(method, model, SETTINGS)
     assert set(method.state_dict()) == {"generator", "learned"}
     assert all(adapter.bank.sketch is None for adapter in adapters(model).values())
     assert method.name == "MoRAM" and protected().name == "MoRAM, protected"
@@ -235,7 +234,7 @@ def test_without_protection_nothing_is_stored():
 
 def test_the_first_task_is_learned_as_without_protection():
     losses = [
-        run_stream(language_model(), WordTokenizer(), toy_stream(1), method, SETTINGS).losses
+        learn_stream(method, language_model(), SETTINGS, tasks=1).losses
         for method in (protected(), protected(protect=None))
     ]
     assert losses[0] == losses[1]

@@ -9,7 +9,7 @@ from tiny_models import language_model
 from trace_support import TASKS, make_tokenizer, settings_for, write_data, write_model
 
 from moram.continual import Example, Task
-from moram.continual.scoring import beginning, encode
+from moram.continual.scoring import beginning
 from moram.methods import make_method
 from moram.processes import Processes
 from moram.trace.encode import Encoder
@@ -128,20 +128,6 @@ def test_generation_continues_a_prompt_that_begins_once(tokenizer):
     rows = Encoder(tokenizer, own).prompts("letters", ["<bos>q:"])
     assert generate(model, tokenizer, rows, own, "letters", Processes()) == ["A"]
     assert seen == [[[BOS, *bytes_of("q:")]]]
-
-
-def test_the_demo_puts_the_beginning_before_prompts_once(tokenizer):
-    examples = [Example("ab", "X"), Example("<bos>abcdefgh", "X")]
-    encoded = encode(tokenizer, examples, max_length=8, multiple=8)
-    tail = [*bytes_of(" X"), EOS]
-    assert encoded.input_ids.tolist() == [
-        [PAD, PAD, BOS, *bytes_of("ab"), *tail],
-        [BOS, *bytes_of("efgh"), *tail],
-    ]
-    assert encoded.attention_mask.tolist() == [[0, 0, 1, 1, 1, 1, 1, 1], [1] * 8]
-    message = "an answer has 3 tokens, max_length is 3: 'X'"
-    with pytest.raises(ValueError, match=message):
-        encode(tokenizer, examples, max_length=3)
 
 
 @pytest.fixture(scope="module")

@@ -195,7 +195,7 @@ def test_an_unknown_method_argument(refused, method, argument, message):
     ("arguments", "message"),
     [
         (["--set", "lr=fast"], "lr must be a number, got 'fast'"),
-        (["--set", "epochs=2.5"], "epochs of letters must be an integer >= 1, got 2.5"),
+        (["--set", "epochs=2.5"], "epochs must be an integer >= 1, got 2.5"),
         (["--set", "batch_size='8'"], "batch_size must be an integer >= 1, got '8'"),
         (["--set", "lr=[1"], "--set takes key=value with a YAML value, got 'lr=[1'"),
         (["--set", "lr"], "--set takes key=value, got 'lr'"),

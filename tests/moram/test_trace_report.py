@@ -12,17 +12,8 @@ from trace_support import settings_for, write_data, write_model
 from moram.continual import Example
 from moram.continual.data import Task
 from moram.continual.scorers import scorer_for
-from moram.trace.report import (
-    latex,
-    majority_row,
-    markdown,
-    matrix_lines,
-    read_results,
-    spread,
-    summarise,
-    table,
-    write_report,
-)
+from moram.harness.tables import latex, markdown, matrix_lines, spread
+from moram.trace.report import REPORT, majority_row
 from moram.trace.run import run_trace
 
 # Row t: after task t. Task 0 gets worse, task 1 better, task 2 is last.
@@ -60,7 +51,7 @@ def results(matrix=MATRIX, tasks="abc", name="one", **changes):
         "settings": {"seed": 0, "order": None, "tasks": list(tasks), "lr": 0.1, "method_args": {}},
     }
     found = copy.deepcopy(found | changes)
-    found["summary"] = summarise(found)
+    found["summary"] = REPORT.summarise(found)
     return found
 
 
@@ -99,7 +90,7 @@ def test_majority_row_is_what_the_most_frequent_answer_scores():
 
 
 def test_table_of_one_run():
-    titles, rows = table([results()])
+    titles, rows = REPORT.table([results()])
     assert titles == TITLES
     assert rows[0] == ["majority class", "", "33.3", "50.0", "20.0", *[""] * 11]
     assert rows[1] == ["untrained", "", "1.0", "2.0", "3.0", *[""] * 11]
@@ -111,7 +102,7 @@ def test_table_of_one_run():
 def test_runs_of_other_seeds_and_orders_are_one_row_with_mean_and_deviation():
     other = results([[50.0, 0, 0], [40.0, 60.0, 0], [30.0, 20.0, 70.0]], "cab")
     runs = [results(), changed(other, seed=1, order=2, out="elsewhere", threads=4)]
-    titles, rows = table(runs)
+    titles, rows = REPORT.table(runs)
     row = row_of(rows, "one")
     # a: 68 and 20, b: 72 and 70, c: 85 and 30; two values lie |x - y| / sqrt(2) apart.
     expected = {"a": "44.0 ± 33.9", "b": "71.0 ± 1.4", "c": "57.5 ± 38.9", "runs": "2"}
@@ -126,7 +117,7 @@ def test_runs_of_other_seeds_and_orders_are_one_row_with_mean_and_deviation():
 def test_methods_have_rows_of_their_own_and_single_stages_no_change_over_time():
     joint = results([[10.0, 20.0, 60.0]], name="joint", stages=[["a", "b", "c"]])
     asks = results(name="asks", needs_task_id=True)
-    titles, rows = table([results(), joint, asks])
+    titles, rows = REPORT.table([results(), joint, asks])
     assert [row[0] for row in rows] == ["majority class", "untrained", "one", "joint", "asks"]
     assert row_of(rows, "joint")[2:11] == ["10.0", "20.0", "60.0", "30.0", *["-"] * 5]
     assert row_of(rows, "asks")[-1] == "yes" and row_of(rows, "one")[-1] == "no"
@@ -135,19 +126,19 @@ def test_methods_have_rows_of_their_own_and_single_stages_no_change_over_time():
 
 def test_runs_of_one_method_with_other_settings_are_not_averaged():
     runs = [results(), changed(results(), lr=0.2), changed(results(), lr=0.2, seed=5)]
-    _, rows = table(runs)
+    _, rows = REPORT.table(runs)
     assert [row[:2] for row in rows[2:]] == [["one (lr 0.1)", "1"], ["one (lr 0.2)", "2"]]
     runs = [results(), changed(results(), method_args={"top_k": 4})]
-    _, rows = table([*runs, results(name="two")])
+    _, rows = REPORT.table([*runs, results(name="two")])
     names = ["one (method_args.top_k -)", "one (method_args.top_k 4)", "two"]
     assert [row[0] for row in rows[2:]] == names
 
 
 def test_without_a_score_of_the_untrained_model_there_is_no_such_row():
-    _, rows = table([results(untrained=None)])
+    _, rows = REPORT.table([results(untrained=None)])
     assert [row[0] for row in rows] == ["majority class", "one"]
     # One run of several is enough: the model is the same.
-    _, rows = table([results(untrained=None), results(name="two")])
+    _, rows = REPORT.table([results(untrained=None), results(name="two")])
     assert row_of(rows, "untrained")[2:5] == ["1.0", "2.0", "3.0"]
 
 
@@ -162,7 +153,7 @@ def test_without_a_score_of_the_untrained_model_there_is_no_such_row():
 )
 def test_runs_that_were_not_scored_alike_are_refused(other, message):
     with pytest.raises(ValueError, match=message):
-        table([results(), other])
+        REPORT.table([results(), other])
 
 
 def test_spread_is_the_mean_and_the_sample_deviation():
@@ -214,8 +205,8 @@ def test_latex_parses_back():
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_a_report_holds_the_table_three_times_and_a_picture(tmp_path, count):
     runs = [changed(results(), seed=seed) for seed in range(count)]
-    write_report(runs, tmp_path / "new")
-    titles, rows = table(runs)
+    REPORT.write(runs, tmp_path / "new")
+    titles, rows = REPORT.table(runs)
     with open(tmp_path / "new" / "table.csv", newline="", encoding="utf-8") as file:
         assert list(csv.reader(file)) == [titles, *rows]
     text = (tmp_path / "new" / "table.md").read_text(encoding="utf-8")
@@ -241,7 +232,7 @@ def test_a_report_holds_the_table_three_times_and_a_picture(tmp_path, count):
 def test_results_that_are_missing_damaged_foreign_or_unfinished_are_named(tmp_path):
     def refused(error, message):
         with pytest.raises(error, match=f"{re.escape(str(tmp_path))}.results.json{message}"):
-            read_results([tmp_path])
+            REPORT.read([tmp_path])
 
     refused(FileNotFoundError, " does not exist")
     path = tmp_path / "results.json"
@@ -254,7 +245,7 @@ def test_results_that_are_missing_damaged_foreign_or_unfinished_are_named(tmp_pa
         path.write_text(text)
         refused(ValueError, message)
     path.write_text(json.dumps(results()))
-    assert read_results([tmp_path]) == read_results([path]) == [results()]
+    assert REPORT.read([tmp_path]) == REPORT.read([path]) == [results()]
 
 
 @pytest.mark.parametrize("method", ["moram", "zero-shot", "joint"])
@@ -277,12 +268,12 @@ def test_tables_of_runs_name_the_variants_of_the_metrics(tmp_path, method):
             "overall_performance": pytest.approx(sum(found["matrix"][0]) / 3)
         }
         assert "| score |" in text or "| after all |" in text
-    assert read_results([tmp_path / "out"]) == [found]
+    assert REPORT.read([tmp_path / "out"]) == [found]
 
 
 def test_two_runs_that_differ_in_nothing_are_refused():
     with pytest.raises(ValueError, match="two runs of one have the same order and seed"):
-        table([results(), results()])
+        REPORT.table([results(), results()])
 
 
 @pytest.mark.parametrize("key", ["model", "eval_split", "eval_limit"])
@@ -290,4 +281,4 @@ def test_runs_scored_on_other_examples_or_models_are_refused(key):
     other = results(name="two")
     other["settings"] = other["settings"] | {key: "another"}
     with pytest.raises(ValueError, match=f"runs must be scored alike, got {key}"):
-        table([results(), other])
+        REPORT.table([results(), other])

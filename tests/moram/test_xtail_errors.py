@@ -22,7 +22,7 @@ from xtail_support import (
 from moram.cli import main
 from moram.methods.train import TaskTrainer
 from moram.trace.run import run_trace
-from moram.xtail.plan import Plan
+from moram.xtail.plan import XtailPlan
 from moram.xtail.run import XtailRun
 
 
@@ -136,7 +136,7 @@ def test_all_bad_images_of_a_dataset_are_counted_and_ten_named(refused, data):
 
 
 def test_images_that_are_neither_drawn_nor_scored_do_not_matter(command, data, tmp_path):
-    plan = Plan(settings_for(data, tmp_path / "out"), log=lambda line: None)
+    plan = XtailPlan(settings_for(data, tmp_path / "out"), log=lambda line: None)
     drawn = {plan.stream[1].train.name(i) for i in range(9)}
     others = [p for p in (data / "birds" / "train").rglob("*.png") if str(p) not in drawn]
     assert len(others) == 6

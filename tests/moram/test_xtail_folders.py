@@ -12,8 +12,8 @@ from xtail_support import run, settings_for, write_domains
 from moram.cli import main
 from moram.xtail.check_data import check_data
 from moram.xtail.datasets import load_domain
-from moram.xtail.plan import Plan
-from moram.xtail.report import dataset_table
+from moram.xtail.plan import XtailPlan
+from moram.xtail.report import REPORT
 
 
 @pytest.fixture
@@ -102,11 +102,11 @@ def test_a_run_says_once_what_it_passes_over(birds, tmp_path):
     pass_over(birds)
     lines = []
     settings = settings_for(birds.parent, tmp_path / "out", datasets=("birds",))
-    plan = Plan(settings, log=lines.append)
+    plan = XtailPlan(settings, log=lines.append)
     assert lines.count(SAID) == 1
     # What is not read is no part of the run.
     shutil.rmtree(birds / "val")
-    assert Plan(settings, log=lines.append).fingerprint == plan.fingerprint
+    assert XtailPlan(settings, log=lines.append).fingerprint == plan.fingerprint
 
 
 @pytest.mark.parametrize(("split", "kind"), [("train", "training"), ("test", "test")])
@@ -143,7 +143,7 @@ def test_a_small_domain_without_test_images_of_a_class_is_an_error_and_a_problem
     assert problems == 1 and lines[1].startswith(f"  {said}")
     settings = settings_for(tmp_path, tmp_path / "out", datasets=("mnist10k",))
     with pytest.raises(ValueError, match=re.escape(said)):
-        Plan(settings, log=lambda line: None)
+        XtailPlan(settings, log=lambda line: None)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def test_classes_that_settings_leave_without_test_images_are_in_every_table(data
     }
     said = "birds: 2 of 3 classes have no test image and are not scored: emu, ibis"
     assert lines.count(said) == 1
-    titles, _ = dataset_table([results])
+    titles, _ = REPORT.dataset_table([results])
     names = ["fruit (1 of 4 classes)", "birds (1 of 3 classes)", "tools (1 of 2 classes)"]
     assert titles == ["method", "metric", *names]
     for name in ("table.md", "table.csv", "table.tex"):
@@ -176,13 +176,13 @@ def test_a_class_whose_test_images_are_all_bad_is_in_every_table(data, tmp_path)
         path.write_bytes(b"")
     results = run(tmp_path / "data", tmp_path / "out", "zero-shot", skip_bad=True)
     assert results["unscored"] == {"birds": ["emu"]}
-    assert dataset_table([results])[0][2:] == ["fruit", "birds (2 of 3 classes)", "tools"]
+    assert REPORT.dataset_table([results])[0][2:] == ["fruit", "birds (2 of 3 classes)", "tools"]
 
 
 def test_results_of_earlier_versions_score_every_class(data, tmp_path):
     results = run(data, tmp_path / "out", "zero-shot")
     assert results.pop("unscored") == {}
-    assert dataset_table([results])[0] == ["method", "metric", "fruit", "birds", "tools"]
+    assert REPORT.dataset_table([results])[0] == ["method", "metric", "fruit", "birds", "tools"]
 
 
 def test_runs_that_leave_out_different_classes_are_not_put_into_one_table(data, tmp_path):
@@ -190,7 +190,7 @@ def test_runs_that_leave_out_different_classes_are_not_put_into_one_table(data, 
     other = {**one, "unscored": {"birds": ["emu"]}}
     message = "runs must share their unscored, got {} and {'birds': ['emu']}"
     with pytest.raises(ValueError, match=re.escape(message)):
-        dataset_table([one, other])
+        REPORT.dataset_table([one, other])
 
 
 def test_a_float_image_in_a_folder_is_read(birds):

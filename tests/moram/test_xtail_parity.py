@@ -14,7 +14,7 @@ from torch import nn
 
 from moram import MoRAMConfig, adapters
 from moram.methods.moram import MoRAM
-from moram.methods.train import TaskTrainer, TrainSettings
+from moram.methods.train import Stage, TaskTrainer, TrainSettings
 from moram.models.clip import MEAN, STD, Clip, Preprocess
 from moram.xtail.domains import ArraySplit
 from moram.xtail.images import ImageRows, ImageStore, TestImages, Transforms
@@ -204,9 +204,10 @@ def set_up(kind="quick", targets="auto"):
 
 def begin(clip, method, index, rows=ImageRows):
     """The training images of a task; the method begins it."""
-    method.begin_task(clip.model, index, None)
     split, offset = photos(14, len(TASKS[index]), seed=index), len(TASKS[0]) * index
-    return rows(clip, split, TASKS[index], offset, ImageStore(1), Transforms(clip.preprocess))
+    data = rows(clip, split, TASKS[index], offset, ImageStore(1), Transforms(clip.preprocess))
+    method.begin_task(clip.model, index, Stage(clip.model, data, TrainSettings()))
+    return data
 
 
 def train(clip, method, index, data, steps=STEPS):

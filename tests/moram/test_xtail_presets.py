@@ -6,7 +6,7 @@ import re
 import pytest
 from xtail_support import TAKEN
 
-from moram.xtail.plan import build_method
+from moram.xtail.plan import XtailPlan
 from moram.xtail.settings import XtailSettings, make_settings
 
 # The order of the publication, written out.
@@ -58,7 +58,7 @@ def test_moe_adapters_learn_by_their_own_papers_loss_in_the_paper_preset():
 
 
 def test_moram_in_the_paper_preset_has_sixteen_atoms_a_task():
-    config = build_method(make_settings("paper", "moram")).config
+    config = XtailPlan.build_method(make_settings("paper", "moram")).config
     assert (config.atoms_per_task, config.top_k, config.value_scale) == (16, 16, 1.0)
     assert config.threshold == 0.2
 
@@ -69,7 +69,7 @@ def test_presets_make_valid_settings_and_methods(preset, method):
     changes = [{"method_args.width": 32}] if method == "rail-primal" else []
     settings = make_settings(preset, method, changes=changes)
     assert settings.preset == preset and settings.method == method
-    build_method(settings)
+    XtailPlan.build_method(settings)
     # As config.json holds them, and as a file of settings gives them back.
     back = XtailSettings(**json.loads(json.dumps(settings.to_dict())))
     assert back == settings
@@ -114,7 +114,7 @@ def test_streams_have_names_and_rates_may_differ():
 @pytest.mark.parametrize("rank", [4, 16])
 @pytest.mark.parametrize("method", ["lora", "codyra", "moe-lora", "joint", "ewc", "o-lora"])
 def test_methods_on_lora_have_no_scale_whatever_the_rank(method, rank):
-    built = build_method(make_settings("paper", method, changes=[{"rank": rank}]))
+    built = XtailPlan.build_method(make_settings("paper", method, changes=[{"rank": rank}]))
     assert built.rank == built.alpha == rank
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from xtail_support import TAKEN
 
 from moram.cli import main
-from moram.xtail.report import FORMAT, dataset_table, per_dataset, summarise, table, write_report
+from moram.xtail.report import REPORT, per_dataset
 from moram.xtail.settings import make_settings
 
 # The order of the publication, written out.
@@ -35,7 +35,7 @@ def results(matrix=MATRIX, tasks="abc", name="one", **changes):
     more = {"seconds": 31.0, "peak_mib": 90.0, "trained": 900, "stored_bytes": 5 * 2**20}
     settings = make_settings("paper", changes=[{"datasets": tuple(tasks), "seed": 0}]).to_dict()
     found = {
-        "format": FORMAT,
+        "format": REPORT.format,
         "complete": True,
         "method": "moram",
         "name": name,
@@ -49,7 +49,7 @@ def results(matrix=MATRIX, tasks="abc", name="one", **changes):
         "settings": settings,
     }
     found = copy.deepcopy(found | changes)
-    found["summary"] = summarise(found)
+    found["summary"] = REPORT.summarise(found)
     return found
 
 
@@ -77,7 +77,7 @@ def test_zero_shot_has_the_same_row_each_time_and_forgets_nothing():
     found = results([[10.0, 20.0, 60.0]], stages=[[]], method="zero-shot")
     expected = {"transfer": 40.0, "average": 30.0, "last": 30.0, "forgetting": 0.0}
     assert found["summary"] == pytest.approx(expected)
-    _, rows = dataset_table([found])
+    _, rows = REPORT.dataset_table([found])
     assert rows == [
         ["one", "Transfer", "-", "20.0", "60.0"],
         ["one", "Average", "10.0", "20.0", "60.0"],
@@ -88,9 +88,9 @@ def test_zero_shot_has_the_same_row_each_time_and_forgets_nothing():
 def test_joint_training_has_last_alone():
     found = results([[10.0, 20.0, 60.0]], stages=[["a", "b", "c"]], method="joint")
     assert found["summary"] == {"last": 30.0}
-    _, rows = table([found])
+    _, rows = REPORT.table([found])
     assert rows == [["one", "1", "-", "-", "30.0", "-", *COSTS]]
-    assert dataset_table([found])[1] == [["one", "Last", "10.0", "20.0", "60.0"]]
+    assert REPORT.dataset_table([found])[1] == [["one", "Last", "10.0", "20.0", "60.0"]]
 
 
 def test_an_unfinished_matrix_has_no_summary():
@@ -99,10 +99,10 @@ def test_an_unfinished_matrix_has_no_summary():
 
 
 def test_table_of_one_run():
-    titles, rows = table([results()])
+    titles, rows = REPORT.table([results()])
     assert titles == TITLES
     assert rows == [["one", "1", "16.2", "57.3", "75.0", "14.0", *COSTS]]
-    titles, rows = dataset_table([results()])
+    titles, rows = REPORT.dataset_table([results()])
     assert titles == ["method", "metric", "a", "b", "c"]
     assert rows[0] == ["one", "Transfer", "-", "10.0", "22.5"]
     assert rows[2] == ["one", "Last", "68.0", "72.0", "85.0"]
@@ -113,12 +113,12 @@ OTHER = [[40.0, 30.0, 10.0], [50.0, 20.0, 15.0], [44.0, 26.0, 35.0]]
 
 def test_runs_of_other_seeds_are_one_row_with_mean_and_deviation():
     runs = [results(), changed(results(OTHER), seed=1, out="elsewhere", threads=4)]
-    _, rows = table(runs)
+    _, rows = REPORT.table(runs)
     # Transfer 16.25 and (30 + 12.5) / 2, Average 57.33 and 30, Last 75 and 35, Forgetting 14 and
     # (50 - 44 + 26 - 26) / 2; two values lie |x - y| / sqrt(2) apart.
     expected = ["18.8 ± 3.5", "43.7 ± 19.3", "55.0 ± 28.3", "8.5 ± 7.8"]
     assert rows == [["one", "2", *expected, *COSTS]]
-    _, rows = dataset_table(runs)
+    _, rows = REPORT.dataset_table(runs)
     # b: 10 and 30 before it is learned.
     assert rows[0] == ["one", "Transfer", "-", "20.0 ± 14.1", "17.5 ± 7.1"]
 
@@ -126,9 +126,9 @@ def test_runs_of_other_seeds_are_one_row_with_mean_and_deviation():
 def test_runs_in_other_orders_are_one_row_and_columns_are_datasets():
     other = changed(results(OTHER, "cab"), seed=1, datasets=["c", "a", "b"])
     runs = [results(), other]
-    _, rows = table(runs)
+    _, rows = REPORT.table(runs)
     assert [row[:2] for row in rows] == [["one", "2"]]
-    _, rows = dataset_table(runs)
+    _, rows = REPORT.dataset_table(runs)
     # In the other order, a is the second column, b the third, and c has no transfer.
     assert rows[0] == ["one", "Transfer", "30.0", "11.2 ± 1.8", "22.5"]
     assert rows[2] == ["one", "Last", "47.0 ± 29.7", "53.5 ± 26.2", "64.5 ± 29.0"]
@@ -138,18 +138,18 @@ def test_runs_in_other_orders_are_one_row_and_columns_are_datasets():
 def test_where_a_run_ran_makes_no_row_of_its_own(key):
     other = {"cache_gib": 2.0, "workers": 3, "data_dir": "/elsewhere"}
     runs = [results(), changed(results(), seed=1, **{key: other[key]})]
-    assert [row[:2] for row in table(runs)[1]] == [["one", "2"]]
+    assert [row[:2] for row in REPORT.table(runs)[1]] == [["one", "2"]]
 
 
 def test_runs_of_one_method_with_other_settings_are_not_averaged():
     runs = [results(), changed(results(), lr=0.2), changed(results(), lr=0.2, seed=5)]
-    _, rows = table(runs)
+    _, rows = REPORT.table(runs)
     assert [row[:2] for row in rows] == [["one (lr 0.0005)", "1"], ["one (lr 0.2)", "2"]]
 
 
 def test_two_runs_that_differ_in_nothing_are_refused():
     with pytest.raises(ValueError, match="two runs of one have the same order and seed"):
-        table([results(), results()])
+        REPORT.table([results(), results()])
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_two_runs_that_differ_in_nothing_are_refused():
     ids=["tasks", "classes", "test-images", "backbone", "pretrained", "shots"],
 )
 def test_runs_that_were_not_made_alike_are_refused(other, message):
-    for function in (table, dataset_table):
+    for function in (REPORT.table, REPORT.dataset_table):
         with pytest.raises(ValueError, match=message):
             function([results(), other])
 
@@ -183,7 +183,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("method", PUBLISHED)
 def test_published_rows_stand_beside_the_methods_that_have_one(method):
-    _, rows = table([published(method=method)])
+    _, rows = REPORT.table([published(method=method)])
     assert rows[0][:6] == ["one", "1", "50.0", "50.0", "50.0", "0.0"]
     assert rows[1] == [*PUBLISHED[method], "", "", "", ""]
     assert len(rows) == 2
@@ -191,8 +191,8 @@ def test_published_rows_stand_beside_the_methods_that_have_one(method):
 
 @pytest.mark.parametrize("method", sorted(set(TAKEN) - set(PUBLISHED) - {"joint"}))
 def test_methods_without_a_published_row_have_none(method):
-    assert len(table([published(method=method)])[1]) == 1
-    assert len(dataset_table([published(method=method)])[1]) == 3
+    assert len(REPORT.table([published(method=method)])[1]) == 1
+    assert len(REPORT.dataset_table([published(method=method)])[1]) == 3
 
 
 @pytest.mark.parametrize(
@@ -200,12 +200,12 @@ def test_methods_without_a_published_row_have_none(method):
 )
 def test_published_rows_are_of_the_published_order_alone(tasks):
     runs = [results([[50.0] * len(tasks)] * len(tasks), tasks)]
-    assert [row[0] for row in table(runs)[1]] == ["one"]
-    assert {row[0] for row in dataset_table(runs)[1]} == {"one"}
+    assert [row[0] for row in REPORT.table(runs)[1]] == ["one"]
+    assert {row[0] for row in REPORT.dataset_table(runs)[1]} == {"one"}
 
 
 def test_published_scores_of_each_dataset_stand_beside():
-    _, rows = dataset_table([published()])
+    _, rows = REPORT.dataset_table([published()])
     assert [row[:2] for row in rows[3:]] == [
         ["MoRAM (published)", metric] for metric in ("Transfer", "Average", "Last")
     ]
@@ -221,7 +221,7 @@ def test_published_scores_of_each_dataset_stand_beside():
     ids=["zero-shot", "joint"],
 )
 def test_bounds_of_the_publication_stand_beside(method, name, first, last):
-    row = dataset_table([published(method=method)])[1][-1]
+    row = REPORT.dataset_table([published(method=method)])[1][-1]
     assert row[:3] == [f"{name} (published)", "Last", first] and row[-1] == last
 
 
@@ -239,11 +239,11 @@ def test_bounds_of_the_publication_stand_beside(method, name, first, last):
 )
 def test_runs_of_another_protocol_have_no_published_row(setting):
     runs = [changed(published(), **setting)]
-    assert len(table(runs)[1]) == 1 and len(dataset_table(runs)[1]) == 3
+    assert len(REPORT.table(runs)[1]) == 1 and len(REPORT.dataset_table(runs)[1]) == 3
 
 
 def test_a_name_may_hold_what_latex_and_markdown_take_for_their_own(tmp_path):
-    write_report([results(name="a_b | 50%")], tmp_path)
+    REPORT.write([results(name="a_b | 50%")], tmp_path)
     assert r"| a_b \| 50% | 1 |" in (tmp_path / "table.md").read_text()
     assert r"a\_b | 50\% & 1 &" in (tmp_path / "table.tex").read_text()
 
@@ -266,9 +266,9 @@ def test_csv_markdown_and_latex_hold_the_same_cells(tmp_path, count, tasks):
     size = len(tasks)
     matrix = [[float((7 * t + 3 * i) % 100) for i in range(size)] for t in range(size)]
     runs = [changed(results(matrix, tasks), seed=seed) for seed in range(count)]
-    write_report(runs, tmp_path)
-    titles, rows = table(runs)
-    each, each_rows = dataset_table(runs)
+    REPORT.write(runs, tmp_path)
+    titles, rows = REPORT.table(runs)
+    each, each_rows = REPORT.dataset_table(runs)
     expected = [titles, *rows, each, *each_rows]
     with open(tmp_path / "table.csv", newline="", encoding="utf-8") as file:
         sheet = [row for row in csv.reader(file) if any(row)]

@@ -24,7 +24,7 @@ from xtail_support import (
 from moram.cli import main
 from moram.methods.train import TaskTrainer
 from moram.models.clip import MEAN, STD, Clip, Preprocess
-from moram.xtail.plan import Plan
+from moram.xtail.plan import XtailPlan
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def data(tmp_path_factory):
 
 def drawn(data, **changes):
     """The training images of a plan, by dataset."""
-    plan = Plan(settings_for(data, "unused", **changes), log=lambda line: None)
+    plan = XtailPlan(settings_for(data, "unused", **changes), log=lambda line: None)
     return {d.name: [d.train.name(i) for i in range(len(d.train))] for d in plan.stream}
 
 
