@@ -12,7 +12,7 @@ from trace_support import TASKS, settings_for, write_data, write_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moram
-from moram.examples import learn_tasks
+from moram.examples import learn_domains, learn_tasks, look_at_atoms, read_a_bank, serve
 from moram.trace.run import run_trace
 
 
@@ -69,6 +69,38 @@ def test_the_example_runs_as_a_user_types_it(inputs, tmp_path):
     assert [len(row) for row in json.loads(done.stdout)] == [2, 2]
     model = AutoModelForCausalLM.from_pretrained(inputs[0])
     assert moram.load(model, tmp_path / "adapters")["tasks"] == list(TASKS[:2])
+
+
+def test_a_clip_learns_a_second_domain_and_keeps_the_first():
+    (first, _), (kept, second) = learn_domains.main()
+    assert min(first, kept, second) > 90
+
+
+def test_a_loaded_adapter_writes_what_the_saved_one_does():
+    written = serve.main()
+    assert written[0] == written[1]
+    # Of eight tokens that go on counting, most.
+    right = [a == b for a, b in zip(written[0][5:], range(6, 14), strict=True)]
+    assert sum(right) >= 6
+
+
+def test_protected_atoms_leave_an_earlier_task_to_its_own():
+    share = look_at_atoms.main()
+    assert share.sum(1).tolist() == pytest.approx([100, 100])
+    assert share[0, 0] > 75 and share[1, 1] > share[0, 1]
+
+
+def test_every_backend_reads_a_bank_alike():
+    errors = read_a_bank.main()
+    assert errors.keys() >= {"reference", "torch"} and max(errors.values()) < 1e-5
+
+
+@pytest.mark.parametrize("path", sorted(Path(learn_tasks.__file__).parent.glob("[!_]*.py")))
+def test_an_example_is_short_and_says_how_it_is_run(path):
+    text = path.read_text(encoding="utf-8")
+    assert f"python -m moram.examples.{path.stem}" in ast.get_docstring(ast.parse(text))
+    # The one that reads files and trains as the harness does is the longest.
+    assert len(text.splitlines()) <= (110 if path.stem == "learn_tasks" else 60)
 
 
 def test_an_example_uses_what_the_library_offers_alone():
