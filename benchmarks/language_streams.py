@@ -129,7 +129,42 @@ def eight_runs():
         yield f"eight/{label}", method, short | changes
 
 
-PARTS = {"search": search_runs, "textcls": textcls_runs, "trace": trace_runs, "eight": eight_runs}
+# One factor of the protection at a time, beside protect 0.95, 256 directions and half strength.
+FACTORS = {
+    "protect": (0.9, 0.95, 0.99),
+    "protect_size": (64, 128, 1536),
+    "protect_strength": (0.25, 1.0),
+}
+
+
+def choice_runs():
+    """The protection's settings on the demo's tasks, scored on held-out training examples."""
+    demo = {
+        "tasks": EIGHT[4:7],
+        "eval_split": "held-out",
+        "held_out": 40,
+        "seed": 3,
+        "lr": 3e-3,
+        "dtype": "float32",
+        "pad_multiple": 1,
+        "max_prompt": 48,
+        "epochs": 2,
+        "batch_size": 2,
+    }
+    for name, values in FACTORS.items():
+        for value in values:
+            changes = {"method_args.protect": 0.95, f"method_args.{name}": value}
+            changes["label"] = f"{name} {value:g}"
+            yield f"choice/{name}-{value:g}", "moram", demo | changes
+
+
+PARTS = {
+    "search": search_runs,
+    "textcls": textcls_runs,
+    "trace": trace_runs,
+    "eight": eight_runs,
+    "choice": choice_runs,
+}
 
 
 def main():
