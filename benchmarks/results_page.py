@@ -143,7 +143,7 @@ def _protocol(runs):
     limits = [
         f"{first[key]} {what}"
         for key, what in (
-            ("train_limit", "training examples a task"),
+            ("train_limit", "training examples a task at most"),
             ("eval_limit", "test examples a task"),
             ("shots", "images a class"),
         )

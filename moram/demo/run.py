@@ -52,9 +52,9 @@ class DemoSettings:
     protect: float = 0.95
     lr: float = 3e-3
     lora_lr: float = 2e-3
-    first_layer: int = 20
+    first_layer: int = 22
     epochs: int = 2
-    batch_size: int = 2
+    batch_size: int = 4
     seed: int = 0
     threads: int | None = None
     dtype: str = "auto"

@@ -77,8 +77,8 @@ _DEMO = {
     **_SMALL,
     "*": {
         **_SMALL["*"],
+        "first_layer": 22,
         "epochs": 2,
-        "batch_size": 2,
         "max_prompt": 48,
         "pad_multiple": 1,
         "full_matrix": True,
