@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+import yaml
 
 import moram
 from moram.cli import main
@@ -266,7 +267,6 @@ def test_the_front_page_says_what_is_not_the_papers():
 
 
 def test_the_citation_names_paper_and_version():
-    yaml = pytest.importorskip("yaml")
     found = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert found["version"] == moram.__version__
     paper = found["preferred-citation"]

@@ -4,7 +4,6 @@ A benchmark's dataclass derives from `StreamSettings` and adds what it alone has
 be is said where the setting is declared, see `values`.
 """
 
-import copy
 import difflib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
@@ -14,6 +13,7 @@ from typing import Any, ClassVar, Self
 from ..methods.base import MODELS, Method
 from ..methods.registry import ENTRIES
 from ..methods.train import TrainSettings
+from .describe import preset_values
 from .values import (
     FRACTION,
     NOT_NEGATIVE,
@@ -218,8 +218,7 @@ class StreamSettings:
             if layer.get("preset", preset) != preset:
                 raise ValueError(f"preset is {preset!r}, and a file asks for {layer['preset']!r}")
             method = layer.get("method", method)
-        start = copy.deepcopy(cls.presets[preset])
-        values = {"preset": preset, "method": method, **start["*"], **start.get(method, {})}
+        values = preset_values(cls.presets, preset, method)
         known = {item.name: item for item in fields(cls)}
         for layer in layers:
             for key, value in layer.items():
