@@ -1,6 +1,7 @@
 """The hooks of a method: what it does around and inside the training of each task."""
 
-from typing import NamedTuple
+import inspect
+from typing import Any, NamedTuple, Self
 
 import torch
 
@@ -44,6 +45,26 @@ class Method:
     has_frozen_features = False
     # Settings of a run that change no result of other methods, but do change this one's.
     tied: frozenset[str] = frozenset()
+
+    @classmethod
+    def accepted(cls) -> tuple[str, ...]:
+        """The names of the arguments that `make` takes."""
+        own: list[str] = []
+        for kind in cls.__mro__:
+            if "__init__" not in vars(kind):
+                continue
+            found = inspect.signature(kind.__init__).parameters.values()
+            rest = [p.name for p in found if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+            own = [p.name for p in found if p.name not in ("self", *rest)] + own
+            # What is passed on, the class above takes.
+            if not rest:
+                break
+        return tuple(own)
+
+    @classmethod
+    def make(cls, **arguments: Any) -> Self:
+        """This method from plain settings, some of `accepted`."""
+        return cls(**arguments)
 
     def setup(self, model):
         """Prepare the model, once: put the adapters in, freeze the rest."""

@@ -1,7 +1,9 @@
 """CoDyRA: gates decide how many ranks a task keeps, and what is kept is merged."""
 
+from typing import Unpack
+
 from ..layers import CoDyRALinear
-from .lora import LoRAMethod
+from .lora import LoRAArguments, LoRAMethod
 
 # The grid of thresholds that the authors step through.
 GRID = 50
@@ -20,8 +22,8 @@ class CoDyRA(LoRAMethod):
     of all tasks; merged into the base weights they would cost nothing.
 
     Args:
-        rank, alpha, targets, exclude, seed, dropout: see `LoRAMethod`. Trained per task: a LoRA
-            of that rank and one gate per rank and module.
+        lora: see `LoRAMethod`. Trained per task: a LoRA of that rank and one gate per rank and
+            module.
         max_kappa: the last threshold, >= 0.
         dense_iters: part of a task's steps without threshold, in [0, 1].
     Source: Lu et al., "Adaptive Rank, Reduced Forgetting", arXiv 2412.01004; the language version
@@ -33,16 +35,12 @@ class CoDyRA(LoRAMethod):
 
     def __init__(
         self,
-        rank=8,
-        alpha=None,
-        targets="auto",
-        exclude=(),
-        seed=0,
-        dropout=0.0,
+        *,
         max_kappa=0.005,
         dense_iters=0.5,
+        **lora: Unpack[LoRAArguments],
     ):
-        super().__init__(rank, alpha, targets, exclude, seed, dropout)
+        super().__init__(**lora)
         if max_kappa < 0 or not 0 <= dense_iters <= 1:
             raise ValueError(
                 f"max_kappa must be >= 0 and dense_iters in [0, 1], got {max_kappa} and "

@@ -1,8 +1,10 @@
 """EWC on LoRA: parameters that earlier tasks need are held where those tasks left them."""
 
+from typing import Unpack
+
 import torch
 
-from .lora import LoRAMethod
+from .lora import LoRAArguments, LoRAMethod
 
 
 class EWC(LoRAMethod):
@@ -22,7 +24,7 @@ class EWC(LoRAMethod):
     Needs no task id. Stores one LoRA and twice as much beside it (F and theta*).
 
     Args:
-        rank, alpha, targets, exclude, seed, dropout: see `LoRAMethod`.
+        lora: see `LoRAMethod`.
         lam: weight of the penalty, >= 0.
         gamma: what is left of the earlier tasks' Fisher information, in [0, 1].
         fisher_examples: training examples to pass over, the first ones; None = all.
@@ -36,17 +38,13 @@ class EWC(LoRAMethod):
 
     def __init__(
         self,
-        rank=8,
-        alpha=None,
-        targets="auto",
-        exclude=(),
-        seed=0,
-        dropout=0.0,
+        *,
         lam=400.0,
         gamma=1.0,
         fisher_examples=None,
+        **lora: Unpack[LoRAArguments],
     ):
-        super().__init__(rank, alpha, targets, exclude, seed, dropout)
+        super().__init__(**lora)
         if lam < 0 or not 0 <= gamma <= 1:
             raise ValueError(f"lam must be >= 0 and gamma in [0, 1], got {lam} and {gamma}")
         if fisher_examples is not None and fisher_examples < 1:

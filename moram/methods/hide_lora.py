@@ -1,9 +1,11 @@
 """HiDe-LoRA: the rows of A are kept apart by a contrastive loss."""
 
+from typing import Unpack
+
 import torch
 import torch.nn.functional as F
 
-from .lora import LoRAMethod
+from .lora import LoRAArguments, LoRAMethod
 
 
 class HiDeLoRA(LoRAMethod):
@@ -16,7 +18,7 @@ class HiDeLoRA(LoRAMethod):
     Needs no task id. Stores one LoRA.
 
     Args:
-        rank, alpha, targets, exclude, seed, dropout: see `LoRAMethod`.
+        lora: see `LoRAMethod`.
         contrast: weight of the loss, >= 0. temperature: > 0.
     Source: Qian et al., ICML 2025, arXiv 2506.10355 (as a baseline); Wang et al., NeurIPS 2023,
         arXiv 2310.07234 (HiDe-Prompt).
@@ -27,16 +29,12 @@ class HiDeLoRA(LoRAMethod):
 
     def __init__(
         self,
-        rank=8,
-        alpha=None,
-        targets="auto",
-        exclude=(),
-        seed=0,
-        dropout=0.0,
+        *,
         contrast=0.5,
         temperature=0.8,
+        **lora: Unpack[LoRAArguments],
     ):
-        super().__init__(rank, alpha, targets, exclude, seed, dropout)
+        super().__init__(**lora)
         if contrast < 0 or temperature <= 0:
             raise ValueError(
                 f"contrast must be >= 0 and temperature > 0, got {contrast} and {temperature}"

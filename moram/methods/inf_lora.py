@@ -1,11 +1,13 @@
 """InfLoRA: each task learns in its inputs' main directions, outside those of earlier tasks."""
 
+from typing import Unpack
+
 import torch
 from torch import nn
 
 from ..layers import StackedLoRALinear
 from ..sketch import Inputs
-from .lora import LoRAMethod
+from .lora import LoRAArguments, LoRAMethod
 
 # Of the trace: smaller eigenvalues are rounding.
 TINY = 1e-6
@@ -29,7 +31,7 @@ class InfLoRA(LoRAMethod):
     directions; here it is the inputs' energy, as in gradient projection memory (arXiv 2103.09762).
 
     Args:
-        rank, alpha, targets, exclude, seed, dropout: see `LoRAMethod`.
+        lora: see `LoRAMethod`.
         epsilon, end: eps_t at the first task and towards the last, in (0, 1]; the authors use 0.95
             (CIFAR-100) or 0.98 (ImageNet-R), and 1.
     Source: Liang and Li, CVPR 2024, arXiv 2404.00228.
@@ -41,16 +43,12 @@ class InfLoRA(LoRAMethod):
 
     def __init__(
         self,
-        rank=8,
-        alpha=None,
-        targets="auto",
-        exclude=(),
-        seed=0,
-        dropout=0.0,
+        *,
         epsilon=0.95,
         end=1.0,
+        **lora: Unpack[LoRAArguments],
     ):
-        super().__init__(rank, alpha, targets, exclude, seed, dropout)
+        super().__init__(**lora)
         if not 0 < epsilon <= end <= 1:
             raise ValueError(f"epsilon and end must be in (0, 1], in order, got {epsilon}, {end}")
         self.epsilon, self.end = epsilon, end

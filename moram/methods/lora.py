@@ -1,11 +1,25 @@
 """Sequential LoRA: one adapter that goes on learning, the baseline without any protection."""
 
+from collections.abc import Iterable
+from typing import TypedDict
+
 import torch
 
 from ..config import check_count
 from ..inject import adapters, inject_with
 from ..layers import LoRALinear
 from .base import Method
+
+
+class LoRAArguments(TypedDict, total=False):
+    """The arguments of `LoRAMethod`, which its subclasses pass on."""
+
+    rank: int
+    alpha: float | None
+    targets: str | Iterable[str]
+    exclude: str | Iterable[str]
+    seed: int
+    dropout: float
 
 
 class LoRAMethod(Method):
@@ -21,7 +35,15 @@ class LoRAMethod(Method):
 
     layer = LoRALinear
 
-    def __init__(self, rank=8, alpha=None, targets="auto", exclude=(), seed=0, dropout=0.0):
+    def __init__(
+        self,
+        rank: int = 8,
+        alpha: float | None = None,
+        targets: str | Iterable[str] = "auto",
+        exclude: str | Iterable[str] = (),
+        seed: int = 0,
+        dropout: float = 0.0,
+    ) -> None:
         check_count("rank", rank, 1)
         self.rank, self.alpha, self.targets, self.exclude = rank, alpha, targets, exclude
         self.dropout = dropout

@@ -1,12 +1,13 @@
 """One LoRA a task, all summed: what O-LoRA is without its penalty, and what can be protected."""
 
 from functools import partial
+from typing import Unpack
 
 from ..config import MoRAMConfig
 from ..guard import Fresh, Guard, guards
 from ..layers import StackedLoRALinear
 from ..sketch import Inputs, pack_sketches, remember, unpack_sketches
-from .lora import LoRAMethod
+from .lora import LoRAArguments, LoRAMethod
 
 
 class LoRAStack(LoRAMethod):
@@ -18,7 +19,7 @@ class LoRAStack(LoRAMethod):
     against a choice. Needs no task id. Stores one LoRA per task, and with protect the sketches.
 
     Args:
-        rank, alpha, targets, exclude, seed, dropout: see `LoRAMethod`.
+        lora: see `LoRAMethod`.
         protect, protect_size, protect_examples, protect_strength: see `MoRAMConfig`.
     """
 
@@ -26,18 +27,14 @@ class LoRAStack(LoRAMethod):
 
     def __init__(
         self,
-        rank=8,
-        alpha=None,
-        targets="auto",
-        exclude=(),
-        seed=0,
-        dropout=0.0,
+        *,
         protect=None,
         protect_size=256,
         protect_examples=80,
         protect_strength=0.5,
+        **lora: Unpack[LoRAArguments],
     ):
-        super().__init__(rank, alpha, targets, exclude, seed, dropout)
+        super().__init__(**lora)
         # Its checks are theirs.
         MoRAMConfig(
             protect=protect,

@@ -1,7 +1,9 @@
 """Conventional mixture of LoRA experts: a trained router, new experts for each task."""
 
+from typing import Unpack
+
 from ..layers import MoELoRALinear
-from .lora import LoRAMethod
+from .lora import LoRAArguments, LoRAMethod
 
 
 class MoELoRA(LoRAMethod):
@@ -17,9 +19,8 @@ class MoELoRA(LoRAMethod):
     Needs no task id. Stores rank per task, and a row of the router per expert.
 
     Args:
-        rank, alpha, targets, exclude, seed, dropout: see `LoRAMethod`. Trained per task: a LoRA of
-            that rank and the router, `experts` rows of it per task so far (of this task alone with
-            freeze_router).
+        lora: see `LoRAMethod`. Trained per task: a LoRA of that rank and the router, `experts` rows
+            of it per task so far (of this task alone with freeze_router).
         experts: per task; divides rank. rank=8 as 1 x 8, 2 x 4, 4 x 2 or 8 x 1 is a choice of
             granularity at equal parameters but for the router.
         top_k: experts that write per token.
@@ -34,20 +35,16 @@ class MoELoRA(LoRAMethod):
 
     def __init__(
         self,
-        rank=8,
-        alpha=None,
-        targets="auto",
-        exclude=(),
-        seed=0,
-        dropout=0.0,
+        *,
         experts=1,
         top_k=2,
         balance=0.01,
         freeze_router=False,
+        **lora: Unpack[LoRAArguments],
     ):
-        super().__init__(rank, alpha, targets, exclude, seed, dropout)
-        if experts < 1 or rank % experts:
-            raise ValueError(f"experts must be >= 1 and divide rank={rank}, got {experts}")
+        super().__init__(**lora)
+        if experts < 1 or self.rank % experts:
+            raise ValueError(f"experts must be >= 1 and divide rank={self.rank}, got {experts}")
         if top_k < 1 or balance < 0:
             raise ValueError(
                 f"top_k must be >= 1 and balance >= 0, got top_k={top_k}, balance={balance}"

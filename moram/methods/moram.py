@@ -1,6 +1,8 @@
 """MoRAM: append atoms for each task, freeze the earlier ones."""
 
+from dataclasses import fields
 from functools import partial
+from typing import Any, Self
 
 import torch
 
@@ -29,6 +31,23 @@ class MoRAM(Method):
     def name(self):
         """The name that tables show."""
         return "MoRAM" if self.config.protect is None else "MoRAM, protected"
+
+    @classmethod
+    def accepted(cls) -> tuple[str, ...]:
+        """`rank`, as methods on LoRA call atoms_per_task; the fields of `MoRAMConfig`; `seed`."""
+        return ("rank", *(field.name for field in fields(MoRAMConfig)), "seed")
+
+    @classmethod
+    def make(cls, **arguments: Any) -> Self:
+        """This method from plain settings; top_k is rank unless given."""
+        if "rank" in arguments:
+            if "atoms_per_task" in arguments:
+                raise ValueError("rank and atoms_per_task are the same setting: give one of them")
+            arguments["atoms_per_task"] = arguments.pop("rank")
+        if "atoms_per_task" in arguments:
+            arguments.setdefault("top_k", arguments["atoms_per_task"])
+        own = {name: arguments.pop(name) for name in ("seed",) if name in arguments}
+        return cls(MoRAMConfig(**arguments), **own)
 
     def setup(self, model):
         self.model = model

@@ -1,7 +1,9 @@
 """O-LoRA: each task learns in a subspace orthogonal to those of the earlier tasks."""
 
+from typing import Unpack
+
 from ..layers import StackedLoRALinear
-from .lora import LoRAMethod
+from .lora import LoRAArguments, LoRAMethod
 
 
 class OLoRA(LoRAMethod):
@@ -14,7 +16,7 @@ class OLoRA(LoRAMethod):
     Stores one LoRA per task.
 
     Args:
-        rank, alpha, targets, exclude, seed, dropout: see `LoRAMethod`.
+        lora: see `LoRAMethod`.
         lambda1: weight of orthogonality, >= 0; the authors advise 0 to 5.
         lambda2: weight of the norms, >= 0; the authors advise 0 to 0.5.
     Source: Wang et al., EMNLP Findings 2023, arXiv 2310.14152.
@@ -26,16 +28,12 @@ class OLoRA(LoRAMethod):
 
     def __init__(
         self,
-        rank=8,
-        alpha=None,
-        targets="auto",
-        exclude=(),
-        seed=0,
-        dropout=0.0,
+        *,
         lambda1=0.5,
         lambda2=0.0,
+        **lora: Unpack[LoRAArguments],
     ):
-        super().__init__(rank, alpha, targets, exclude, seed, dropout)
+        super().__init__(**lora)
         if lambda1 < 0 or lambda2 < 0:
             raise ValueError(f"lambda1 and lambda2 must be >= 0, got {lambda1} and {lambda2}")
         self.lambda1, self.lambda2 = lambda1, lambda2

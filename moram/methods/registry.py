@@ -1,11 +1,14 @@
 """The methods by the names that command lines use, and how to build one from plain settings."""
 
+from __future__ import annotations
+
 import difflib
-import inspect
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from .base import Method
 
 
 class Entry(NamedTuple):
@@ -42,34 +45,31 @@ ENTRIES = {
 }
 
 
-class _Methods(Mapping):
+class _Methods(Mapping[str, type["Method"]]):
     """The classes, each imported when it is asked for."""
 
-    def __getitem__(self, name):
+    def __getitem__(self, name: str) -> type[Method]:
         entry = ENTRIES[name]
         return getattr(import_module(f"{__package__}.{entry.module}"), entry.kind)
 
-    def __contains__(self, name):
+    def __contains__(self, name: object) -> bool:
         return name in ENTRIES
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(ENTRIES)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(ENTRIES)
 
 
 METHODS = _Methods()
 
 
-def make_method(name, **arguments):
+def make_method(name: str, **arguments: Any) -> Method:
     """A method by its name.
 
     Args:
-        name: a key of `METHODS`.
-        arguments: of the method's class; see `accepted_arguments`. "moram" takes the fields of
-            `MoRAMConfig` as they are, and `rank` for its atoms_per_task, as all methods on LoRA
-            take it; top_k is rank unless given.
+        name: a key of `METHODS`. arguments: some of `accepted_arguments`.
     Raises:
         ValueError: an unknown name or argument; the message lists the closest and all accepted.
     """
@@ -80,11 +80,11 @@ def make_method(name, **arguments):
             f"{name} does not take {', '.join(unknown)}{_closest(unknown[0], accepted)}; "
             f"it takes {', '.join(accepted) or 'no arguments'}"
         )
-    return _make_moram(**arguments) if name == "moram" else METHODS[name](**arguments)
+    return METHODS[name].make(**arguments)
 
 
-def accepted_arguments(name):
-    """The names of the arguments that `make_method` takes for a method, a tuple.
+def accepted_arguments(name: str) -> tuple[str, ...]:
+    """The names of the arguments that `make_method` takes for a method.
 
     Raises:
         ValueError: no method has this name.
@@ -93,31 +93,9 @@ def accepted_arguments(name):
         raise ValueError(
             f"method must be one of {', '.join(METHODS)}, got {name!r}{_closest(name, METHODS)}"
         )
-    if METHODS[name].__init__ is object.__init__:
-        return ()
-    own = [p for p in inspect.signature(METHODS[name]).parameters if p != "config"]
-    if name == "moram":
-        from ..config import MoRAMConfig
-
-        own = ["rank", *(field.name for field in fields(MoRAMConfig)), *own]
-    return tuple(own)
+    return METHODS[name].accepted()
 
 
-def _make_moram(**arguments):
-    from ..config import MoRAMConfig
-
-    if "rank" in arguments:
-        if "atoms_per_task" in arguments:
-            raise ValueError("rank and atoms_per_task are the same setting: give one of them")
-        arguments["atoms_per_task"] = arguments.pop("rank")
-    if "atoms_per_task" in arguments:
-        arguments.setdefault("top_k", arguments["atoms_per_task"])
-    names = {field.name for field in fields(MoRAMConfig)}
-    settings = {k: v for k, v in arguments.items() if k in names}
-    others = {k: v for k, v in arguments.items() if k not in names}
-    return METHODS["moram"](MoRAMConfig(**settings), **others)
-
-
-def _closest(name, names):
-    close = difflib.get_close_matches(str(name), list(names), n=3, cutoff=0.5)
+def _closest(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
     return f" (closest: {', '.join(close)})" if close else ""

@@ -2,11 +2,11 @@
 
 import math
 import statistics
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 
-from .lora import LoRAMethod
+from .lora import LoRAArguments, LoRAMethod
 
 FAVOURS = ("near", "distant")
 
@@ -48,7 +48,7 @@ class TreeLoRA(LoRAMethod):
     Needs no task id. Stores one LoRA, and one A per earlier task.
 
     Args:
-        rank, alpha, targets, exclude, seed, dropout: see `LoRAMethod`.
+        lora: see `LoRAMethod`.
         reg: weight of the regulariser, >= 0.
         favour: "near" or "distant" earlier tasks, see above.
     Source: Qian et al., ICML 2025, arXiv 2506.10355.
@@ -59,16 +59,12 @@ class TreeLoRA(LoRAMethod):
 
     def __init__(
         self,
-        rank=8,
-        alpha=None,
-        targets="auto",
-        exclude=(),
-        seed=0,
-        dropout=0.0,
+        *,
         reg=0.5,
         favour="near",
+        **lora: Unpack[LoRAArguments],
     ):
-        super().__init__(rank, alpha, targets, exclude, seed, dropout)
+        super().__init__(**lora)
         if reg < 0:
             raise ValueError(f"reg must be >= 0, got {reg}")
         if favour not in FAVOURS:
