@@ -61,8 +61,8 @@ lint: $(VENV)/.dev ## ruff check and ruff format --check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/.dev ## time the layers on this machine; ARGS goes to benchmarks/throughput.py
-	$(BIN)/python benchmarks/throughput.py $(ARGS)
+bench: $(VENV)/.dev ## time the layers on this machine; ARGS goes to benchmarks/speed/throughput.py
+	$(BIN)/python benchmarks/speed/throughput.py $(ARGS)
 
 results: $(VENV)/.dev ## write the pages of results from benchmarks/results; ARGS=--check compares
 	$(BIN)/python benchmarks/results_page.py $(ARGS)

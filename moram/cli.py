@@ -114,7 +114,7 @@ def _run_trace(arguments, parser):
 
 def _add_xtail_arguments(parser):
     from .methods.registry import ENTRIES
-    from .xtail.catalog import REAL, SMALL, XTAIL
+    from .xtail.data.catalog import REAL, SMALL, XTAIL
     from .xtail.presets import PRESETS
 
     methods = [n for n, m in ENTRIES.items() if m.needs != "language" and not m.needs_task_id]
@@ -144,7 +144,7 @@ def _add_xtail_arguments(parser):
 
 def _run_xtail(arguments, parser):
     if arguments.action == "check-data":
-        from .xtail.check_data import check_data
+        from .xtail.data.check_data import check_data
 
         named = arguments.named
         named = None if named is None else [n.strip() for n in named.split(",") if n.strip()]
@@ -192,7 +192,7 @@ def _add_inspect_arguments(parser):
 
 
 def _run_inspect(arguments, parser):
-    from .trace.inspect_run import inspect_run
+    from .trace.inspection.run import inspect_run
 
     names = ("run", "data", "split", "limit", "last", "adapter", "text", "out")
     given = {name: getattr(arguments, name) for name in names}

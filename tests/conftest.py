@@ -7,9 +7,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ("benchmarks", "benchmarks/speed", "benchmarks/streams")
 sys.path.insert(0, str(ROOT))
-# Appended, so that a benchmark's file name never hides another module.
-sys.path.append(str(ROOT / "benchmarks"))
+# Appended, so that a file name never hides another module: what tests share, and benchmarks.
+sys.path += [str(ROOT / path) for path in ("tests/moram", *BENCHMARKS)]
 
 
 def pytest_addoption(parser):

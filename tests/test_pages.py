@@ -64,7 +64,8 @@ def spans(page):
 
 def commands(page):
     """Shell commands of the blocks, and those between backticks that have arguments."""
-    lines = [line for _, text in blocks(page, "sh") for line in text.splitlines()]
+    joined = [text.replace("\\\n", " ") for _, text in blocks(page, "sh")]
+    lines = [line for text in joined for line in text.splitlines()]
     lines += [span for span in spans(page) if re.match(r"(moram|make|python) \S", span)]
     split = [shlex.split(line, comments=True) for line in lines]
     return [words for words in split if words]
@@ -173,7 +174,7 @@ def test_the_commands_of_a_page_are_taken_by_their_parsers(page, parse, monkeypa
             assert importlib.util.find_spec(words[2]) is not None, words
         elif words[0] == "python":
             monkeypatch.setattr(sys, "argv", words[1:])
-            monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+            monkeypatch.syspath_prepend(str((ROOT / words[1]).parent))
             if len(words) > 2:
                 parse(lambda script=words[1]: runpy.run_path(script, run_name="__main__"))
             assert (ROOT / words[1]).is_file(), words
@@ -256,8 +257,9 @@ def test_every_folder_is_on_the_map_of_rooms():
     listed = set(re.findall(r"^\| `(\S+)/` \|", rooms, re.MULTILINE))
     inits = tracked("moram*/**/__init__.py", "moram*/__init__.py")
     packages = {name_of(path.parent) for path in inits}
-    tests = {name_of(path.parent) for path in tracked("tests/*/test_*.py")}
-    assert listed == packages | tests | {"benchmarks", "benchmarks/results"}
+    tests = {name_of(path.parent) for path in tracked("tests/*/**/test_*.py")}
+    measured = {name_of(path.parent) for path in tracked("benchmarks/*.py", "benchmarks/*/*.py")}
+    assert listed == packages | tests | measured | {"benchmarks/results"}
 
 
 def test_the_front_page_says_what_is_not_the_papers():

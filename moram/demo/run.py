@@ -14,7 +14,7 @@ import torch
 from ..config import check_count
 from ..continual import load_stream
 from ..inspection import inspect_atoms
-from .model import NAME, fetch_weights, pick_dtype
+from ..models.smollm2 import NAME, fetch_weights, pick_dtype
 from .report import format_report
 
 DATA = Path(__file__).with_name("data")

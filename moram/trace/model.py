@@ -3,9 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
-from ..demo.model import fetch_weights, pick_dtype
 from ..inject import adapters
 from ..layers import AdapterLinear
+from ..models.smollm2 import fetch_weights, pick_dtype
 from .prefix import check_layers
 
 SMOLLM2 = "smollm2"

@@ -6,7 +6,7 @@ from threading import Lock
 import numpy as np
 import torch
 
-from .domains import BadImage, origin
+from .data.domains import BadImage, origin
 
 # Of the published training transform: part of the area that is kept, and the crop's proportions.
 SCALE, RATIO = (0.9, 1.0), (3 / 4, 4 / 3)
@@ -128,8 +128,9 @@ class ImageRows:
     """The training images of a task: a few per class, randomly cropped each time.
 
     Args:
-        clip: `Clip`. split: the images, see `moram.xtail.domains`. prompts: of the task's classes.
-        offset: classes of all earlier tasks. store: `ImageStore`. transforms: `Transforms`.
+        clip: `Clip`. split: the images, see `moram.xtail.data.domains`.
+        prompts: of the task's classes. offset: classes of all earlier tasks.
+        store: `ImageStore`. transforms: `Transforms`.
         text_loss, label_smoothing: see `moram.xtail.objective.contrastive`.
     """
 

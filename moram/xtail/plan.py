@@ -6,10 +6,10 @@ import zlib
 from pathlib import Path
 
 from ..harness.plan import StreamPlan
-from .datasets import load_domains, offsets, shared_names
-from .domains import FileSplit, check_covered, empty_classes, few_shot, origin, take
-from .folders import describe_passed_over
-from .small import is_small, load_small
+from .data.datasets import load_domains, offsets, shared_names
+from .data.domains import FileSplit, check_covered, empty_classes, few_shot, origin, take
+from .data.folders import describe_passed_over
+from .data.small import is_small, load_small
 
 
 class XtailPlan(StreamPlan):

@@ -1,6 +1,6 @@
 """Named starting points: the published protocol, and one that fits a CPU and needs no download."""
 
-from .catalog import SMALL, XTAIL
+from .data.catalog import SMALL, XTAIL
 
 # The X-TAIL run of arXiv 2506.21035 (its released runner).
 _PAPER = {

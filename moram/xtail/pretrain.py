@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from ..models.clip import MEAN, STD
-from .rendered import DIGITS, LETTERS, SHAPES, SIZE, SYMBOLS, TEXTURES, render, world_style
+from .data.rendered import DIGITS, LETTERS, SHAPES, SIZE, SYMBOLS, TEXTURES, render, world_style
 
 # Changes whenever the recipe does: a cache of another recipe is not used.
 VERSION = 2

@@ -6,7 +6,7 @@ from ..continual import metrics, published
 from ..harness.compare import groups
 from ..harness.report import Report
 from ..harness.tables import spread
-from .catalog import XTAIL
+from .data.catalog import XTAIL
 from .settings import XtailSettings
 
 # method: the names of its published row and forgetting.

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from ..harness.settings import StreamSettings
 from ..harness.values import FRACTION, NOT_NEGATIVE, setting
 from ..methods.train import TrainSettings
-from .catalog import MTIL, XTAIL
+from .data.catalog import MTIL, XTAIL
 from .presets import PRESETS
 
 SMALL_BACKBONE = "small"
@@ -21,9 +21,9 @@ class XtailSettings(StreamSettings):
         backbone, pretrained: see `moram.models.clip.load_clip`; "small" is the small CLIP, which
             is pretrained on the first run.
         data_dir: folder of the datasets. The drawn domains of the preset "small" need none.
-        datasets: names, in the order they are learned: of `moram.xtail.catalog.FACTS`, of
-            `moram.xtail.small`, or folders NAME/{train,test}/CLASS/IMAGE in data_dir. "xtail" and
-            "mtil" alone are those streams of ten and eleven.
+        datasets: names, in the order they are learned: of `moram.xtail.data.catalog.FACTS`, of
+            `moram.xtail.data.small`, or folders NAME/{train,test}/CLASS/IMAGE in data_dir. "xtail"
+            and "mtil" alone are those streams of ten and eleven.
         shots: training images per class, drawn by seed and dataset alone.
         lr: a number, or a dict from dataset to number with "*" for the others.
         iterations, warmup: see `TrainSettings`.

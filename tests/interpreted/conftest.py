@@ -4,9 +4,7 @@ The variable must be set before Triton is imported; without it nothing here is c
 """
 
 import os
-import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +17,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     from moram_kernels.triton_backend import launcher
 
     assert launcher.interprets_bfloat16()
-    # For the tiny models that the tests of moram share.
-    sys.path.append(str(Path(__file__).parents[1] / "moram"))
 else:
     collect_ignore_glob = ["*"]
 

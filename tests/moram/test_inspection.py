@@ -12,7 +12,7 @@ from torch import nn
 import moram
 from moram import MoRAMConfig, adapters
 from moram.inspection import find_adapter, inspect_atoms, token_atoms
-from moram.trace.inspect_plot import layer_grid
+from moram.trace.inspection.plot import layer_grid
 
 # One line a token: 1 to 4 are the axes, 5 lies between two of them. The padding, 0, is the same as
 # token 4, so that an atom which only padding fires would show.

@@ -272,7 +272,7 @@ def test_parity_covers_every_path_mode_and_dtype():
 
 
 def test_parity_runs_every_path_in_the_interpreter():
-    command = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--parity-only"]
+    command = [sys.executable, ROOT / "benchmarks" / "speed" / "gpu.py", "--parity-only"]
     done = subprocess.run(
         [*command, "--device", "cpu-interpreter"],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},

@@ -6,7 +6,7 @@ import re
 import pytest
 from xtail_data import TEN, without_checksums, write_coop, write_folders, write_tree
 
-from moram.xtail.datasets import load_domain, load_domains, missing, offsets, shared_names
+from moram.xtail.data.datasets import load_domain, load_domains, missing, offsets, shared_names
 
 # A fixture, used by name.
 __all__ = ["without_checksums"]

@@ -1,15 +1,15 @@
 """Runs every method over language streams with a small real model, and writes the tables.
 
-    python benchmarks/language_streams.py search --data DIR --out DIR
-    python benchmarks/language_streams.py textcls --data DIR --out DIR
-    python benchmarks/language_streams.py trace --data DIR --out DIR
+    python benchmarks/streams/language_streams.py search --data DIR --out DIR
+    python benchmarks/streams/language_streams.py textcls --data DIR --out DIR
+    python benchmarks/streams/language_streams.py trace --data DIR --out DIR
 
 Each finished run stays in its folder below --out; the same command goes on with what is missing.
 `--shard 0/2` and `--shard 1/2` share the runs out over two processes. The table of a part is
 written when all its runs are there.
 """
 
-from streams import parse, run_part
+from runs import parse, run_part
 
 from moram.trace.protocol import TRACE
 from moram.trace.report import REPORT

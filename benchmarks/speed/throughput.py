@@ -1,7 +1,7 @@
 """Throughput of the adapter alone, against plain torch, over atoms, tokens, width and mode.
 
-    python benchmarks/throughput.py --out out/throughput.csv --plot out/throughput.png
-    python benchmarks/throughput.py --plot-only out/throughput.csv
+    python benchmarks/speed/throughput.py --out out/throughput.csv --plot out/throughput.png
+    python benchmarks/speed/throughput.py --plot-only out/throughput.csv
 
 Timed is the update added onto a given base output: the layer without its base Linear, which is the
 row "base" of every case (D = O, no bias, frozen weight; in training its backward gives dx only).

@@ -15,7 +15,7 @@ from trace_support import settings_for, write_data, write_model
 from moram.processes import Processes
 from moram.trace.run import run_trace
 
-WORKER = Path(__file__).with_name("trace_worker.py")
+WORKER = Path(__file__).parents[1] / "trace_worker.py"
 # A soft selection: rounding in another order must not change which atoms fire.
 CHANGES = {
     "method_args": {"protect": 0.9, "protect_size": 8, "value_scale": 8.0, "temperature": 0.3},

@@ -1,6 +1,6 @@
 """What the X-TAIL harness saves against a loop that does everything anew, on this machine.
 
-    python benchmarks/image_speed.py --out FILE.csv
+    python benchmarks/speed/image_speed.py --out FILE.csv
 
 Three savings are timed, each against the same work without it, in turns: decoded test images that
 later rounds of scoring use again (JPEGs of 500 x 375), image features of a frozen model, and
@@ -20,7 +20,7 @@ from PIL import Image
 
 from moram import MoRAMConfig, inject
 from moram.models.clip import load_clip
-from moram.xtail.domains import FileSplit
+from moram.xtail.data.domains import FileSplit
 from moram.xtail.images import ImageRows, ImageStore, TestImages, Transforms
 from moram.xtail.objective import contrastive
 

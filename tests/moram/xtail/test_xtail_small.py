@@ -17,12 +17,20 @@ import torch
 from PIL import Image
 from xtail_data import encoded
 
+from moram.xtail.data.rendered import (
+    GREEK,
+    ODD_FONTS,
+    PLAIN_FONTS,
+    SYMBOLS,
+    Style,
+    render,
+    world_style,
+)
+from moram.xtail.data.small import REAL, SMALL, is_small, load_small
 from moram.xtail.pretrain import all_things
-from moram.xtail.rendered import GREEK, ODD_FONTS, PLAIN_FONTS, SYMBOLS, Style, render, world_style
-from moram.xtail.small import REAL, SMALL, is_small, load_small
 
-ROOT = Path(__file__).resolve().parents[2]
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+ROOT = Path(__file__).resolve().parents[3]
+SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 GIVEN = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 ANIMALS = ["bird", "cat", "deer", "dog", "frog", "horse"]
 VEHICLES = ["airplane", "automobile", "ship", "truck"]

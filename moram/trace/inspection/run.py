@@ -1,6 +1,6 @@
 """What `moram inspect` does: looks into a finished run of moram trace and writes what it finds.
 
-The counting is `moram.inspection`, the picture `inspect_plot`.
+The counting is `moram.inspection`, the picture `plot`.
 """
 
 import difflib
@@ -8,18 +8,18 @@ from pathlib import Path
 
 import torch
 
-from .. import checkpoint
-from ..config import check_count
-from ..continual import load_stream
-from ..continual.data import check_characters
-from ..harness.files import read_json, write_json, write_text
-from ..harness.run import CONFIG, RESULTS
-from ..harness.settings import EXAMPLES
-from ..harness.tables import markdown
-from ..inspection import find_adapter, inspect_atoms, token_atoms
-from .encode import Encoder, by_length
-from .model import load
-from .settings import SPLITS, TraceSettings
+from ... import checkpoint
+from ...config import check_count
+from ...continual import load_stream
+from ...continual.data import check_characters
+from ...harness.files import read_json, write_json, write_text
+from ...harness.run import CONFIG, RESULTS
+from ...harness.settings import EXAMPLES
+from ...harness.tables import markdown
+from ...inspection import find_adapter, inspect_atoms, token_atoms
+from ..encode import Encoder, by_length
+from ..model import load
+from ..settings import SPLITS, TraceSettings
 
 ADAPTERS = "adapters"
 # Adapters that the report names.
@@ -62,7 +62,7 @@ def inspect_run(
             but the adapter and an empty text are found before the model is read.
     """
     # Whatever can be missing is asked for before the work.
-    from .inspect_plot import draw_firing
+    from .plot import draw_firing
 
     run = Path(run)
     settings = _read_settings(run)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from xtail_data import encoded, jpeg
 
-from moram.xtail.domains import (
+from moram.xtail.data.domains import (
     ArraySplit,
     BadImage,
     Domain,
@@ -253,7 +253,7 @@ def test_draws_differ_between(other):
 
 def test_a_draw_is_the_same_in_another_process():
     code = (
-        "from moram.xtail.domains import *;"
+        "from moram.xtail.data.domains import *;"
         "s = FileSplit([str(i) for i in range(90)], [0, 1, 2] * 30);"
         "print(few_shot(Domain('toy', ('a', 'b', 'c'), '{}', s, s), 16, 42).indices)"
     )

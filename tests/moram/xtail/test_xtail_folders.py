@@ -10,8 +10,8 @@ from xtail_data import encoded, jpeg, write_coop, write_folders, write_mnist
 from xtail_support import run, settings_for, write_domains
 
 from moram.cli import main
-from moram.xtail.check_data import check_data
-from moram.xtail.datasets import load_domain
+from moram.xtail.data.check_data import check_data
+from moram.xtail.data.datasets import load_domain
 from moram.xtail.plan import XtailPlan
 from moram.xtail.report import REPORT
 

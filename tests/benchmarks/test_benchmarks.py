@@ -3,12 +3,11 @@
 import csv
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from support import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SIZES = ["--atoms", "3,24", "--tokens", "1,70", "--widths", "48", "--top-k", "4"]
 TINY = [*SIZES, "--threads", "1", "--repeats", "5"]
 
@@ -16,7 +15,7 @@ TINY = [*SIZES, "--threads", "1", "--repeats", "5"]
 @pytest.fixture
 def modules(monkeypatch):
     """The modules throughput and measure, found as the program finds them."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "speed"))
     import measure
     import throughput
 
@@ -31,7 +30,7 @@ def _paths(folder):
 
 def test_program_writes_csv_and_plot(tmp_path):
     out, plot = _paths(tmp_path)
-    command = [sys.executable, ROOT / "benchmarks" / "throughput.py", *TINY]
+    command = [sys.executable, ROOT / "benchmarks" / "speed" / "throughput.py", *TINY]
     command += ["--out", out, "--plot", plot, "--backends", "plain,reference,torch"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

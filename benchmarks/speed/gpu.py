@@ -1,8 +1,8 @@
 """Check and time the adapter on a GPU, in one command.
 
-    python benchmarks/gpu.py --out out/gpu            # up to 9 minutes
-    python benchmarks/gpu.py --quick --out out/gpu    # about 2
-    python benchmarks/gpu.py --plot-only out/gpu/gpu.csv
+    python benchmarks/speed/gpu.py --out out/gpu            # up to 9 minutes
+    python benchmarks/speed/gpu.py --quick --out out/gpu    # about 2
+    python benchmarks/speed/gpu.py --plot-only out/gpu/gpu.csv
 
 First every path of the kernels is compared with the float64 reference on the device. Then, one CSV
 row at a time: the device's own ceilings (copies, products), and over a growing bank the time of a
@@ -100,7 +100,7 @@ def why_not(device):
     if not torch.cuda.is_available():
         return (
             "torch sees no CUDA device; run this on a machine with an NVIDIA or AMD GPU and a "
-            "torch built for it (benchmarks/throughput.py measures on a CPU)"
+            "torch built for it (benchmarks/speed/throughput.py measures on a CPU)"
         )
     if available.interpreting():
         return "TRITON_INTERPRET is set, which interprets kernels on the CPU; unset it"

@@ -13,7 +13,7 @@ from moram.continual.scoring import beginning
 from moram.methods import make_method
 from moram.processes import Processes
 from moram.trace.encode import Encoder
-from moram.trace.inspect_run import inspect_run
+from moram.trace.inspection.run import inspect_run
 from moram.trace.predict import generate
 from moram.trace.run import run_trace
 from moram.trace.settings import make_settings

@@ -7,7 +7,7 @@ import pytest
 from xtail_data import TEN, write_folders, write_tree
 
 from moram.cli import main
-from moram.xtail.check_data import check_data
+from moram.xtail.data.check_data import check_data
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_shared_prompts_are_notes(tmp_path):
 
 def test_importing_the_domains_imports_no_torchvision():
     code = (
-        "import sys, moram.xtail.datasets, moram.xtail.check_data;"
+        "import sys, moram.xtail.data.datasets, moram.xtail.data.check_data;"
         "print('torchvision' in sys.modules)"
     )
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

@@ -1,6 +1,6 @@
 """What T tasks cost at inference: a stack of LoRAs, all summed, against a bank of atoms.
 
-    python benchmarks/sum_or_choice.py --out out/sum_or_choice.csv
+    python benchmarks/speed/sum_or_choice.py --out out/sum_or_choice.csv
 
 One adapted Linear of --width features in and out, with rank (atoms a task) 8, after T tasks, in
 float32 on the CPU. Values are random, so that each update does something. A stack can also be added
@@ -95,7 +95,9 @@ def main(arguments=None):
     given = parser.parse_args(arguments)
     torch.set_num_threads(given.threads)
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", "benchmarks/sum_or_choice.py", *(arguments or sys.argv[1:])])
+    command = shlex.join(
+        ["python", "benchmarks/speed/sum_or_choice.py", *(arguments or sys.argv[1:])]
+    )
     with open(given.out, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()

@@ -16,7 +16,7 @@ from moram import MoRAMConfig, adapters
 from moram.methods.moram import MoRAM
 from moram.methods.train import Stage, TaskTrainer, TrainSettings
 from moram.models.clip import MEAN, STD, Clip, Preprocess
-from moram.xtail.domains import ArraySplit
+from moram.xtail.data.domains import ArraySplit
 from moram.xtail.images import ImageRows, ImageStore, TestImages, Transforms
 from moram.xtail.objective import contrastive
 

@@ -1,6 +1,6 @@
 """What the adapter should take on a GPU, by a model, beside plain torch and a lower bound.
 
-    python benchmarks/roofline.py [--device H100] [--csv FILE]
+    python benchmarks/speed/roofline.py [--device H100] [--csv FILE]
 
 A MODEL: NOTHING IN THIS TABLE WAS MEASURED. Ours is what `moram_kernels` would do: its plan chooses
 path and tiles, its cost model (`triton_backend/cost.py`) gives the time. Plain, compiled plain and
@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import baseline_model as baseline  # noqa: E402

@@ -10,7 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
-from ..continual.data import check_characters, read_json_text
+from ...continual.data import check_characters, read_json_text
 from .catalog import FACTS
 from .domains import ArraySplit, Domain, FileSplit, check_covered
 from .folders import read_folders, read_lines

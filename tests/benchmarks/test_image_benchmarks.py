@@ -6,12 +6,12 @@ import image_speed
 import image_streams
 import open_clip
 import pytest
-import streams
+import runs
 import torch
 from image_streams import METHODS, PARTS
 
 from moram.models.clip import MEAN, STD, Clip, Preprocess
-from moram.xtail.domains import FileSplit
+from moram.xtail.data.domains import FileSplit
 from moram.xtail.plan import XtailPlan
 from moram.xtail.report import REPORT
 from moram.xtail.settings import make_settings
@@ -71,14 +71,14 @@ def test_the_search_gives_every_method_the_same_rates_and_sees_no_test_image():
 
 def test_a_part_does_every_run_with_its_changes_and_those_of_the_command(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(streams, "sweep", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(runs, "sweep", lambda *arguments: asked.append(arguments))
     arguments = Namespace(part="vit", data="d", out=tmp_path, shard="1/2", only="lora", threads=3)
-    streams.run_part(arguments, PARTS, "run", REPORT, "paper")
-    ((runs, out, run, report, share, only),) = asked
+    runs.run_part(arguments, PARTS, "run", REPORT, "paper")
+    ((planned, out, run, report, share, only),) = asked
     assert (out, run, report, share, only) == (tmp_path / "vit", "run", REPORT, (1, 2), "lora")
     wanted = list(PARTS["vit"]())
-    assert [name for name, _ in runs] == [name for name, _, _ in wanted]
-    for (name, settings), (_, method, changes) in zip(runs, wanted, strict=True):
+    assert [name for name, _ in planned] == [name for name, _, _ in wanted]
+    for (name, settings), (_, method, changes) in zip(planned, wanted, strict=True):
         assert (settings.method, settings.out) == (method, str(tmp_path / name))
         assert (settings.data_dir, settings.threads, settings.quiet) == ("d", 3, True)
         assert settings.iterations == changes["iterations"] and settings.shots == 16

