@@ -98,9 +98,27 @@ def _add_trace_arguments(parser):
     methods = [name for name, method in ENTRIES.items() if method.needs != "clip"]
     add_settings_arguments(add, methods, PRESETS, "moram.trace.settings.TraceSettings")
     add("--full-matrix", action="store_true", default=None, help="score unlearned tasks too")
+    _add_check_data(parser, "tasks", "--tasks")
+
+
+def _add_check_data(parser, what, *names):
+    """The other action of a command that runs a stream; returns its parser."""
+    actions = parser.add_subparsers(dest="action", title="other action")
+    check = actions.add_parser("check-data", help=f"what of the {what} is missing or damaged")
+    check.add_argument("folder", type=Path, help=f"folder of the {what}")
+    check.add_argument(*names, dest="named", type=_names, help="only these, with commas")
+    return check
+
+
+def _names(text):
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _run_trace(arguments, parser):
+    if arguments.action == "check-data":
+        from .trace.check_data import check_data
+
+        return int(check_data(arguments.folder, arguments.named) > 0)
     from .trace.report import REPORT
 
     if arguments.settings:
@@ -125,20 +143,19 @@ def _add_xtail_arguments(parser):
     )
     add = parser.add_argument
     # The words of moram trace first; the second ones are older.
-    model = ("--model", "--backbone")
-    add(*model, dest="backbone", help="of open_clip (ViT-B-16), a Hugging Face CLIP, or small")
+    model = {"dest": "backbone", "action": _Renamed}
+    about = "of open_clip (ViT-B-16), a Hugging Face CLIP, or small"
+    add("--model", "--backbone", **model, help=about)
     add("--pretrained", help="tag or file of weights, or random (default: openai, or its own)")
-    data = ("--data", "--data-dir")
-    add(*data, dest="data_dir", help="folder of the datasets; moram xtail check-data looks at it")
+    data = {"dest": "data_dir", "action": _Renamed}
+    add("--data", "--data-dir", **data, help="folder of the datasets; check-data looks at it")
     names = ("--tasks", "--datasets")
-    add(*names, dest="datasets", help="names, in the order they are learned, with commas; or mtil")
+    listed = {"dest": "datasets", "action": _Renamed}
+    add(*names, **listed, help="names, in the order they are learned, with commas; or mtil")
     add("--shots", type=int, help="training images per class (default: 16)")
     add_settings_arguments(add, methods, PRESETS, "moram.xtail.settings.XtailSettings")
     add("--skip-bad", action="store_true", default=None, help="leave out undecodable images")
-    actions = parser.add_subparsers(dest="action", title="other action")
-    check = actions.add_parser("check-data", help="what of the datasets is missing or damaged")
-    check.add_argument("folder", type=Path, help="folder of the datasets")
-    check.add_argument(*names, dest="named", help="only these, separated by commas")
+    check = _add_check_data(parser, "datasets", *names)
     check.add_argument("--images", action="store_true", help="decode every image, too")
 
 
@@ -146,9 +163,7 @@ def _run_xtail(arguments, parser):
     if arguments.action == "check-data":
         from .xtail.data.check_data import check_data
 
-        named = arguments.named
-        named = None if named is None else [n.strip() for n in named.split(",") if n.strip()]
-        return int(check_data(arguments.folder, named, arguments.images) > 0)
+        return int(check_data(arguments.folder, arguments.named, arguments.images) > 0)
     from .xtail.report import REPORT
 
     if arguments.settings:
@@ -212,6 +227,16 @@ def _run_env(arguments, parser):
     found = environment()
     print(json.dumps(found, indent=2) if arguments.json else "\n".join(to_text(found)))
     return 0
+
+
+class _Renamed(argparse.Action):
+    """An option whose first name is the one in use; the others still work, with a note."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if option_string != self.option_strings[0]:
+            now = self.option_strings[0]
+            print(f"{parser.prog}: {option_string} is an older name of {now}", file=sys.stderr)
+        setattr(namespace, self.dest, values)
 
 
 class Command(NamedTuple):

@@ -1,106 +1,77 @@
-"""Teach a causal language model tasks one after the other, without a harness.
+"""Teach a language model tasks in TRACE's format one after the other; prints R, percent.
 
-python -m moram.examples.learn_tasks MODEL TASK_FOLDER ... > matrix.json
-
-MODEL is a folder or a hub id, a task's folder is in TRACE's format; adapters go to "adapters".
+python -m moram.examples.learn_tasks MODEL TASK_FOLDER ...
 """
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 import moram
 
 
-def read(tokenizer, folder, split, most=112):
-    """The (prompt, answer) of each example as token ids; long prompts lose their beginning.
-
-    Args:
-        tokenizer: the model's. folder: of the task. split: "train" or "test".
-        most: tokens of a prompt at most.
-    """
-    rows = json.loads((Path(folder) / f"{split}.json").read_text(encoding="utf-8"))
-    answers = [
-        tokenizer(" " + row["answer"], add_special_tokens=False)["input_ids"] for row in rows
-    ]
-    prompts = [tokenizer(row["prompt"])["input_ids"][-most:] for row in rows]
-    return [(p, [*a, tokenizer.eos_token_id]) for p, a in zip(prompts, answers, strict=True)]
+def read(tokenizer, file, most=112):
+    """The examples of a file as token ids, of which the answer alone is learned."""
+    for row in json.loads(Path(file).read_text(encoding="utf-8")):
+        prompt = tokenizer(row["prompt"])["input_ids"][-most:]
+        answer = tokenizer(" " + row["answer"], add_special_tokens=False)["input_ids"]
+        answer.append(tokenizer.eos_token_id)
+        yield {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
 
 
-def batch(rows):
-    """What the model is called with; padded on the left, and the answer alone is learned."""
-    width = max(len(prompt + answer) for prompt, answer in rows)
-
-    def padded(parts, fill):
-        return torch.tensor([[fill] * (width - len(part)) + part for part in parts])
-
-    return {
-        "input_ids": padded([prompt + answer for prompt, answer in rows], 0),
-        "attention_mask": padded([[1] * len(prompt + answer) for prompt, answer in rows], 0),
-        "labels": padded([answer for _, answer in rows], -100),
-    }
-
-
-def learn(model, stream, config, lr=3e-3, epochs=1, size=4, seed=0):
-    """Learn the tasks one after the other.
-
-    Args:
-        model: a causal language model, which is changed. config: `MoRAMConfig`.
-        stream: of each task, its (training, test) rows as `read` gives them.
-        lr: peak learning rate. epochs: passes over a task. size: examples a step.
-        seed: of the keys and of the order of examples.
-    Returns:
-        R[t][i], the score of task i after learning task t.
-    """
-    generator, matrix = torch.Generator().manual_seed(seed), []
-    moram.inject(model, config, generator=generator)
-    for index, (train, _) in enumerate(stream):
-        batches = [batch(train[i : i + size]) for i in range(0, len(train), size)]
-        with moram.task(model, batches, generator=generator) as atoms:
-            optimizer = torch.optim.AdamW(atoms, lr=lr, weight_decay=0.0)
-            steps = epochs * (len(train) // size)
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate, steps=steps))
-            model.train()
-            for epoch in range(epochs):
-                order = torch.Generator().manual_seed((seed * 1000 + index) * 1000 + epoch)
-                rows = torch.randperm(len(train), generator=order).tolist()
-                for i in range(0, len(train) // size * size, size):
-                    model(**batch([train[row] for row in rows[i : i + size]])).loss.backward()
-                    torch.nn.utils.clip_grad_norm_(atoms, 1.0)
-                    optimizer.step()
-                    schedule.step()
-                    optimizer.zero_grad()
-        matrix.append([score(model, test) for _, test in stream])
-    return matrix
-
-
-def rate(done, steps):
-    """A warm-up over a tenth of the steps, then a linear decay to zero, as a part of the peak."""
-    warmup = max(1, steps // 10)
-    return min((done + 1) / warmup, (steps - done) / max(1, steps - warmup))
+def learn(model, collate, rows, index, generator, lr=3e-3, epochs=1, size=4, seed=0):
+    """Learn the rows of the task of that index; generator: for its keys. seed: of the order."""
+    batches = [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+    steps = epochs * (len(rows) // size)
+    up = max(1, steps // 10)
+    with moram.task(model, batches, generator=generator) as atoms:
+        optimizer = torch.optim.AdamW(atoms, lr=lr, weight_decay=0.0)
+        model.train()
+        for step in range(steps):
+            epoch, place = divmod(step, len(rows) // size)
+            order = torch.Generator().manual_seed((seed * 1000 + index) * 1000 + epoch)
+            picked = torch.randperm(len(rows), generator=order)[place * size :][:size]
+            model(**collate([rows[row] for row in picked])).loss.backward()
+            torch.nn.utils.clip_grad_norm_(atoms, 1.0)
+            # A warm-up over a tenth of the steps, then a linear decay.
+            rate = min((step + 1) / up, (steps - step) / max(1, steps - up))
+            optimizer.param_groups[0]["lr"] = lr * rate
+            optimizer.step()
+            optimizer.zero_grad()
 
 
 @torch.no_grad()
-def score(model, rows):
+def score(model, collate, rows):
     """Percent of examples whose answer's every token is the most likely one."""
     model.eval()
     right = 0
-    for prompt, answer in rows:
-        found = model(**batch([(prompt, answer)])).logits[0, len(prompt) - 1 : -2].argmax(-1)
-        right += found.tolist() == answer[:-1]
+    for row in rows:
+        batch = collate([row])
+        wanted, found = batch["labels"][0, 1:], model(**batch).logits[0, :-1].argmax(-1)
+        right += bool((found == wanted)[wanted >= 0][:-1].all())
     return 100 * right / len(rows)
+
+
+def learn_all(model, tokenizer, folders, config, seed=0, **how):
+    """R[t][i], the score of task i after learning task t; how: see `learn`."""
+    collate, generator = DataCollatorForSeq2Seq(tokenizer), torch.Generator().manual_seed(seed)
+    tests = [list(read(tokenizer, f"{folder}/test.json")) for folder in folders]
+    moram.inject(model, config, generator=generator)
+    for index, folder in enumerate(folders):
+        rows = list(read(tokenizer, f"{folder}/train.json"))
+        learn(model, collate, rows, index, generator, seed=seed, **how)
+        yield [score(model, collate, test) for test in tests]
 
 
 if __name__ == "__main__":
     name, *folders = sys.argv[1:]
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+    tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(name)
-    stream = [[read(tokenizer, folder, split) for split in ("train", "test")] for folder in folders]
     # protect is this project's addition to the published rule, which it is without.
     config = moram.MoRAMConfig(atoms_per_task=8, top_k=8, protect=0.95)
-    print(json.dumps(learn(model, stream, config)))
+    print(json.dumps([*learn_all(model, tokenizer, folders, config)]))
     moram.save(model, "adapters", tasks=[Path(folder).name for folder in folders])

@@ -30,6 +30,15 @@ _ORDERS = {
 SUITES = {"trace": (0,), "standard": (1, 2, 3), "large": (4, 5, 6)}
 
 
+def origin_of(task: str) -> str:
+    """Where a task's data come from; empty for a task that is not in a suite."""
+    if task in TRACE:
+        return "https://github.com/BeyonderXX/TRACE"
+    if any(task in names.split() for names in _ORDERS.values()):
+        return "https://github.com/cmnfriend/O-LoRA, in TRACE's format"
+    return ""
+
+
 def tasks_of(suite, order=None):
     """The tasks of a suite, in an order.
 

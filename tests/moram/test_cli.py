@@ -22,7 +22,8 @@ except SystemExit as end:
     assert not end.code
 print([name for name in HEAVY if name in sys.modules])
 """
-LINES = [[], *([name] for name in COMMANDS if name != "demo"), ["xtail", "check-data"]]
+LINES = [[], ["trace", "check-data"], ["xtail", "check-data"]]
+LINES += [[name] for name in COMMANDS if name != "demo"]
 
 
 @pytest.mark.parametrize(
@@ -74,3 +75,10 @@ def test_the_methods_that_help_offers_are_those_that_fit(capsys):
     ):
         assert (method in trace) == in_trace, method
         assert (method in xtail) == in_xtail, method
+
+
+def test_an_older_name_of_an_option_works_and_is_noted(tmp_path, capsys):
+    words = ["xtail", "--preset", "small", "--settings"]
+    for name, note in (("--datasets", "--datasets is an older name of --tasks"), ("--tasks", "")):
+        assert main([*words, name, "digits"]) == 0
+        assert capsys.readouterr().err.strip() == (note and f"moram xtail: {note}")

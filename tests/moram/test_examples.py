@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from trace_support import TASKS, settings_for, write_data, write_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq
 
 import moram
 from moram.examples import learn_domains, learn_tasks, look_at_atoms, read_a_bank, serve
@@ -22,10 +22,12 @@ def inputs(tmp_path_factory):
     return write_model(folder / "model"), write_data(folder / "data")
 
 
-def read(inputs):
-    tokenizer = AutoTokenizer.from_pretrained(inputs[0])
-    folders = [Path(inputs[1]) / task for task in TASKS]
-    return [[learn_tasks.read(tokenizer, f, split) for split in ("train", "test")] for f in folders]
+def tokenizer_of(inputs):
+    return AutoTokenizer.from_pretrained(inputs[0], padding_side="left")
+
+
+def folders_of(inputs):
+    return [str(Path(inputs[1]) / task) for task in TASKS]
 
 
 def learned(inputs, run):
@@ -42,9 +44,9 @@ def test_tasks_learned_by_hand_are_those_of_the_harness(inputs, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(inputs[0])
     config = moram.MoRAMConfig(atoms_per_task=settings.rank, top_k=settings.rank, protect=0.9)
     train = settings.train_settings(TASKS[0])
-    learn_tasks.learn(
-        model, read(inputs), config, train.lr, train.epochs, train.batch_size, train.seed
-    )
+    how = {"lr": train.lr, "epochs": train.epochs, "size": train.batch_size}
+    given = (model, tokenizer_of(inputs), folders_of(inputs), config, train.seed)
+    assert len([*learn_tasks.learn_all(*given, **how)]) == len(TASKS)
     expected = learned(inputs, tmp_path)
     assert moram.adapters(model).keys() == moram.adapters(expected).keys()
     for path, adapter in moram.adapters(model).items():
@@ -58,13 +60,16 @@ def test_tasks_are_scored_by_hand_as_by_the_harness(inputs, tmp_path):
     settings = settings_for(*inputs, tmp_path, epochs=12, tasks=TASKS[:2], method_args=args)
     expected = run_trace(settings)["matrix"][-1]
     model = learned(inputs, tmp_path)
-    assert [learn_tasks.score(model, test) for _, test in read(inputs)[:2]] == expected
+    tokenizer = tokenizer_of(inputs)
+    collate = DataCollatorForSeq2Seq(tokenizer)
+    tests = [[*learn_tasks.read(tokenizer, f"{f}/test.json")] for f in folders_of(inputs)[:2]]
+    assert [learn_tasks.score(model, collate, test) for test in tests] == expected
     assert max(expected) > 50
 
 
 def test_the_example_runs_as_a_user_types_it(inputs, tmp_path):
-    folders = [str(Path(inputs[1]) / task) for task in TASKS[:2]]
-    command = [sys.executable, "-m", "moram.examples.learn_tasks", inputs[0], *folders]
+    command = [sys.executable, "-m", "moram.examples.learn_tasks"]
+    command += [inputs[0], *folders_of(inputs)[:2]]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
     assert [len(row) for row in json.loads(done.stdout)] == [2, 2]
     model = AutoModelForCausalLM.from_pretrained(inputs[0])
@@ -100,7 +105,7 @@ def test_an_example_is_short_and_says_how_it_is_run(path):
     text = path.read_text(encoding="utf-8")
     assert f"python -m moram.examples.{path.stem}" in ast.get_docstring(ast.parse(text))
     # The one that reads files and trains as the harness does is the longest.
-    assert len(text.splitlines()) <= (110 if path.stem == "learn_tasks" else 60)
+    assert len(text.splitlines()) <= (80 if path.stem == "learn_tasks" else 60)
 
 
 def test_an_example_uses_what_the_library_offers_alone():
