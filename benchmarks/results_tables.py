@@ -186,7 +186,8 @@ def demo_tables(results):
     for name, run in results["methods"].items():
         label, matrix = _marked(name), run["matrix"]
         for task, row in zip(tasks, matrix, strict=True):
-            rows.append([f"{label}, after {task}", *(f"{value:.0f}" for value in row)])
+            cells = ("-" if value is None else f"{value:.0f}" for value in row)
+            rows.append([f"{label}, after {task}", *cells])
         numbers = overall_performance(matrix), plasticity(matrix), backward_transfer(matrix)
         cells = (*(f"{n:.1f}" for n in numbers), _rate(run["lr"]), f"{max(run['trained']):,}")
         scores.append([label, *cells])

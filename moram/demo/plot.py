@@ -23,9 +23,13 @@ def plot_results(results, path):
 
 
 def _draw_matrix(axis, name, matrix, tasks):
-    axis.imshow(matrix, vmin=0, vmax=100, cmap="viridis", aspect="auto")
+    # A task that was not learned yet has no score.
+    scores = [[float("nan") if value is None else value for value in row] for row in matrix]
+    axis.imshow(scores, vmin=0, vmax=100, cmap="viridis", aspect="auto")
     for t, row in enumerate(matrix):
         for i, value in enumerate(row):
+            if value is None:
+                continue
             dark = value < 60
             weight = "bold" if t == i else "normal"
             axis.text(

@@ -43,9 +43,14 @@ def _matrix(results, matrix):
     head = " " * width + "".join(f"{task:>{len(task) + 3}}" for task in tasks)
     return [head] + [
         f"{name:<{width}}"
-        + "".join(f"{v:>{len(task) + 3}.1f}" for task, v in zip(tasks, values, strict=True))
+        + "".join(f"{_cell(v):>{len(task) + 3}}" for task, v in zip(tasks, values, strict=True))
         for name, values in rows
     ]
+
+
+def _cell(value):
+    """A score; a task that was not learned yet has none."""
+    return "-" if value is None else f"{value:.1f}"
 
 
 def _summary(results):

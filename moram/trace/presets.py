@@ -81,7 +81,6 @@ _DEMO = {
         "epochs": 2,
         "max_prompt": 48,
         "pad_multiple": 1,
-        "full_matrix": True,
         "untrained": True,
     },
     "moram": {"lr": 3e-3, "method_args": {"value_scale": 8.0, "protect": 0.95}},
