@@ -142,7 +142,8 @@ def retrieve_linear(
     base = [weight] if bias is None else [weight, bias]
     alone = torch.compiler.is_compiling() or x.is_meta or torch.is_autocast_enabled(x.device.type)
     alone = alone or any(t.requires_grad or t.dtype != x.dtype for t in base)
-    # Wrong sizes are for the Linear and for `retrieve` to refuse.
+    # What does not fit is for the Linear and for `retrieve` to refuse.
+    alone = alone or not isinstance(values, Tensor)
     alone = alone or weight.shape != (*values.shape[1:], *x.shape[-1:])
     alone = alone or (bias is not None and bias.shape != weight.shape[:1])
     current = (current_keys, current_values)
