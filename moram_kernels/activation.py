@@ -26,7 +26,7 @@ class SelfActivation:
     threshold: float = 0.2
     eps: float = 1e-12
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, Integral):
             raise TypeError(f"top_k must be an integer >= 1, got {self.top_k!r}")
         for name in ("temperature", "threshold", "eps"):

@@ -3,8 +3,11 @@
 import math
 
 import torch
+from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue] - not in its stub
 
 from .activation import SelfActivation
+from .aliases import Bank, Settings
 from .fused_ops import retrieve_linear_triton, retrieve_triton
 from .ops import retrieve_torch
 from .reference import retrieve_reference
@@ -14,31 +17,31 @@ from .triton_backend.plan import PRECISIONS, why_not_covered
 BACKENDS = ("auto", "reference", "torch", "triton")
 
 
-def available_backends():
+def available_backends() -> tuple[str, ...]:
     """Names of the backends that run on this machine, without "auto"."""
     return tuple(name for name in BACKENDS if name != "auto" and why_unavailable(name) is None)
 
 
-def why_unavailable(backend):
+def why_unavailable(backend: str) -> str | None:
     """Why an explicitly named backend cannot run here, one sentence, or None if it can."""
     return available.why_not() if backend == "triton" else None
 
 
 def retrieve(
-    x,
-    keys,
-    values,
-    activation,
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    activation: SelfActivation,
     *,
-    current_keys=None,
-    current_values=None,
-    residual=None,
-    training=False,
-    backend="auto",
-    precision="ieee",
-    num_frozen=None,
-    scores=None,
-):
+    current_keys: Tensor | None = None,
+    current_values: Tensor | None = None,
+    residual: Tensor | None = None,
+    training: bool = False,
+    backend: str = "auto",
+    precision: str = "ieee",
+    num_frozen: Tensor | None = None,
+    scores: Tensor | None = None,
+) -> Tensor:
     """Read a memory update for each token from a bank of rank-1 atoms.
 
     update = sum_i w_i s_i values_i with s = x keys^T over the frozen and the current atoms together
@@ -85,12 +88,10 @@ def retrieve(
     Source: Lu et al., ICML 2026, arXiv 2506.21035 (self-activation, sparse selection).
     Cost: 2 M N D FLOPs for the scores plus 2 M top_k O for the values of large banks.
     """
-    if current_keys is None and current_values is None:
-        current_keys, current_values = _no_atoms(keys), _no_atoms(values)
-    _check(x, keys, values, activation, current_keys, current_values, residual, num_frozen)
+    current = (current_keys, current_values)
+    bank = _checked(x, keys, values, activation, *current, residual, num_frozen)
     if scores is not None:
-        _check_scores(scores, x, keys, current_keys, num_frozen)
-    bank = (*_detached(keys, values), current_keys, current_values)
+        _check_scores(scores, x, bank, num_frozen)
     backend = pick_backend(backend, x, bank, activation.top_k, precision)
     lead = x.shape[:-1]
     if len(lead) != 1:
@@ -107,20 +108,20 @@ def retrieve(
 
 
 def retrieve_linear(
-    x,
-    weight,
-    bias,
-    keys,
-    values,
-    activation,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    activation: SelfActivation,
     *,
-    current_keys=None,
-    current_values=None,
-    training=False,
-    backend="auto",
-    precision="ieee",
-    scores=None,
-):
+    current_keys: Tensor | None = None,
+    current_values: Tensor | None = None,
+    training: bool = False,
+    backend: str = "auto",
+    precision: str = "ieee",
+    scores: Tensor | None = None,
+) -> Tensor:
     """x weight^T + bias + update: `retrieve` onto a frozen Linear that it computes itself.
 
     The same numbers as `retrieve(.., residual=linear(x, weight, bias))`. The Triton backend adds
@@ -135,24 +136,21 @@ def retrieve_linear(
     Raises:
         As `retrieve`.
     """
-    if current_keys is None and current_values is None:
-        current_keys, current_values = _no_atoms(keys), _no_atoms(values)
-    bank = (*_detached(keys, values), current_keys, current_values)
     if not isinstance(x, torch.Tensor) or not isinstance(weight, torch.Tensor):
         kinds = f"{type(x).__name__} and {type(weight).__name__}"
         raise TypeError(f"x and weight must be tensors, got {kinds}")
     base = [weight] if bias is None else [weight, bias]
     alone = torch.compiler.is_compiling() or x.is_meta or torch.is_autocast_enabled(x.device.type)
     alone = alone or any(t.requires_grad or t.dtype != x.dtype for t in base)
-    # Wrong sizes are for the Linear and for `retrieve` to refuse.
+    # What does not fit is for the Linear and for `retrieve` to refuse.
+    alone = alone or not isinstance(values, Tensor)
     alone = alone or weight.shape != (*values.shape[1:], *x.shape[-1:])
     alone = alone or (bias is not None and bias.shape != weight.shape[:1])
-    if not alone:
-        _check(x, *bank[:2], activation, *bank[2:], None, None)
-        if scores is not None:
-            _check_scores(scores, x, keys, current_keys, None)
-        alone = pick_backend(backend, x, bank, activation.top_k, precision) != "triton"
-    if alone:
+    current = (current_keys, current_values)
+    bank = None if alone else _checked(x, keys, values, activation, *current, None, None)
+    if bank is not None and scores is not None:
+        _check_scores(scores, x, bank, None)
+    if bank is None or pick_backend(backend, x, bank, activation.top_k, precision) != "triton":
         return retrieve(
             x,
             keys,
@@ -172,23 +170,23 @@ def retrieve_linear(
     return output.view(*x.shape[:-1], output.shape[-1])
 
 
-def _settings(activation):
+def _settings(activation: SelfActivation) -> Settings:
     return (activation.top_k, activation.temperature, activation.threshold, activation.eps)
 
 
-def _no_atoms(like):
+def _no_atoms(like: Tensor) -> Tensor:
     """An empty segment next to a segment; not a matrix where the segment is not one."""
     if not isinstance(like, torch.Tensor) or like.dim() != 2:
         return like
     return like.new_empty(0, like.shape[1])
 
 
-def _detached(*tensors):
+def _detached(tensor: Tensor) -> Tensor:
     """Frozen atoms have no gradient."""
-    return (t.detach() if t.requires_grad else t for t in tensors)
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
-def pick_backend(backend, x, bank, top_k, precision="ieee"):
+def pick_backend(backend: str, x: Tensor, bank: Bank, top_k: int, precision: str = "ieee") -> str:
     """The backend that runs for a name: itself, or for "auto" the one that suits the tensors.
 
     Args:
@@ -203,7 +201,7 @@ def pick_backend(backend, x, bank, top_k, precision="ieee"):
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
     if x.is_meta:
         return "reference"
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack():
+    if not torch.compiler.is_compiling() and _functorch.peek_interpreter_stack():
         if backend in ("torch", "triton"):
             raise RuntimeError(
                 f"backend={backend!r} cannot run under the transforms of torch.func (vmap, grad, "
@@ -220,7 +218,7 @@ def pick_backend(backend, x, bank, top_k, precision="ieee"):
     return backend
 
 
-def _why_not_triton(x, bank, top_k, precision):
+def _why_not_triton(x: Tensor, bank: Bank, top_k: int, precision: str) -> str | None:
     """Why the kernels cannot run these tensors, one sentence, or None."""
     reason = available.why_not(x.device) or available.why_not_dtypes({x.dtype, bank[0].dtype})
     if reason:
@@ -230,7 +228,18 @@ def _why_not_triton(x, bank, top_k, precision):
     return why_not_covered(atoms, top_k, str(dtype).removeprefix("torch."), precision)
 
 
-def _run(backend, x, bank, activation, residual, training, num_frozen, precision, scores, autocast):
+def _run(
+    backend: str,
+    x: Tensor,
+    bank: Bank,
+    activation: SelfActivation,
+    residual: Tensor | None,
+    training: bool,
+    num_frozen: Tensor | None,
+    precision: str,
+    scores: Tensor | None,
+    autocast: bool,
+) -> Tensor:
     settings = _settings(activation)
     if backend == "torch":
         return retrieve_torch(x, *bank, residual, settings, training, num_frozen, autocast)
@@ -244,7 +253,19 @@ def _run(backend, x, bank, activation, residual, training, num_frozen, precision
     return retrieve_reference(x, all_keys, all_values, activation, residual, training)
 
 
-def _check(x, keys, values, activation, current_keys, current_values, residual, num_frozen):
+def _checked(
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    activation: SelfActivation,
+    current_keys: Tensor | None,
+    current_values: Tensor | None,
+    residual: Tensor | None,
+    num_frozen: Tensor | None,
+) -> Bank:
+    """The bank of a call whose arguments go together, frozen atoms detached."""
+    if current_keys is None and current_values is None:
+        current_keys, current_values = _no_atoms(keys), _no_atoms(values)
     tensors = {
         "x": x,
         "keys": keys,
@@ -264,6 +285,7 @@ def _check(x, keys, values, activation, current_keys, current_values, residual, 
             raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+    assert current_keys is not None and current_values is not None
     if not isinstance(activation, SelfActivation):
         raise TypeError(f"activation must be a SelfActivation, got {type(activation).__name__}")
     if x.dim() < 1:
@@ -299,11 +321,12 @@ def _check(x, keys, values, activation, current_keys, current_values, residual, 
         _check_num_frozen(num_frozen, keys)
     if keys.shape[0] + current_keys.shape[0] < 1:
         raise ValueError("keys and current_keys hold no atom; at least one is needed")
+    return _detached(keys), _detached(values), current_keys, current_values
 
 
-def _check_scores(scores, x, keys, current_keys, num_frozen):
-    frozen = keys.shape[0] if num_frozen is None else int(num_frozen)
-    shape = (math.prod(x.shape[:-1]), frozen + current_keys.shape[0])
+def _check_scores(scores: Tensor, x: Tensor, bank: Bank, num_frozen: Tensor | None) -> None:
+    frozen = bank[0].shape[0] if num_frozen is None else int(num_frozen)
+    shape = (math.prod(x.shape[:-1]), frozen + bank[2].shape[0])
     if not isinstance(scores, torch.Tensor) or scores.dtype != torch.float32:
         raise TypeError(f"scores must be a float32 tensor, got {getattr(scores, 'dtype', scores)}")
     if scores.shape != shape or scores.device != x.device or scores.stride(1) != 1:
@@ -313,7 +336,7 @@ def _check_scores(scores, x, keys, current_keys, num_frozen):
         )
 
 
-def _check_num_frozen(num_frozen, keys):
+def _check_num_frozen(num_frozen: Tensor, keys: Tensor) -> None:
     if not isinstance(num_frozen, torch.Tensor) or num_frozen.dtype != torch.int64:
         raise TypeError(f"num_frozen must be an int64 CPU tensor, got {num_frozen!r}")
     if num_frozen.dim() or num_frozen.device.type != "cpu":

@@ -6,22 +6,22 @@ import torch
 
 from .activation import SelfActivation
 from .triton_backend import available
-from .triton_backend.plan import plan
+from .triton_backend.plan import Plan, plan
 
 
 def explain(
-    tokens,
-    in_features,
-    out_features,
-    num_atoms,
-    activation=None,
+    tokens: int,
+    in_features: int,
+    out_features: int,
+    num_atoms: int,
+    activation: SelfActivation | None = None,
     *,
-    dtype=torch.bfloat16,
-    training=False,
-    device=None,
-    num_current=0,
-    precision="ieee",
-):
+    dtype: torch.dtype = torch.bfloat16,
+    training: bool = False,
+    device: torch.device | str | None = None,
+    num_current: int = 0,
+    precision: str = "ieee",
+) -> Plan:
     """Print how `retrieve` would run a call on a GPU, and why.
 
     Args:

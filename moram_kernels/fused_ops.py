@@ -6,12 +6,20 @@ depend on the capacity of the bank, never on how many of its atoms are live. On 
 kernels the ops run the torch backend, so that a graph made for a GPU also runs on a CPU.
 """
 
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
+from torch import Tensor
 
 from . import torch_backend, torch_backward
+from .aliases import Bank, Gradients, Settings
 from .ops import TAGS, check_live
 from .triton_backend import available
-from .triton_backend.plan import fixed_form, plan, saved_shapes
+from .triton_backend.plan import Plan, fixed_form, plan, saved_shapes
+
+if TYPE_CHECKING:
+    from .triton_backend.forward import Saved
 
 _LIBRARY = torch.library.Library("moram", "FRAGMENT")
 _BANK = "Tensor keys, Tensor values, Tensor current_keys, Tensor current_values"
@@ -29,7 +37,10 @@ _LIBRARY.define(
 )
 
 
-def retrieve_triton(x, bank, residual, settings, training, num_frozen, precision, scores=None):
+def retrieve_triton(
+    x: Tensor, bank: Bank, residual: Tensor | None, settings: Settings, training: bool,
+    num_frozen: Tensor | None, precision: str, scores: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Run the Triton backend on rows x [M, D], with its closed-form backward.
 
     Args:
@@ -58,14 +69,16 @@ def retrieve_triton(x, bank, residual, settings, training, num_frozen, precision
     )
 
 
-def retrieve_linear_triton(x, weight, bias, bank, settings, training, precision, scores=None):
+def retrieve_linear_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, bank: Bank, settings: Settings, training: bool,
+    precision: str, scores: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """x weight^T + bias + update, the base and the update in one output, for a frozen weight.
 
     Args: x, bank, settings and scores as for `retrieve_triton`; the rest as for
         `moram_kernels.retrieve_linear`.
     """
-    leaves = (x, *bank[2:])
-    if torch.is_grad_enabled() and any(t.requires_grad for t in leaves):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *bank[2:])):
         return _RetrieveFused.apply(
             x, *bank, None, None, settings, training, precision, scores, weight, bias
         )
@@ -81,21 +94,11 @@ class _RetrieveFused(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
-        x,
-        keys,
-        values,
-        current_keys,
-        current_values,
-        residual,
-        num_frozen,
-        settings,
-        training,
-        precision,
-        scores,
-        weight,
-        bias,
-    ):
+        ctx: Any, x: Tensor, keys: Tensor, values: Tensor, current_keys: Tensor,
+        current_values: Tensor, residual: Tensor | None, num_frozen: Tensor | None,
+        settings: Settings, training: bool, precision: str, scores: Tensor | None,
+        weight: Tensor | None, bias: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         bank = (keys, values, current_keys, current_values)
         ctx.backward_form = None
         if num_frozen is None:
@@ -105,6 +108,7 @@ class _RetrieveFused(torch.autograd.Function):
             output, saved, ctx.backward_form = _forward(
                 x, bank, residual, settings, training, precision, True, scores, out
             )
+            assert saved is not None
         else:
             output, *saved = torch.ops.moram.retrieve_fused(
                 x, *bank, residual, num_frozen, *settings, training, precision, True
@@ -115,15 +119,16 @@ class _RetrieveFused(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         compiling = torch.compiler.is_compiling()
         if torch.is_grad_enabled() and not compiling:
             raise RuntimeError(
                 "the Triton backend has no second derivative, which create_graph=True asks for; "
                 'use backend="reference"'
             )
-        x, *bank, index, picked, scores, stats, num_frozen, weight = ctx.saved_tensors
-        saved = (index, picked, scores, stats)
+        x, keys, values, current_keys, current_values, *saved = ctx.saved_tensors
+        *saved, num_frozen, weight = saved
+        bank = (keys, values, current_keys, current_values)
         # An expanded gradient (of a sum) has stride 0; the kernels want rows.
         grad = grad.contiguous()
         needs = (ctx.needs_input_grad[0], any(ctx.needs_input_grad[3:5]))
@@ -136,13 +141,16 @@ class _RetrieveFused(torch.autograd.Function):
             dx, dkeys, dvalues = torch.ops.moram.retrieve_fused_backward(
                 grad, x, *bank, *saved, num_frozen, *ctx.settings, ctx.training, ctx.precision
             )
-        if weight is not None and needs[0]:
+        if weight is not None and dx is not None:
             dx = torch.addmm(dx, grad, weight, out=dx)
         dresidual = grad.to(ctx.residual_dtype) if ctx.needs_input_grad[5] else None
         return dx, None, None, dkeys, dvalues, dresidual, *(None,) * 7
 
 
-def plan_for(x, bank, settings, training, precision, keep=None, result=None):
+def plan_for(
+    x: Tensor, bank: Bank, settings: Settings, training: bool, precision: str,
+    keep: str | None = None, result: torch.dtype | None = None,
+) -> Plan:  # fmt: skip
     """The plan of a call with these tensors.
 
     Args:
@@ -169,7 +177,10 @@ def plan_for(x, bank, settings, training, precision, keep=None, result=None):
     )
 
 
-def _forward(x, bank, residual, settings, training, precision, save, scores=None, out=None):
+def _forward(
+    x: Tensor, bank: Bank, residual: Tensor | None, settings: Settings, training: bool,
+    precision: str, save: bool | str | None, scores: Tensor | None = None, out: Tensor | None = None
+) -> tuple[Tensor, "Saved | None", str | None]:  # fmt: skip
     """(output, saved tensors, form of the backward); save: None, True (either form) or a form."""
     from .triton_backend import forward as kernels
     from .triton_backend.segments import Table
@@ -201,7 +212,10 @@ def _forward(x, bank, residual, settings, training, precision, save, scores=None
     return out, saved, chosen.backward
 
 
-def _backward(grad, x, bank, saved, settings, training, precision, needs, form):
+def _backward(
+    grad: Tensor, x: Tensor, bank: Bank, saved: Iterable[Tensor], settings: Settings,
+    training: bool, precision: str, needs: Sequence[bool], form: str | None,
+) -> Gradients:  # fmt: skip
     from .triton_backend import backward as kernels
     from .triton_backend.forward import Saved
     from .triton_backend.segments import Table
@@ -215,18 +229,19 @@ def _backward(grad, x, bank, saved, settings, training, precision, needs, form):
         )
     tables = Table.of(keys, current_keys), Table.of(values, current_values)
     chosen = plan_for(x, bank, settings, True, precision, form, grad.dtype)
-    dx, *dbank = kernels.backward(
+    dx, dkeys, dvalues = kernels.backward(
         grad, x, *tables, Saved(*saved), settings, training, chosen, precision, needs
     )
     if needs[1] and not current_keys.shape[0]:
-        dbank = [t.new_zeros(t.shape) for t in (current_keys, current_values)]
-    return dx, *dbank
+        dkeys, dvalues = (t.new_zeros(t.shape) for t in (current_keys, current_values))
+    return dx, dkeys, dvalues
 
 
 def _retrieve_fused(
-    x, keys, values, current_keys, current_values, residual, num_frozen,
-    top_k, temperature, threshold, eps, training, precision, save,
-):  # fmt: skip
+    x: Tensor, keys: Tensor, values: Tensor, current_keys: Tensor, current_values: Tensor,
+    residual: Tensor | None, num_frozen: Tensor, top_k: int, temperature: float, threshold: float,
+    eps: float, training: bool, precision: str, save: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     count, settings = int(num_frozen), (top_k, temperature, threshold, eps)
     check_live(count, keys)
     bank = (keys[:count], values[:count], current_keys, current_values)
@@ -238,7 +253,7 @@ def _retrieve_fused(
             output = torch_backend.forward(*args)[0]
             return output, *(x.new_zeros(s, dtype=d) for s, d in wanted)
         output, saved, _ = _forward(x, bank, residual, settings, training, precision, form)
-    if not save:
+    if saved is None:
         return output, *(x.new_empty(s, dtype=d) for s, d in wanted)
     # What the kernels left unwritten becomes zeros: an op must give the same every time.
     index, picked, scores, stats = saved
@@ -250,17 +265,19 @@ def _retrieve_fused(
     return output, *(_padded(t, shape) for t, (shape, _) in zip(filled, wanted, strict=True))
 
 
-def _padded(matrix, shape):
+def _padded(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The matrix followed by rows and columns of zeros."""
     rows, columns = shape[0] - matrix.shape[0], shape[1] - matrix.shape[1]
     return torch.nn.functional.pad(matrix, (0, columns, 0, rows)).contiguous()
 
 
-def _fixed_form(keys, current_keys, top_k):
+def _fixed_form(keys: Tensor, current_keys: Tensor, top_k: int) -> str:
     return fixed_form(keys.shape[0], current_keys.shape[0], keys.shape[1], top_k)
 
 
-def _kept(x, keys, current_keys, top_k, form):
+def _kept(
+    x: Tensor, keys: Tensor, current_keys: Tensor, top_k: int, form: str | None
+) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
     """(shape, dtype) of every tensor an op keeps for its backward."""
     dtypes = (torch.int32, torch.float32, torch.float32, torch.float32)
     if form is None:
@@ -271,9 +288,10 @@ def _kept(x, keys, current_keys, top_k, form):
 
 
 def _retrieve_fused_fake(
-    x, keys, values, current_keys, current_values, residual, num_frozen,
-    top_k, temperature, threshold, eps, training, precision, save,
-):  # fmt: skip
+    x: Tensor, keys: Tensor, values: Tensor, current_keys: Tensor, current_values: Tensor,
+    residual: Tensor | None, num_frozen: Tensor, top_k: int, temperature: float, threshold: float,
+    eps: float, training: bool, precision: str, save: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     dtype = x.dtype if residual is None else residual.dtype
     form = _fixed_form(keys, current_keys, top_k) if save else None
     kept = _kept(x, keys, current_keys, top_k, form)
@@ -284,9 +302,11 @@ def _retrieve_fused_fake(
 
 
 def _retrieve_fused_backward(
-    grad, x, keys, values, current_keys, current_values, index, picked, scores, stats,
-    num_frozen, top_k, temperature, threshold, eps, training, precision,
-):  # fmt: skip
+    grad: Tensor, x: Tensor, keys: Tensor, values: Tensor, current_keys: Tensor,
+    current_values: Tensor, index: Tensor, picked: Tensor, scores: Tensor, stats: Tensor,
+    num_frozen: Tensor, top_k: int, temperature: float, threshold: float, eps: float,
+    training: bool, precision: str,
+) -> Gradients:  # fmt: skip
     count, settings = int(num_frozen), (top_k, temperature, threshold, eps)
     bank = (keys[:count], values[:count], current_keys, current_values)
     form, live = _fixed_form(keys, current_keys, top_k), count + current_keys.shape[0]
@@ -295,6 +315,7 @@ def _retrieve_fused_backward(
     with torch.autocast(x.device.type, enabled=False):
         if available.why_not(x.device):
             saved = torch_backend.forward(x, *bank, None, settings, training, True)[1]
+            assert saved is not None
             needs = (True, True, True)
             return torch_backward.backward(grad, x, *bank, saved, settings, training, needs)
         saved, needs = (index, picked, scores, stats), (True, True)
@@ -305,10 +326,19 @@ def _retrieve_fused_backward(
     grads = (dx, dkeys, None if dvalues is None else dvalues.clone())
     likes = (x, current_keys, current_values)
     pairs = zip(grads, likes, strict=True)
-    return tuple(t.new_zeros(t.shape) if g is None else g for g, t in pairs)
+    dx, dkeys, dvalues = (t.new_zeros(t.shape) if g is None else g for g, t in pairs)
+    return dx, dkeys, dvalues
 
 
-def _retrieve_fused_backward_fake(grad, x, keys, values, current_keys, current_values, *_):
+def _retrieve_fused_backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    current_keys: Tensor,
+    current_values: Tensor,
+    *_: Any,
+) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape) for t in (x, current_keys, current_values))
 
 

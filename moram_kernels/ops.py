@@ -5,9 +5,13 @@ ops (`torch.ops.moram.*`), because they choose by data (ties, live atoms): the g
 node whose shapes depend on the capacity of the bank, never on how many of its atoms are live.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from . import torch_backend, torch_backward
+from .aliases import Gradients, Settings
 
 # The ops read the live count on the host: a captured graph would keep the count of its capture.
 TAGS = tuple(
@@ -33,17 +37,17 @@ _LIBRARY.define(
 
 
 def retrieve_torch(
-    x,
-    keys,
-    values,
-    current_keys,
-    current_values,
-    residual,
-    settings,
-    training,
-    num_frozen,
-    autocast,
-):
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    current_keys: Tensor,
+    current_values: Tensor,
+    residual: Tensor | None,
+    settings: Settings,
+    training: bool,
+    num_frozen: Tensor | None,
+    autocast: bool,
+) -> Tensor:
     """Run the torch backend on rows x [M, D], with its closed-form backward.
 
     Args:
@@ -96,11 +100,21 @@ class _Retrieve(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, keys, values, current_keys, current_values, residual, num_frozen, settings, training
-    ):
+        ctx: Any,
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        current_keys: Tensor,
+        current_values: Tensor,
+        residual: Tensor | None,
+        num_frozen: Tensor | None,
+        settings: Settings,
+        training: bool,
+    ) -> Tensor:
         bank = (keys, values, current_keys, current_values)
         if num_frozen is None:
             output, saved = torch_backend.forward(x, *bank, residual, settings, training, True)
+            assert saved is not None
         else:
             output, *saved = torch.ops.moram.retrieve(
                 x, *bank, residual, num_frozen, *settings, training
@@ -111,7 +125,7 @@ class _Retrieve(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         compiling = torch.compiler.is_compiling()
         if torch.is_grad_enabled() and not compiling:
             raise RuntimeError(
@@ -124,7 +138,7 @@ class _Retrieve(torch.autograd.Function):
         return _Retrieve._backward(ctx, grad)
 
     @staticmethod
-    def _backward(ctx, grad):
+    def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, keys, values, current_keys, current_values, *saved, num_frozen = ctx.saved_tensors
         bank = (keys, values, current_keys, current_values)
         # An expanded gradient (of a sum) has stride 0; the kernels want rows.
@@ -143,12 +157,12 @@ class _Retrieve(torch.autograd.Function):
         return dx, None, None, dkeys, dvalues, dresidual, None, None, None
 
 
-def _is_dense(num_frozen, top_k):
+def _is_dense(num_frozen: int, top_k: int) -> bool:
     # Independent of the number of tokens, so that shapes do not depend on it.
     return torch_backend.is_dense(num_frozen, top_k, float("inf"))
 
 
-def _sizes(capacity, num_current, top_k):
+def _sizes(capacity: int, num_current: int, top_k: int) -> tuple[int, int, int]:
     """Columns of (index, scores, frozen_scores) that hold any live count up to the capacity."""
     dense = _is_dense(capacity, top_k)
     limit = torch_backend.GATHER_RATIO * top_k
@@ -157,19 +171,19 @@ def _sizes(capacity, num_current, top_k):
 
 
 def _retrieve(
-    x,
-    keys,
-    values,
-    current_keys,
-    current_values,
-    residual,
-    num_frozen,
-    top_k,
-    temperature,
-    threshold,
-    eps,
-    training,
-):
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    current_keys: Tensor,
+    current_values: Tensor,
+    residual: Tensor | None,
+    num_frozen: Tensor,
+    top_k: int,
+    temperature: float,
+    threshold: float,
+    eps: float,
+    training: bool,
+) -> tuple[Tensor, ...]:
     count = int(num_frozen)
     check_live(count, keys)
     output, saved = torch_backend.forward(
@@ -184,6 +198,7 @@ def _retrieve(
         True,
         _is_dense(count, top_k),
     )
+    assert saved is not None
     index, scores, frozen = _sizes(len(keys), len(current_keys), top_k)
     return (
         output,
@@ -195,24 +210,24 @@ def _retrieve(
     )
 
 
-def _pad(tensor, columns):
+def _pad(tensor: Tensor, columns: int) -> Tensor:
     return torch.nn.functional.pad(tensor, (0, columns - tensor.shape[1])).contiguous()
 
 
 def _retrieve_fake(
-    x,
-    keys,
-    values,
-    current_keys,
-    current_values,
-    residual,
-    num_frozen,
-    top_k,
-    temperature,
-    threshold,
-    eps,
-    training,
-):
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    current_keys: Tensor,
+    current_values: Tensor,
+    residual: Tensor | None,
+    num_frozen: Tensor,
+    top_k: int,
+    temperature: float,
+    threshold: float,
+    eps: float,
+    training: bool,
+) -> tuple[Tensor, ...]:
     dtype = torch_backend.compute_dtype(x, current_keys)
     index, scores, frozen = _sizes(keys.shape[0], current_keys.shape[0], top_k)
     rows = x.shape[0]
@@ -227,24 +242,24 @@ def _retrieve_fake(
 
 
 def _retrieve_backward(
-    grad,
-    x,
-    keys,
-    values,
-    current_keys,
-    current_values,
-    index,
-    scores,
-    weights,
-    norm,
-    frozen_scores,
-    num_frozen,
-    top_k,
-    temperature,
-    threshold,
-    eps,
-    training,
-):
+    grad: Tensor,
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    current_keys: Tensor,
+    current_values: Tensor,
+    index: Tensor,
+    scores: Tensor,
+    weights: Tensor,
+    norm: Tensor,
+    frozen_scores: Tensor,
+    num_frozen: Tensor,
+    top_k: int,
+    temperature: float,
+    threshold: float,
+    eps: float,
+    training: bool,
+) -> Gradients:
     count, num_current = int(num_frozen), len(current_keys)
     if _is_dense(count, top_k):
         index, columns = index[:, :0], num_current + count
@@ -268,7 +283,15 @@ def _retrieve_backward(
     )
 
 
-def _retrieve_backward_fake(grad, x, keys, values, current_keys, current_values, *_):
+def _retrieve_backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    current_keys: Tensor,
+    current_values: Tensor,
+    *_: Any,
+) -> tuple[Tensor, ...]:
     return (
         x.new_empty(x.shape),
         current_keys.new_empty(current_keys.shape),
@@ -276,12 +299,12 @@ def _retrieve_backward_fake(grad, x, keys, values, current_keys, current_values,
     )
 
 
-def version_of(tensor):
+def version_of(tensor: Tensor) -> int | None:
     """How often a tensor was changed in place; None in inference mode, which does not count it."""
     return None if tensor.is_inference() else tensor._version
 
 
-def _live_count(live, noted, unit):
+def _live_count(live: Tensor, noted: Tensor, unit: int) -> Tensor:
     """A count on any device, which is in steps of `unit`, as a tensor on the CPU.
 
     Waits for the device only where `noted` (address, version, value) is not of this tensor as it
@@ -295,11 +318,11 @@ def _live_count(live, noted, unit):
     return torch.tensor(count)
 
 
-def _live_count_fake(live, noted, unit):
+def _live_count_fake(live: Tensor, noted: Tensor, unit: int) -> Tensor:
     return noted.new_empty(())
 
 
-def check_live(count, keys):
+def check_live(count: int, keys: Tensor) -> None:
     """Raise unless a bank has that many frozen rows."""
     if not 0 <= count <= keys.shape[0]:
         raise RuntimeError(

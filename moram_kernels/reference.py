@@ -6,9 +6,19 @@ Half-precision inputs are scored, normalised and summed in float32 and rounded o
 """
 
 import torch
+from torch import Tensor
+
+from .activation import SelfActivation
 
 
-def retrieve_reference(x, keys, values, activation, residual=None, training=False):
+def retrieve_reference(
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    activation: SelfActivation,
+    residual: Tensor | None = None,
+    training: bool = False,
+) -> Tensor:
     """Read a memory update for each token; the stages of `moram_kernels.retrieve`, in order.
 
     Args:
@@ -32,26 +42,28 @@ def retrieve_reference(x, keys, values, activation, residual=None, training=Fals
     return update.to(out_dtype)
 
 
-def score_atoms(x, keys):
+def score_atoms(x: Tensor, keys: Tensor) -> Tensor:
     """Raw alignment of every token with every key, [..., N], in float32 or wider."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, keys.dtype), torch.float32)
     return x.to(dtype) @ keys.to(dtype).T
 
 
-def normalize_scores(scores, eps=1e-12):
+def normalize_scores(scores: Tensor, eps: float = 1e-12) -> Tensor:
     """Divide by the L2 norm over all atoms of a token, at least eps."""
     norm = torch.linalg.vector_norm(scores, dim=-1, keepdim=True)
     return scores / norm.clamp_min(eps)
 
 
-def select_atoms(norm_scores, top_k):
+def select_atoms(norm_scores: Tensor, top_k: int) -> Tensor:
     """Mark the min(top_k, N) largest signed scores; of equal ones the lowest index wins."""
     order = norm_scores.detach().argsort(dim=-1, descending=True, stable=True)
     selected = torch.zeros_like(norm_scores, dtype=torch.bool)
     return selected.scatter(-1, order[..., :top_k], True)
 
 
-def mixture_weights(norm_scores, selected, activation, training=False):
+def mixture_weights(
+    norm_scores: Tensor, selected: Tensor, activation: SelfActivation, training: bool = False
+) -> Tensor:
     """Softmax over the selected atoms; at inference, cut below the threshold.
 
     Args:
@@ -67,6 +79,6 @@ def mixture_weights(norm_scores, selected, activation, training=False):
     return weights
 
 
-def aggregate_values(weights, scores, values):
+def aggregate_values(weights: Tensor, scores: Tensor, values: Tensor) -> Tensor:
     """Sum w_i s_i values_i over the atoms, [..., O]; the raw score enters again."""
     return (weights * scores) @ values.to(scores.dtype)

@@ -1,15 +1,29 @@
 """Scoring one input against several banks at once, where the cost model says that it pays."""
 
-import torch
+from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
+from .activation import SelfActivation
+from .aliases import Bank
 from .api import pick_backend
 from .fused_ops import plan_for
 from .triton_backend import cost
+from .triton_backend.plan import Plan
 
 MAX_BANKS = 3
 
 
-def shared_scores(x, banks, activation, *, training, backend="auto", precision="ieee"):
+def shared_scores(
+    x: Tensor,
+    banks: Sequence[Bank],
+    activation: SelfActivation,
+    *,
+    training: bool,
+    backend: str = "auto",
+    precision: str = "ieee",
+) -> list[Tensor] | None:
     """x keys^T for two or three banks that read the same x, or None where it does not pay.
 
     Args:
@@ -43,7 +57,7 @@ def shared_scores(x, banks, activation, *, training, backend="auto", precision="
         return launch_shared_scores(x, tables, precision, plans[0].tiles["scores"])
 
 
-def pays(x, banks, plans, precision):
+def pays(x: Tensor, banks: Sequence[Bank], plans: Sequence[Plan], precision: str) -> bool:
     """Whether one product for all banks is modelled faster than one each.
 
     Args:
@@ -59,7 +73,7 @@ def pays(x, banks, plans, precision):
     sizes = [bank[0].shape[0] + bank[2].shape[0] for bank in banks]
     single = [(bank[0].shape[0] == 0 or bank[2].shape[0] == 0) for bank in banks]
 
-    def product(columns, library):
+    def product(columns: int, library: bool) -> float:
         return cost.product(
             device, x.shape[0], columns, x.shape[1], itemsize, rate, out=4, library=library
         )

@@ -10,9 +10,13 @@ and meets the backward (`torch_backward.py`) only through the norm.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
+from .aliases import Settings
 
 # All measured in float32 on one and two AMD Zen cores, top_k = 8. Above this many frozen atoms per
 # selected one, a gather of the selected values beats the dense product: at 1024 tokens the dense
@@ -43,14 +47,14 @@ class Saved(NamedTuple):
     frozen_scores: [M, N_frozen], or [M, 0] where they are recomputed.
     """
 
-    index: torch.Tensor
-    scores: torch.Tensor
-    weights: torch.Tensor
-    norm: torch.Tensor
-    frozen_scores: torch.Tensor
+    index: Tensor
+    scores: Tensor
+    weights: Tensor
+    norm: Tensor
+    frozen_scores: Tensor
 
 
-def is_dense(num_frozen, top_k, macs):
+def is_dense(num_frozen: int, top_k: int, macs: float) -> bool:
     """Whether all frozen atoms are candidates, so that values are read by a dense product.
 
     macs: multiply-adds of that product, tokens x frozen atoms x O.
@@ -58,14 +62,23 @@ def is_dense(num_frozen, top_k, macs):
     return num_frozen <= GATHER_RATIO * top_k or macs <= DENSE_MACS
 
 
-def block_rows(num_frozen, itemsize):
+def block_rows(num_frozen: int, itemsize: int) -> int:
     """Tokens per block."""
     return max(64, BLOCK_BYTES // max(1, num_frozen * itemsize))
 
 
 def forward(
-    x, keys, values, current_keys, current_values, residual, settings, training, save, dense=None
-):
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    current_keys: Tensor,
+    current_values: Tensor,
+    residual: Tensor | None,
+    settings: Settings,
+    training: bool,
+    save: bool,
+    dense: bool | None = None,
+) -> tuple[Tensor, Saved | None]:
     """Compute the update of the rows of x.
 
     Args:
@@ -82,7 +95,8 @@ def forward(
     out_dtype = x.dtype if residual is None else residual.dtype
     bank = cast(dtype, keys, values, current_keys, current_values)
     if x.shape[0] == 1 and x.device.type == "cpu" and not torch.is_grad_enabled() and not save:
-        output = _forward_one(*cast(dtype, x), bank, residual, settings, training)
+        (row,) = cast(dtype, x)
+        output = _forward_one(row, bank, residual, settings, training)
         if output is not None:
             return output.to(out_dtype), None
     if dense is None:
@@ -93,18 +107,21 @@ def forward(
         output, saved = _forward_block(x, bank, residual, settings, training, save, dense)
         return output.to(out_dtype), saved
     output = x.new_empty(x.shape[0], values.shape[1], dtype=out_dtype)
-    blocks = []
+    blocks: list[Saved] = []
     for start in range(0, x.shape[0], rows):
         part = slice(start, start + rows)
         xs, res = x[part].to(dtype), None if residual is None else residual[part]
         output[part], saved = _forward_block(xs, bank, res, settings, training, save, dense)
-        blocks.append(saved)
+        if saved is not None:
+            blocks.append(saved)
     if not save:
         return output, None
     return output, Saved(*(torch.cat(parts) for parts in zip(*blocks, strict=True)))
 
 
-def _forward_one(x, bank, residual, settings, training):
+def _forward_one(
+    x: Tensor, bank: Sequence[Tensor], residual: Tensor | None, settings: Settings, training: bool
+) -> Tensor | None:
     """One token at inference, its top_k weights as Python numbers: decoding is bound by calls.
 
     Returns None where the general path must decide: ties at the border, scores that are not finite.
@@ -136,17 +153,25 @@ def _forward_one(x, bank, residual, settings, training):
     return output
 
 
-def compute_dtype(x, keys):
+def compute_dtype(x: Tensor, keys: Tensor) -> torch.dtype:
     """The dtype of scores, norm, softmax and sums: float32 or wider."""
     return torch.promote_types(torch.promote_types(x.dtype, keys.dtype), torch.float32)
 
 
-def cast(dtype, *tensors):
+def cast(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
     """The tensors in a dtype."""
     return [t if t.dtype == dtype else t.to(dtype) for t in tensors]
 
 
-def _forward_block(x, bank, residual, settings, training, save, dense):
+def _forward_block(
+    x: Tensor,
+    bank: Sequence[Tensor],
+    residual: Tensor | None,
+    settings: Settings,
+    training: bool,
+    save: bool,
+    dense: bool,
+) -> tuple[Tensor, Saved | None]:
     keys, values, current_keys, current_values = bank
     top_k, temperature, threshold, eps = settings
     num_frozen, num_current = keys.shape[0], current_keys.shape[0]
@@ -182,16 +207,16 @@ def _forward_block(x, bank, residual, settings, training, save, dense):
         scores,
         weights,
         norm,
-        frozen_scores if index is not None and num_frozen <= KEEP_SCORES else no_scores,
+        no_scores if frozen_scores is None or num_frozen > KEEP_SCORES else frozen_scores,
     )
 
 
-def joins(tokens):
+def joins(tokens: int) -> bool:
     """Whether to copy a dense bank's two segments into one, which autograd must not see."""
     return tokens >= JOIN_TOKENS and not torch.is_grad_enabled()
 
 
-def _dense_scores(x, keys, current_keys):
+def _dense_scores(x: Tensor, keys: Tensor, current_keys: Tensor) -> Tensor:
     if keys.shape[0] == 0:
         return x @ current_keys.t()
     if current_keys.shape[0] == 0:
@@ -201,7 +226,7 @@ def _dense_scores(x, keys, current_keys):
     return torch.cat([x @ current_keys.t(), x @ keys.t()], dim=-1)
 
 
-def _hidden_dense(scores, num_current, top_k):
+def _hidden_dense(scores: Tensor, num_current: int, top_k: int) -> Tensor | None:
     """Where atoms are not selected, or None where all are; columns: current, then frozen."""
     if scores.shape[1] <= top_k:
         return None
@@ -216,7 +241,7 @@ def _hidden_dense(scores, num_current, top_k):
     return hidden
 
 
-def _first_selected(scores, num_current, top_k):
+def _first_selected(scores: Tensor, num_current: int, top_k: int) -> Tensor:
     """Selected atoms where scores tie: frozen before current, then the lowest index."""
     in_order = scores.roll(-num_current, dims=-1)
     order = in_order.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
@@ -224,7 +249,9 @@ def _first_selected(scores, num_current, top_k):
     return keep.roll(num_current, dims=-1)
 
 
-def _select_sparse(current_scores, frozen_scores, top_k):
+def _select_sparse(
+    current_scores: Tensor, frozen_scores: Tensor, top_k: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Candidate scores, where they are not selected, and the rows of the frozen ones."""
     num_current = current_scores.shape[1]
     order, index = frozen_scores.topk(top_k + 1, dim=-1)
@@ -248,7 +275,13 @@ def _select_sparse(current_scores, frozen_scores, top_k):
     return scores, hidden, index
 
 
-def _aggregate(written, index, values, current_values, residual):
+def _aggregate(
+    written: Tensor,
+    index: Tensor | None,
+    values: Tensor,
+    current_values: Tensor,
+    residual: Tensor | None,
+) -> Tensor:
     """residual + sum over the candidates of written_i values_i."""
     num_current = current_values.shape[0]
     if residual is not None and residual.dtype != written.dtype:
@@ -269,11 +302,11 @@ def _aggregate(written, index, values, current_values, residual):
     )
 
 
-def _addmm(residual, a, b):
+def _addmm(residual: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     return a @ b if residual is None else torch.addmm(residual, a, b)
 
 
-def bag(table, index, weights):
+def bag(table: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum of the named rows of a table, without gathering them first."""
     rows, per_row = index.shape
     offsets = torch.arange(0, rows * per_row, per_row, dtype=index.dtype, device=index.device)

@@ -8,13 +8,28 @@ where n = max(||s||, eps) and the second term is absent where the clamp is activ
 no gradient; they only carry ds back to x.
 """
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from . import torch_backend
+from .aliases import Gradients, Settings
 from .torch_backend import Saved, bag, cast, compute_dtype
 
 
-def backward(grad, x, keys, values, current_keys, current_values, saved, settings, training, needs):
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    current_keys: Tensor,
+    current_values: Tensor,
+    saved: Saved,
+    settings: Settings,
+    training: bool,
+    needs: Sequence[bool],
+) -> Gradients:
     """Gradients of the update for x and the current atoms.
 
     Args:
@@ -31,24 +46,29 @@ def backward(grad, x, keys, values, current_keys, current_values, saved, setting
     gram = _gram(bank[0], x.shape[0]) if needs[0] and sparse else None
     if x.shape[0] <= rows:
         xs, dy = cast(dtype, x, grad)
-        grads = _backward_block(dy, xs, bank, saved, settings, training, needs, gram)
+        grads = list(_backward_block(dy, xs, bank, saved, settings, training, needs, gram))
     else:
-        parts, grads = [], [None, None, None]
+        parts: list[Tensor] = []
+        grads: list[Tensor | None] = [None, None, None]
         for start in range(0, x.shape[0], rows):
             part = slice(start, start + rows)
             block = Saved(*(t[part] for t in saved))
             xs, dy = x[part].to(dtype), grad[part].to(dtype)
             dx, *dbank = _backward_block(dy, xs, bank, block, settings, training, needs, gram)
-            parts.append(None if dx is None else dx.to(x.dtype))
+            if dx is not None:
+                parts.append(dx.to(x.dtype))
             for i, part_grad in enumerate(dbank, start=1):
+                total = grads[i]
                 if part_grad is not None:
-                    grads[i] = part_grad if grads[i] is None else grads[i].add_(part_grad)
+                    grads[i] = part_grad if total is None else total.add_(part_grad)
         grads[0] = torch.cat(parts) if needs[0] else None
     targets = (x, current_keys, current_values)
-    return tuple(None if g is None else g.to(t.dtype) for g, t in zip(grads, targets, strict=True))
+    pairs = zip(grads, targets, strict=True)
+    dx, dkeys, dvalues = (None if g is None else g.to(t.dtype) for g, t in pairs)
+    return dx, dkeys, dvalues
 
 
-def _gram(keys, tokens):
+def _gram(keys: Tensor, tokens: int) -> Tensor | None:
     """keys^T keys if it makes (x keys^T) keys cheaper than recomputing the scores, else None."""
     num_frozen, width = keys.shape
     if num_frozen <= torch_backend.KEEP_SCORES:
@@ -57,7 +77,16 @@ def _gram(keys, tokens):
     return keys.t() @ keys if with_gram < 2 * tokens * num_frozen * width else None
 
 
-def _backward_block(dy, x, bank, saved, settings, training, needs, gram):
+def _backward_block(
+    dy: Tensor,
+    x: Tensor,
+    bank: Sequence[Tensor],
+    saved: Saved,
+    settings: Settings,
+    training: bool,
+    needs: Sequence[bool],
+    gram: Tensor | None,
+) -> Gradients:
     """dx, dkeys, dvalues of one block of tokens, None where not needed."""
     keys, values, current_keys, current_values = bank
     _, temperature, threshold, eps = settings
@@ -88,7 +117,7 @@ def _backward_block(dy, x, bank, saved, settings, training, needs, gram):
     )
 
 
-def _pull(dy, values, current_values, index):
+def _pull(dy: Tensor, values: Tensor, current_values: Tensor, index: Tensor) -> Tensor:
     """<values_i, dy> for the candidates."""
     if values.shape[0] == 0:
         return dy @ current_values.t()
@@ -99,7 +128,7 @@ def _pull(dy, values, current_values, index):
     return torch.cat([current, frozen], dim=-1)
 
 
-def _bag_pull(dy, values, index):
+def _bag_pull(dy: Tensor, values: Tensor, index: Tensor) -> Tensor:
     """<values_i, dy> for the named rows [M, top_k]: the bag's own gradient for its weights."""
     rows, per_row = index.shape
     row = torch.arange(rows, dtype=index.dtype, device=index.device)
@@ -109,7 +138,15 @@ def _bag_pull(dy, values, index):
     return flat.view(rows, per_row)
 
 
-def _dx(x, keys, current_keys, saved, dscores, dense, gram):
+def _dx(
+    x: Tensor,
+    keys: Tensor,
+    current_keys: Tensor,
+    saved: Saved,
+    dscores: Tensor,
+    dense: Tensor,
+    gram: Tensor | None,
+) -> Tensor:
     num_current = current_keys.shape[0]
     if keys.shape[0] == 0:
         return dscores @ current_keys

@@ -6,9 +6,11 @@ the output written once, each in its own dtype; they may be the same tensor.
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..aliases import Tile
 from .launcher import cdiv, dot_dtype, launch, next_power_of_2
-from .segments import row_pointers
+from .segments import Table, row_pointers
 
 
 @triton.jit
@@ -118,7 +120,15 @@ def _gather_kernel(
     tl.store(out_ptr + m * stride_om + offs_o, acc.to(out_ptr.dtype.element_ty), mask=mask_o)
 
 
-def launch_aggregate(coefficients, table, residual, out, precision, config, unscale=None):
+def launch_aggregate(
+    coefficients: Tensor,
+    table: Table,
+    residual: Tensor | None,
+    out: Tensor,
+    precision: str,
+    config: Tile,
+    unscale: Tensor | None = None,
+) -> None:
     """out [M, O] = residual + coefficients [M, N] times a table of rows [N, O].
 
     Args:
@@ -160,7 +170,15 @@ def launch_aggregate(coefficients, table, residual, out, precision, config, unsc
     )
 
 
-def launch_gather(index, coefficients, table, residual, out, extra=None, factor=None):
+def launch_gather(
+    index: Tensor,
+    coefficients: Tensor,
+    table: Table,
+    residual: Tensor | None,
+    out: Tensor,
+    extra: Tensor | None = None,
+    factor: Tensor | None = None,
+) -> None:
     """out [M, O] = residual + sum_k coefficients[m, k] table[index[m, k]] - factor[m] extra[m].
 
     Args:
@@ -198,7 +216,7 @@ def launch_gather(index, coefficients, table, residual, out, extra=None, factor=
     )
 
 
-def gather_tiles(top_k, width):
+def gather_tiles(top_k: int, width: int) -> tuple[dict[str, int], int]:
     """Tile and warps of the gather: at most 32 elements a lane of rows that were read."""
     block_k = next_power_of_2(top_k)
     block_o = min(512, max(16, 4096 // block_k), next_power_of_2(width))

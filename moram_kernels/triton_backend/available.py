@@ -3,22 +3,23 @@
 import functools
 import importlib.util
 import sys
+from collections.abc import Collection
 
 import torch
 
 
-def installed():
+def installed() -> bool:
     """Whether Triton can be imported."""
     # Once it is, torch.compile need not look through a cache, of which it warns.
     return "triton" in sys.modules or _found()
 
 
 @functools.cache
-def _found():
+def _found() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def interpreting():
+def interpreting() -> bool:
     """Whether Triton was told to interpret kernels on the CPU."""
     if not installed():
         return False
@@ -27,7 +28,7 @@ def interpreting():
     return launcher.interpreting()
 
 
-def why_not(device=None):
+def why_not(device: torch.device | None = None) -> str | None:
     """Why kernels cannot run (on a device), one sentence with the remedy, or None."""
     if not installed():
         return "Triton is not installed; it comes with torch on Linux (pip install triton)"
@@ -44,7 +45,7 @@ def why_not(device=None):
     return None
 
 
-def why_not_dtypes(dtypes):
+def why_not_dtypes(dtypes: Collection[torch.dtype]) -> str | None:
     """Why these dtypes are not covered, one sentence, or None."""
     from . import launcher
 
@@ -57,6 +58,6 @@ def why_not_dtypes(dtypes):
     return None
 
 
-def device_name(device):
+def device_name(device: torch.device) -> str:
     """The name by which the plan knows a device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"

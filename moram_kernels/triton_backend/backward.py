@@ -4,18 +4,34 @@ Gradients go to x and to the current atoms; frozen atoms have none. At most five
 atomics: two runs give the same bits.
 """
 
-import torch
+from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
+from ..aliases import Gradients, Settings, Tiles
 from . import launcher
 from .aggregate import launch_gather
-from .forward import aggregate, score
+from .forward import Saved, aggregate, score
 from .lists_backward import launch_lists_backward
 from .outer import launch_bank_gradient, launch_gram
+from .plan import Plan
 from .rows_backward import launch_rows_backward
 from .segments import Table
 
 
-def backward(grad, x, keys, values, saved, settings, training, plan, precision, needs):
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    keys: Table,
+    values: Table,
+    saved: Saved,
+    settings: Settings,
+    training: bool,
+    plan: Plan,
+    precision: str,
+    needs: Sequence[bool],
+) -> Gradients:
     """(dx [M, D] in the dtype of x or None, dkeys [C, D] or None, dvalues [C, O] or None).
 
     Args:
@@ -31,7 +47,18 @@ def backward(grad, x, keys, values, saved, settings, training, plan, precision, 
     return run(grad, x, keys, values, saved, settings, threshold, plan.tiles, precision, needs)
 
 
-def _from_scores(grad, x, keys, values, saved, settings, threshold, tiles, precision, needs):
+def _from_scores(
+    grad: Tensor,
+    x: Tensor,
+    keys: Table,
+    values: Table,
+    saved: Saved,
+    settings: Settings,
+    threshold: bool,
+    tiles: Tiles,
+    precision: str,
+    needs: Sequence[bool],
+) -> Gradients:
     tokens, atoms, frozen = x.shape[0], keys.num_rows, keys.num_frozen
     columns = -(-atoms // 16) * 16
     pull = x.new_empty(tokens, columns, dtype=torch.float32)[:, :atoms]
@@ -62,7 +89,18 @@ def _from_scores(grad, x, keys, values, saved, settings, threshold, tiles, preci
     return dx, dkeys, dvalues
 
 
-def _from_lists(grad, x, keys, values, saved, settings, threshold, tiles, precision, needs):
+def _from_lists(
+    grad: Tensor,
+    x: Tensor,
+    keys: Table,
+    values: Table,
+    saved: Saved,
+    settings: Settings,
+    threshold: bool,
+    tiles: Tiles,
+    precision: str,
+    needs: Sequence[bool],
+) -> Gradients:
     tokens = x.shape[0]
     current = keys.num_rows - keys.num_frozen
     dlist, factor = torch.empty_like(saved.picked), saved.picked.new_empty(tokens)

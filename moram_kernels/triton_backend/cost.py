@@ -5,8 +5,11 @@ one copy or product takes is `rates.py`. Rankings within 1.2 mean nothing.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from ..aliases import Tile, Tiles
 from .rates import (
     CACHE_SHARE,
     DEVICES,
@@ -81,7 +84,9 @@ class Shape:
     in_place: bool = True
 
 
-def forward_times(device, shape, tile, tiles=None):
+def forward_times(
+    device: Device, shape: Shape, tile: int | None, tiles: Tiles | None = None
+) -> dict[str, float]:
     """Seconds of each forward path that covers the shape: {path: seconds}.
 
     Args:
@@ -102,7 +107,7 @@ def forward_times(device, shape, tile, tiles=None):
     return times
 
 
-def backward_times(device, shape, tiles=None):
+def backward_times(device: Device, shape: Shape, tiles: Tiles | None = None) -> dict[str, float]:
     """Seconds of the backward from saved scores ("dense") and from saved lists ("lists")."""
     tiles, size, times = tiles or {}, shape.itemsize, {}
     if shape.atoms <= ROW_ATOMS:
@@ -127,7 +132,7 @@ def backward_times(device, shape, tiles=None):
     return times
 
 
-def gather(device, shape, width, passes):
+def gather(device: Device, shape: Shape, width: int, passes: float) -> float:
     """Seconds to read the rows of top_k atoms for each token.
 
     Args:
@@ -140,51 +145,53 @@ def gather(device, shape, width, passes):
     return max(3e-6, moved / rate + shape.tokens * passes / (device.memory * MEMORY_SHARE))
 
 
-def scores(shape, device, tile):
+def scores(shape: Shape, device: str, tile: Tile) -> float:
     """Seconds of a shape's scores with a tile {"BLOCK_M", "BLOCK_N", "BLOCK_D"}, by our kernel."""
     shape = replace(shape, joined=False)
     return _scores(device_model(device), shape, shape.width, {"scores": tile})
 
 
-def aggregate(shape, device, tile):
+def aggregate(shape: Shape, device: str, tile: Tile) -> float:
     """Seconds of a shape's sum of values with a tile {"BLOCK_M", "BLOCK_O", "BLOCK_N"}."""
     return _aggregate_values(
         device_model(device), replace(shape, joined=False), {"aggregate": tile}
     )
 
 
-def _product(device, shape, rows, columns, inner, **how):
+def _product(
+    device: Device, shape: Shape, rows: int, columns: int, inner: int, **how: Any
+) -> float:
     library = shape.joined and shape.itemsize == 2
     args = (rows, columns, inner, shape.itemsize, shape.rate)
     return product(device, *args, library=library, **how)
 
 
-def _tile(tiles, name, itemsize):
+def _tile(tiles: Tiles, name: str, itemsize: int) -> Sequence[int]:
     """(rows, columns, inner) of a kernel's tile."""
     if name not in tiles:
         return TILES[itemsize][name]
     return tuple(tiles[name][f"BLOCK_{letter}"] for letter in LETTERS[name])
 
 
-def _chunks(shape, dense):
+def _chunks(shape: Shape, dense: bool) -> int:
     """How often the launches of a split path repeat; scores kept for a backward stay whole."""
     if dense and shape.training:
         return 1
     return math.ceil(shape.tokens / (max(64, SCORE_BYTES // (4 * shape.atoms)) // 64 * 64))
 
 
-def _scores(device, shape, inner, tiles):
+def _scores(device: Device, shape: Shape, inner: int, tiles: Tiles) -> float:
     """All atoms' scores, or their pull, in float32."""
     tile = _tile(tiles, "scores", shape.itemsize)
     return _product(device, shape, shape.tokens, shape.atoms, inner, out=4, tile=tile)
 
 
-def _aggregate(device, shape, columns, tiles, extra=0):
+def _aggregate(device: Device, shape: Shape, columns: int, tiles: Tiles, extra: float = 0) -> float:
     tile = _tile(tiles, "aggregate", shape.itemsize)
     return _product(device, shape, shape.tokens, columns, shape.atoms, extra=extra, tile=tile)
 
 
-def _aggregate_values(device, shape, tiles):
+def _aggregate_values(device: Device, shape: Shape, tiles: Tiles) -> float:
     plane = shape.tokens * shape.out * shape.itemsize
     time = _aggregate(device, shape, shape.out, tiles, extra=plane * shape.residual)
     if shape.joined and shape.itemsize == 2 and shape.residual and not shape.in_place:
@@ -192,12 +199,12 @@ def _aggregate_values(device, shape, tiles):
     return time
 
 
-def _residual_bytes(shape):
+def _residual_bytes(shape: Shape) -> int:
     """Residual read and output written, bytes a token."""
     return (1 + shape.residual) * shape.out * shape.itemsize
 
 
-def _rows(device, shape, moved, instructions):
+def _rows(device: Device, shape: Shape, moved: float, instructions: float) -> float:
     """A kernel that holds whole rows of scores; moved: bytes a token."""
     padded = max(16, 1 << (shape.atoms - 1).bit_length())
     if shape.atoms > ROW_ATOMS:
@@ -207,7 +214,7 @@ def _rows(device, shape, moved, instructions):
     return max(stream(device, shape.tokens * moved, True), time, 3e-6)
 
 
-def _select(device, shape, lists):
+def _select(device: Device, shape: Shape, lists: bool) -> float:
     count = min(shape.top_k, shape.atoms)
     moved = shape.atoms * 4 + (count * 12 if lists else shape.atoms * shape.itemsize)
     if shape.training:
@@ -221,7 +228,7 @@ def _select(device, shape, lists):
     return _rows(device, shape, moved + 16 * found, instructions) + LAUNCH + combine
 
 
-def _bank_gradient(device, shape, splits):
+def _bank_gradient(device: Device, shape: Shape, splits: int | None) -> float:
     """dkeys and dvalues in one launch: tiles of 16 atoms by 64 features, splits of the tokens."""
     if not shape.current:
         return 0.0
@@ -249,7 +256,7 @@ def _bank_gradient(device, shape, splits):
     return time + LAUNCH
 
 
-def _resident(device, shape, tile, config):
+def _resident(device: Device, shape: Shape, tile: int, config: Tile | None) -> float:
     size = shape.itemsize
     rows = 32 if size == 4 else 128 if tile > 64 else 64
     step_d, step_o = (32, 32) if size == 4 else (64, 64)
@@ -282,7 +289,7 @@ def _resident(device, shape, tile, config):
     return max(times) + LAUNCH
 
 
-def _decode(device, shape, tiles):
+def _decode(device: Device, shape: Shape, tiles: Tiles) -> float:
     """Partial scores, then a program per token and 256 features that reads all of a row's."""
     size, count = shape.itemsize, min(shape.top_k, shape.atoms)
     splits = tiles.get("splits") or max(1, min(shape.width // 256, 16))

@@ -9,9 +9,11 @@ Inference only. Equations: `moram_kernels/reference.py`.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..aliases import Settings
 from .launcher import cdiv, launch, next_power_of_2
-from .segments import row_pointers
+from .segments import Table, row_pointers
 from .weights import clamped_norm, softmax_scale
 
 
@@ -88,7 +90,14 @@ def _decode_kernel(
     tl.store(out_ptr + m * stride_om + offs_o, acc.to(out_ptr.dtype.element_ty), mask=mask_o)
 
 
-def launch_decode(partial, values, residual, out, activation, threshold):
+def launch_decode(
+    partial: Tensor,
+    values: Table,
+    residual: Tensor | None,
+    out: Tensor,
+    activation: Settings,
+    threshold: bool,
+) -> None:
     """out [M, O] = residual + update, from partial scores [splits, M, N], N <= 8192.
 
     Args:
@@ -130,7 +139,7 @@ def launch_decode(partial, values, residual, out, activation, threshold):
     )
 
 
-def config(num_atoms, width):
+def config(num_atoms: int, width: int) -> tuple[int, int]:
     """(BLOCK_N, BLOCK_O) for a bank."""
     block = max(16, next_power_of_2(num_atoms))
     return block, min(256, next_power_of_2(width))

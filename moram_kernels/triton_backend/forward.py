@@ -3,13 +3,16 @@
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from ..aliases import Settings, Tile
 from . import launcher
 from .aggregate import launch_aggregate, launch_gather
 from .decode import launch_decode
-from .plan import ROW_ATOMS, saved_shapes
+from .plan import ROW_ATOMS, Plan, saved_shapes
 from .resident import launch_resident
 from .scores import launch_scores
+from .segments import Table
 from .select import launch_select
 from .select_wide import launch_select_wide
 
@@ -22,13 +25,15 @@ class Saved(NamedTuple):
     [M, K], scores of the current atoms alone float32 [M, C], stats (only the norm).
     """
 
-    index: torch.Tensor
-    picked: torch.Tensor
-    scores: torch.Tensor
-    stats: torch.Tensor
+    index: Tensor
+    picked: Tensor
+    scores: Tensor
+    stats: Tensor
 
 
-def new_saved(like, tokens, atoms, current, top_k, backward):
+def new_saved(
+    like: Tensor, tokens: int, atoms: int, current: int, top_k: int, backward: str | None
+) -> Saved:
     """`Saved` of empty tensors of the sizes that a backward needs.
 
     Args:
@@ -40,8 +45,18 @@ def new_saved(like, tokens, atoms, current, top_k, backward):
 
 
 def forward(
-    x, keys, values, residual, out, settings, training, saved, plan, precision, scores=None
-):
+    x: Tensor,
+    keys: Table,
+    values: Table,
+    residual: Tensor | None,
+    out: Tensor,
+    settings: Settings,
+    training: bool,
+    saved: Saved | None,
+    plan: Plan,
+    precision: str,
+    scores: Tensor | None = None,
+) -> None:
     """Fill out [M, O] and, for a backward, saved.
 
     Args:
@@ -73,7 +88,8 @@ def forward(
             part = slice(start, start + chunk)
             kept = None
             if saved is not None:
-                kept = Saved(*(t[part] for t in saved[:3]), saved.stats[:, part])
+                index, picked, own = saved.index[part], saved.picked[part], saved.scores[part]
+                kept = Saved(index, picked, own, saved.stats[:, part])
             _split(
                 x[part],
                 keys,
@@ -88,12 +104,26 @@ def forward(
             )
 
 
-def _split(x, keys, values, residual, out, settings, threshold, saved, plan, precision, scores):
+def _split(
+    x: Tensor,
+    keys: Table,
+    values: Table,
+    residual: Tensor | None,
+    out: Tensor,
+    settings: Settings,
+    threshold: bool,
+    saved: Saved | None,
+    plan: Plan,
+    precision: str,
+    scores: Tensor | None,
+) -> None:
     tokens, atoms = x.shape[0], keys.num_rows
-    dense = saved is not None and plan.backward == "dense"
     if scores is None:
         shape = saved_shapes(tokens, atoms, 0, 0, "dense")[2]
-        buffer = saved.scores if dense else x.new_empty(shape, dtype=torch.float32)
+        if saved is not None and plan.backward == "dense":
+            buffer = saved.scores
+        else:
+            buffer = x.new_empty(shape, dtype=torch.float32)
         scores = buffer[:, :atoms]
         score(x, keys, scores, precision, plan.tiles["scores"])
     stats = None if saved is None else saved.stats
@@ -118,7 +148,7 @@ def _split(x, keys, values, residual, out, settings, threshold, saved, plan, pre
     launch_gather(lists[0], lists[1], values, residual, out)
 
 
-def score(a, table, out, precision, config):
+def score(a: Tensor, table: Table, out: Tensor, precision: str, config: Tile) -> None:
     """out = a rows^T in float32, by the vendor's library where it can.
 
     Args:
@@ -131,7 +161,15 @@ def score(a, table, out, precision, config):
         launch_scores(a, table, out, precision, config)
 
 
-def aggregate(coefficients, table, residual, out, precision, config, unscale=None):
+def aggregate(
+    coefficients: Tensor,
+    table: Table,
+    residual: Tensor | None,
+    out: Tensor,
+    precision: str,
+    config: Tile,
+    unscale: Tensor | None = None,
+) -> None:
     """out = residual + coefficients times a table's rows, by the vendor's library where it can.
 
     Args:
@@ -141,13 +179,16 @@ def aggregate(coefficients, table, residual, out, precision, config, unscale=Non
         unscale: factors [M] of the rows of float16 coefficients, which the library does not know,
             or None.
     """
-    library = table.whole is not None and launcher.can_multiply(coefficients, table.whole)
-    library = library and out.dtype == table.dtype and unscale is None
+    whole = table.whole if out.dtype == table.dtype and unscale is None else None
+    if whole is not None and not launcher.can_multiply(coefficients, whole):
+        whole = None
     # Onto another tensor than the residual the library would copy the residual first.
-    in_place = residual is not None and residual.data_ptr() == out.data_ptr()
-    if library and in_place and residual.stride() == out.stride():
-        launcher.multiply_add(out, coefficients, table.whole, out)
-    elif library and residual is None:
-        launcher.multiply(coefficients, table.whole, out)
+    in_place = residual is not None and (
+        residual.data_ptr() == out.data_ptr() and residual.stride() == out.stride()
+    )
+    if whole is not None and in_place:
+        launcher.multiply_add(out, coefficients, whole, out)
+    elif whole is not None and residual is None:
+        launcher.multiply(coefficients, whole, out)
     else:
         launch_aggregate(coefficients, table, residual, out, precision, config, unscale)

@@ -1,16 +1,27 @@
 """How kernels are launched, and where they can be: one function that every launch goes through."""
 
 import functools
+from collections.abc import Collection
+from typing import Any, Protocol
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import KernelInterface
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def launch(kernel, grid, *args, **meta):
+class Typed(Protocol):
+    """What has a dtype: a tensor, or a `Table`."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+def launch(kernel: KernelInterface[Any], grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Launch a kernel on the device of its first tensor.
 
     Args:
@@ -28,7 +39,7 @@ def launch(kernel, grid, *args, **meta):
         kernel[grid](*args, **meta)
 
 
-def multiply(left, right, out):
+def multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
     """out = left right by the vendor's library; counted as a launch like any kernel.
 
     16-bit operands only: for float32 the library may round to tf32 behind our back.
@@ -39,7 +50,7 @@ def multiply(left, right, out):
         torch.ops.aten.mm.dtype_out(left, right, out.dtype, out=out)
 
 
-def multiply_add(base, left, right, out):
+def multiply_add(base: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
     """out = base + left right by the vendor's library.
 
     Args:
@@ -48,26 +59,26 @@ def multiply_add(base, left, right, out):
     torch.addmm(base, left, right, out=out)
 
 
-def can_multiply(left, right):
+def can_multiply(left: Tensor, right: Tensor) -> bool:
     """Whether `multiply` may be used."""
     usable = left.is_cuda and left.dtype == right.dtype and left.itemsize == 2
     # A float32 result of 16-bit operands is CUDA's alone, and not in every torch.
     return usable and torch.version.hip is None and hasattr(torch.ops.aten.mm, "dtype_out")
 
 
-def interpreting():
+def interpreting() -> bool:
     """Whether kernels run in Triton's interpreter, on the CPU."""
     return isinstance(_dot_kernel, InterpretedFunction)
 
 
-def _interpreted_precisions():
+def _interpreted_precisions() -> Collection[str]:
     from triton.runtime.interpreter import interpreter_builder
 
     return interpreter_builder.options.allowed_dot_input_precisions
 
 
 @functools.cache
-def target(device):
+def target(device: torch.device) -> int | str:
     """Compute capability (90 for 9.0), "gfx..." on AMD, or "interpreter"."""
     if device.type != "cuda":
         return "interpreter"
@@ -77,17 +88,17 @@ def target(device):
     return 10 * properties.major + properties.minor
 
 
-def cdiv(size, block):
+def cdiv(size: int, block: int) -> int:
     """Blocks that cover a size; plain integers, because Triton's own takes microseconds."""
     return -(-size // block)
 
 
-def next_power_of_2(size):
+def next_power_of_2(size: int) -> int:
     """The smallest power of two that is not smaller than a positive size."""
     return 1 << (size - 1).bit_length()
 
 
-def meet(*tensors):
+def meet(*tensors: Typed) -> torch.dtype:
     """The dtype in which tensors meet in a product: a 16-bit one only if all have it.
 
     The result counts among them where a factor was computed in float32: rounding such a factor to
@@ -97,7 +108,7 @@ def meet(*tensors):
     return torch.float32 if rest else first
 
 
-def summed(*tensors):
+def summed(*tensors: Typed) -> torch.dtype:
     """The dtype of a factor that meets tensors in a sum over tokens: `meet`, but not float16.
 
     Tokens' factors differ by more than float16's range; the sum scales them where they meet.
@@ -106,12 +117,12 @@ def summed(*tensors):
     return torch.float32 if met == torch.float16 else met
 
 
-def dot_dtype(*tensors):
+def dot_dtype(*tensors: Typed) -> tl.dtype:
     """`meet` as Triton's dtype, for a `tl.dot`."""
     return DTYPES[meet(*tensors)]
 
 
-def rows(tensor):
+def rows(tensor: Tensor) -> Tensor:
     """The matrix with unit column stride, copied only if it has another one."""
     if tensor.stride(1) == 1 or tensor.shape[1] == 1:
         return tensor
@@ -119,7 +130,7 @@ def rows(tensor):
 
 
 @functools.cache
-def interprets_bfloat16():
+def interprets_bfloat16() -> bool:
     """Whether the interpreter multiplies bfloat16 rightly; Triton 3.8's multiplies bit patterns."""
     ones, out = torch.ones(16, 16, dtype=torch.bfloat16), torch.empty(16, 16)
     _dot_kernel[(1,)](ones, out)

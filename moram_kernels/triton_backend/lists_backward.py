@@ -9,10 +9,12 @@ Equations: `rows_backward.py`.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..aliases import Settings
 from .launcher import launch, next_power_of_2
 from .rows_backward import score_gradient
-from .segments import row_pointers
+from .segments import Table, row_pointers
 from .weights import clamped_norm, softmax_scale
 
 
@@ -95,18 +97,18 @@ def _lists_backward_kernel(
 
 
 def launch_lists_backward(
-    grad,
-    lists,
-    norm,
-    current_scores,
-    values,
-    dlist,
-    factor,
-    dscores,
-    written,
-    activation,
-    threshold,
-):
+    grad: Tensor,
+    lists: tuple[Tensor, Tensor],
+    norm: Tensor,
+    current_scores: Tensor,
+    values: Table,
+    dlist: Tensor,
+    factor: Tensor,
+    dscores: Tensor,
+    written: Tensor,
+    activation: Settings,
+    threshold: bool,
+) -> None:
     """Fill dlist [M, K], factor [M] and, for the current atoms, dscores and written [M, C].
 
     Args:
@@ -155,7 +157,7 @@ def launch_lists_backward(
     )
 
 
-def config(top_k, num_current, width):
+def config(top_k: int, num_current: int, width: int) -> dict[str, int]:
     """Tile sizes: the values' tile is the largest, 2048 elements."""
     block_k = next_power_of_2(top_k)
     return {

@@ -11,15 +11,20 @@ Source of the method: Batcher, AFIPS 1968 (odd-even merge sort; bitonic merge).
 
 import functools
 import linecache
+from collections.abc import Sequence
+from typing import Any
 
 import triton
 import triton.language as tl
+from triton.runtime.jit import KernelInterface
 
 TOP_K = (4, 8, 16)
 MAX_TILE = 256
 
 
-def lane_bits(target, columns, fewest):
+def lane_bits(
+    target: int | str, columns: int, fewest: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(lane bits, warp bits) of the column index in the accumulator of a tile, per target.
 
     Those with the fewest layout conversions in the compiled kernel. fewest: columns of the
@@ -39,7 +44,7 @@ def lane_bits(target, columns, fewest):
 
 
 @functools.cache
-def network(tiles, top_k, target):
+def network(tiles: tuple[int, ...], top_k: int, target: int | str) -> KernelInterface[Any]:
     """The Triton function (x, [x2,] BLOCK_M) -> (top_k-th largest, largest) of each row.
 
     Args:
@@ -56,12 +61,12 @@ def network(tiles, top_k, target):
     # Triton reads a function's source through `inspect`, which finds it here.
     filename = f"<{name}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
-    scope = {"triton": triton, "tl": tl, "__name__": __name__}
+    scope: dict[str, Any] = {"triton": triton, "tl": tl, "__name__": __name__}
     exec(compile(source, filename, "exec"), scope)
     return scope[name]
 
 
-def sorting_network(size):
+def sorting_network(size: int) -> list[tuple[int, int]]:
     """Comparators (i, j), larger to i, of Batcher's odd-even merge sort for a power of two."""
     pairs, run = [], 1
     while run < size:
@@ -79,13 +84,14 @@ def sorting_network(size):
 class _Writer:
     """Writes one network as the source of a Triton function; None stands for -inf."""
 
-    def __init__(self, top_k):
-        self.top_k, self.lines, self.count = top_k, [], 0
+    def __init__(self, top_k: int) -> None:
+        self.top_k, self.count = top_k, 0
+        self.lines: list[str] = []
 
-    def function(self, name, tiles, outer):
+    def function(self, name: str, tiles: tuple[int, ...], outer: Sequence[Sequence[int]]) -> str:
         columns = [f"x{i}" for i in range(len(tiles))]
         self.lines = ["@triton.jit", f"def {name}({', '.join(columns)}, BLOCK_M: tl.constexpr):"]
-        leaves = []
+        leaves: list[str | None] = []
         for column, tile, bits in zip(columns, tiles, outer, strict=True):
             leaves += self.registers(column, tile, bits)
         values, parts = self.reduce_runs(leaves), 2 ** len(outer[0])
@@ -97,15 +103,15 @@ class _Writer:
         self.say(f"return {_tree('minimum', values)}, {_tree('maximum', values)}")
         return "\n".join(self.lines) + "\n"
 
-    def say(self, line):
+    def say(self, line: str) -> None:
         self.lines.append("    " + line)
 
-    def fresh(self, expression):
+    def fresh(self, expression: str) -> str:
         self.count += 1
         self.say(f"v{self.count} = {expression}")
         return f"v{self.count}"
 
-    def registers(self, column, tile, outer):
+    def registers(self, column: str, tile: int, outer: Sequence[int]) -> list[str]:
         """The columns that lie in registers, each [BLOCK_M, warps and lanes of the outer bits]."""
         bits = tile.bit_length() - 1
         inner = [b for b in reversed(range(bits)) if b not in outer]
@@ -132,7 +138,7 @@ class _Writer:
             leaves = halves
         return leaves
 
-    def compare(self, values, i, j):
+    def compare(self, values: list[str | None], i: int, j: int) -> None:
         """Order two values, the larger one to i."""
         a, b = values[i], values[j]
         if a is None:
@@ -141,7 +147,7 @@ class _Writer:
             values[i] = self.fresh(f"tl.maximum({a}, {b})")
             values[j] = self.fresh(f"tl.minimum({a}, {b})")
 
-    def merge_bitonic(self, values):
+    def merge_bitonic(self, values: list[str | None]) -> None:
         """Sort a bitonic list, largest first."""
         step = self.top_k // 2
         while step:
@@ -150,7 +156,7 @@ class _Writer:
                     self.compare(values, i, i + step)
             step //= 2
 
-    def reduce_runs(self, leaves):
+    def reduce_runs(self, leaves: list[str | None]) -> list[str | None]:
         """The top_k largest of a lane's leaves, largest first."""
         pairs = sorting_network(self.top_k)
         runs = []
@@ -169,19 +175,19 @@ class _Writer:
             runs = merged + runs[len(merged) * 2 :]
         return runs[0]
 
-    def larger(self, a, b):
+    def larger(self, a: str | None, b: str | None) -> str | None:
         if a is None or b is None:
             return b if a is None else a
         return self.fresh(f"tl.maximum({a}, {b})")
 
-    def merge_lanes(self, values, parts):
+    def merge_lanes(self, values: list[str | None], parts: int) -> list[str | None]:
         """The top_k largest, bitonic, of each pair of neighbouring lanes' sorted lists."""
         half = parts // 2
         if None in values:
             nothing = self.fresh(f"tl.full([BLOCK_M, {parts}], float('-inf'), tl.float32)")
             values = [nothing if v is None else v for v in values]
         odd = self.fresh(f"(tl.arange(0, {parts})[None, :] & 1) == 1")
-        merged = []
+        merged: list[str | None] = []
         for i in range(self.top_k):
             mixed = self.fresh(f"tl.where({odd}, {values[self.top_k - 1 - i]}, {values[i]})")
             if half > 1:
@@ -190,7 +196,7 @@ class _Writer:
         return merged
 
 
-def _tree(operation, values):
+def _tree(operation: str, values: Sequence[str | None]) -> str:
     values = [v for v in values if v is not None]
     while len(values) > 1:
         pairs = zip(values[::2], values[1::2], strict=False)

@@ -8,9 +8,11 @@ the same bits every time.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..aliases import Tile
 from .launcher import cdiv, dot_dtype, launch, rows
-from .segments import row_pointers
+from .segments import Table, row_pointers
 from .weights import half_scale
 
 
@@ -201,7 +203,16 @@ def _gram_kernel(
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask_a & mask_b)
 
 
-def launch_bank_gradient(dscores, x, written, grad, dtype, precision, config, splits):
+def launch_bank_gradient(
+    dscores: Tensor,
+    x: Tensor,
+    written: Tensor,
+    grad: Tensor,
+    dtype: torch.dtype,
+    precision: str,
+    config: Tile,
+    splits: int,
+) -> tuple[Tensor, Tensor]:
     """(dkeys [C, D], dvalues [C, O]) in a dtype, in one launch or, with splits > 1, in two.
 
     Args:
@@ -264,13 +275,13 @@ def launch_bank_gradient(dscores, x, written, grad, dtype, precision, config, sp
     return dkeys.view(count, width), dvalues.view(count, out)
 
 
-def _dot_dtype(factors, rows_, dtype):
+def _dot_dtype(factors: Tensor, rows_: Tensor, dtype: torch.dtype) -> tl.dtype:
     """`dot_dtype`, but float16 wherever rows and result have it: factors are scaled to it."""
     half = rows_.dtype == dtype == torch.float16
     return tl.float16 if half else dot_dtype(factors, rows_)
 
 
-def launch_gram(keys, out, precision, config):
+def launch_gram(keys: Table, out: Tensor, precision: str, config: Tile) -> None:
     """out [D, D] = keys^T keys over all rows of a table.
 
     Args:

@@ -6,9 +6,12 @@ Imports no Triton, so that `explain` works everywhere. Tiles come from what comp
 
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from ..aliases import Tile, Tiles
 from . import cost
 from .cost import CHUNK, ROW_ATOMS, SCORE_BYTES
 from .tiles import resident_tile, tiles
@@ -35,12 +38,12 @@ class Plan:
     path: str
     backward: str | None
     reason: str
-    seconds: dict = field(default_factory=dict, hash=False)
-    tiles: dict = field(default_factory=dict, hash=False)
+    seconds: dict[str, float] = field(default_factory=dict, hash=False)
+    tiles: dict[str, Any] = field(default_factory=dict, hash=False)
     chunk: int = 0
 
 
-def why_not_covered(atoms, top_k, dtype, precision="ieee"):
+def why_not_covered(atoms: int, top_k: int, dtype: str, precision: str = "ieee") -> str | None:
     """Why no kernel covers a call, one sentence with the limits, or None.
 
     Args: as for `plan`.
@@ -57,7 +60,9 @@ def why_not_covered(atoms, top_k, dtype, precision="ieee"):
     return None
 
 
-def saved_shapes(tokens, atoms, current, top_k, backward):
+def saved_shapes(
+    tokens: int, atoms: int, current: int, top_k: int, backward: str | None
+) -> tuple[tuple[int, int], ...]:
     """Shapes of (index, picked, scores, stats) that a backward needs; see `forward.Saved`.
 
     Args:
@@ -69,7 +74,7 @@ def saved_shapes(tokens, atoms, current, top_k, backward):
     return (tokens, count), (tokens, count), (tokens, columns), (4, tokens)
 
 
-def fixed_form(capacity, current, width, top_k):
+def fixed_form(capacity: int, current: int, width: int, top_k: int) -> str:
     """What is kept where shapes must not depend on tokens or live atoms: "dense" or "lists".
 
     Args:
@@ -81,22 +86,22 @@ def fixed_form(capacity, current, width, top_k):
 
 
 def plan(
-    tokens,
-    width,
-    out,
-    atoms,
-    top_k,
-    dtype="bfloat16",
-    training=False,
-    device="H100",
+    tokens: int,
+    width: int,
+    out: int,
+    atoms: int,
+    top_k: int,
+    dtype: str = "bfloat16",
+    training: bool = False,
+    device: str = "H100",
     *,
-    current=0,
-    joined=False,
-    precision="ieee",
-    path=None,
-    keep=None,
-    table=None,
-):
+    current: int = 0,
+    joined: bool = False,
+    precision: str = "ieee",
+    path: str | None = None,
+    keep: str | None = None,
+    table: Mapping[str, Any] | None = None,
+) -> Plan:
     """Choose path and tiles of one call.
 
     Args:
@@ -136,27 +141,27 @@ def plan(
 
 
 @functools.cache
-def shipped_table():
+def shipped_table() -> dict[str, Any]:
     """The tuned table that ships with the package."""
     return json.loads(Path(__file__).with_name("tuned.json").read_text(encoding="utf-8"))
 
 
 @functools.lru_cache(maxsize=4096)
 def _plan(
-    tokens,
-    width,
-    out,
-    atoms,
-    top_k,
-    dtype,
-    training,
-    device,
-    current,
-    joined,
-    precision,
-    path,
-    keep,
-):
+    tokens: int,
+    width: int,
+    out: int,
+    atoms: int,
+    top_k: int,
+    dtype: str,
+    training: bool,
+    device: str,
+    current: int,
+    joined: bool,
+    precision: str,
+    path: str | None,
+    keep: str | None,
+) -> Plan:
     rate = "half" if dtype != "float32" else "single" if precision == "ieee" else "six"
     shape = cost.Shape(
         tokens, width, out, atoms, current, top_k, 4 if dtype == "float32" else 2, rate, joined,
@@ -164,11 +169,11 @@ def _plan(
     )  # fmt: skip
     model = cost.device_model(device)
     pair = resident_tile(atoms, dtype, device)
-    fits = pair and width % 32 == 0 and out % 32 == 0
-    fits = fits and (top_k in NETWORK_TOP_K or top_k >= atoms)
-    sizes = tiles(shape, pair if fits else None, device, model.units, dtype)
-    seconds = cost.forward_times(model, shape, sum(pair) if fits else None, sizes)
-    if path == "resident" and fits:
+    if width % 32 or out % 32 or not (top_k in NETWORK_TOP_K or top_k >= atoms):
+        pair = None
+    sizes = tiles(shape, pair, device, model.units, dtype)
+    seconds = cost.forward_times(model, shape, sum(pair) if pair else None, sizes)
+    if path == "resident" and pair:
         seconds.setdefault("resident", 0.0)
     if top_k > LIST_TOP_K or (top_k >= atoms and keep != "lists"):
         seconds.pop("split-gather", None)
@@ -184,7 +189,7 @@ def _plan(
         seconds = {"split-gather": seconds["split-gather"]}
     if path is not None and path not in seconds:
         raise ValueError(f"path {path!r} does not cover this call; {', '.join(seconds)} do")
-    chosen = path or min(seconds, key=seconds.get)
+    chosen = path or min(seconds, key=seconds.__getitem__)
     others = [f"{n} {t * 1e6:.0f} us" for n, t in sorted(seconds.items(), key=lambda i: i[1])]
     reason = f"modelled on {model.name}: {', '.join(others)}" if path is None else "asked for"
     rows = max(64, SCORE_BYTES // (4 * atoms))
@@ -198,17 +203,17 @@ def _plan(
     )
 
 
-def _backward_of(path):
+def _backward_of(path: str) -> str:
     return "lists" if path == "split-gather" else "dense"
 
 
-def _bucket(tokens):
+def _bucket(tokens: int) -> int:
     """The number of tokens rounded up to an eighth of a power of two: few plans, same choice."""
     step = max(1, 1 << max(0, tokens.bit_length() - 4))
     return -(-tokens // step) * step
 
 
-def _tuned_tiles(chosen, tuned, width, out):
+def _tuned_tiles(chosen: Tiles, tuned: Mapping[str, Tile], width: int, out: int) -> dict[str, Any]:
     """Tiles with the measured ones in place; a key is a kernel's name or name/BLOCK_N."""
     chosen = dict(chosen)
     for key, config in tuned.items():

@@ -7,6 +7,7 @@ products reach in published measurements.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 # Fractions of the peak rates that kernels reach.
@@ -40,7 +41,7 @@ class Device:
     cache_bytes: float = 40e6
 
     @property
-    def issue(self):
+    def issue(self) -> float:
         """Warp instructions a second."""
         return 4 * self.units * self.clock
 
@@ -55,17 +56,17 @@ DEVICES = (
 )
 
 
-def device_model(name):
+def device_model(name: str) -> Device:
     """The rates for a device's full name; an H100's where it is not listed."""
     return next((device for device in DEVICES if device.name in name), H100)
 
 
-def flops(device, rate):
+def flops(device: Device, rate: str) -> float:
     """Peak FLOP/s of products at a rate."""
     return {"half": device.half, "single": device.single, "six": device.half / 6}[rate]
 
 
-def stream(device, size, cached=False):
+def stream(device: Device, size: float, cached: bool = False) -> float:
     """A kernel that only moves bytes."""
     inside = cached and size < device.cache_bytes
     rate = device.cache * CACHE_SHARE if inside else device.memory * MEMORY_SHARE
@@ -73,19 +74,19 @@ def stream(device, size, cached=False):
 
 
 def product(
-    device,
-    rows,
-    columns,
-    inner,
-    itemsize,
-    rate,
+    device: Device,
+    rows: int,
+    columns: int,
+    inner: int,
+    itemsize: int,
+    rate: str,
     *,
-    out=None,
-    extra=0,
-    library=False,
-    tile=None,
-    splits=1,
-):
+    out: int | None = None,
+    extra: float = 0,
+    library: bool = False,
+    tile: Sequence[int] | None = None,
+    splits: int = 1,
+) -> float:
     """A matrix product.
 
     Args:
@@ -127,7 +128,18 @@ def product(
     return best
 
 
-def _our_product(device, rows, columns, inner, itemsize, rate, out, extra, tile, splits):
+def _our_product(
+    device: Device,
+    rows: int,
+    columns: int,
+    inner: int,
+    itemsize: int,
+    rate: str,
+    out: int,
+    extra: float,
+    tile: Sequence[int],
+    splits: int,
+) -> float:
     tile_m, tile_n, tile_k = tile
     tile_n = min(tile_n, max(16, 1 << (columns - 1).bit_length()))
     tiles = math.ceil(rows / tile_m) * math.ceil(columns / tile_n)

@@ -6,13 +6,18 @@ The atoms lie in one tile of 16 to 128 columns or in two (96 = 64 + 32, 160 = 12
 recomputed from them. Equations: `moram_kernels/reference.py`.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.runtime.jit import KernelInterface
 
+from ..aliases import Settings, Tile
 from .launcher import cdiv, dot_dtype, launch, rows, target
 from .networks import network
-from .segments import row_pointers
+from .segments import Table, row_pointers
 from .threshold import count_from, drop_ties, tied_column
 from .weights import (
     candidates,
@@ -219,7 +224,18 @@ def _resident_kernel(
         tl.store(out_rows + column, update.to(out_ptr.dtype.element_ty), mask=mask_m[:, None])
 
 
-def launch_resident(x, keys, values, residual, out, activation, threshold, precision, config, save):
+def launch_resident(
+    x: Tensor,
+    keys: Table,
+    values: Table,
+    residual: Tensor | None,
+    out: Tensor,
+    activation: Settings,
+    threshold: bool,
+    precision: str,
+    config: Tile,
+    save: tuple[Tensor, Tensor] | None,
+) -> None:
     """out [M, O] = residual + update of the rows of x, in one launch.
 
     Args:
@@ -285,7 +301,7 @@ def launch_resident(x, keys, values, residual, out, activation, threshold, preci
     )
 
 
-def network_for(tile, tile2, top_k, device):
+def network_for(tile: int, tile2: int, top_k: int, device: torch.device) -> KernelInterface[Any]:
     """The network of a row in one tile or two.
 
     Args:

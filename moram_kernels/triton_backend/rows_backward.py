@@ -9,7 +9,9 @@ from the saved scores; the selection from the saved border value and the forward
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..aliases import Settings
 from .launcher import cdiv, launch, next_power_of_2
 from .threshold import drop_ties
 from .weights import candidates, clamped_norm, half_scale, shares, softmax_scale
@@ -107,7 +109,7 @@ def _rows_backward_kernel(
     tl.store(written_ptr + offs_current, cast, mask=is_current)
 
 
-def tiles(num_atoms):
+def tiles(num_atoms: int) -> tuple[dict[str, int], int]:
     """Rows and warps of a program: half as many elements a lane as the forward, for two tiles."""
     block = max(16, next_power_of_2(num_atoms))
     warps = 4 if block <= 128 else max(1, min(16, block // 512))
@@ -115,17 +117,17 @@ def tiles(num_atoms):
 
 
 def launch_rows_backward(
-    scores,
-    pull,
-    stats,
-    dscores,
-    written,
-    num_frozen,
-    activation,
-    threshold,
-    own=None,
-    unscale=None,
-):
+    scores: Tensor,
+    pull: Tensor,
+    stats: Tensor,
+    dscores: Tensor,
+    written: Tensor,
+    num_frozen: int,
+    activation: Settings,
+    threshold: bool,
+    own: Tensor | None = None,
+    unscale: Tensor | None = None,
+) -> None:
     """Fill dscores [M, N] and the weighted scores of the current atoms, written [M, C].
 
     Float16 dscores are filled with a power of two a row, over which unscale [M] takes them, both

@@ -6,9 +6,11 @@ the features is left in as many partial sums, to be added in fixed order by the 
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..aliases import Tile
 from .launcher import cdiv, dot_dtype, launch, rows
-from .segments import row_pointers
+from .segments import Table, row_pointers
 
 
 @triton.jit
@@ -64,7 +66,9 @@ def _score_kernel(
     tl.store(base + offs, acc, mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
 
 
-def launch_scores(a, table, out, precision, config, splits=1):
+def launch_scores(
+    a: Tensor, table: Table, out: Tensor, precision: str, config: Tile, splits: int = 1
+) -> None:
     """Write a [M, D] times the rows of a table, transposed, to out [M, N] or [splits, M, N].
 
     Args:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .launcher import rows
 
@@ -15,34 +16,34 @@ class Table(NamedTuple):
     Where the current rows lie right behind the frozen ones in one buffer, `whole` is both.
     """
 
-    frozen: torch.Tensor
-    current: torch.Tensor
-    whole: torch.Tensor | None
+    frozen: Tensor
+    current: Tensor
+    whole: Tensor | None
 
     @classmethod
-    def of(cls, frozen, current):
+    def of(cls, frozen: Tensor, current: Tensor) -> "Table":
         """A table from two matrices of equal width, which are not copied if rows are contiguous."""
         frozen, current = rows(frozen), rows(current)
         return cls(frozen, current, _joined(frozen, current))
 
     @property
-    def num_frozen(self):
+    def num_frozen(self) -> int:
         return self.frozen.shape[0]
 
     @property
-    def num_rows(self):
+    def num_rows(self) -> int:
         return self.frozen.shape[0] + self.current.shape[0]
 
     @property
-    def width(self):
+    def width(self) -> int:
         return self.frozen.shape[1]
 
     @property
-    def dtype(self):
+    def dtype(self) -> torch.dtype:
         return self.frozen.dtype
 
     @property
-    def aligned(self):
+    def aligned(self) -> bool:
         """Whether every row starts at a multiple of 16 bytes."""
         pieces = (piece for piece in (self.frozen, self.current) if piece.shape[0])
         return all(
@@ -50,14 +51,14 @@ class Table(NamedTuple):
             for piece in pieces
         )
 
-    def args(self):
+    def args(self) -> tuple[Tensor, Tensor, int, int, int]:
         """(frozen, current, num_frozen, stride of frozen, stride of current) for a kernel."""
         frozen = self.frozen if self.num_frozen else self.current
         current = self.current if self.current.shape[0] else self.frozen
         return frozen, current, self.num_frozen, frozen.stride(0), current.stride(0)
 
 
-def _joined(frozen, current):
+def _joined(frozen: Tensor, current: Tensor) -> Tensor | None:
     if current.shape[0] == 0:
         return frozen
     if frozen.shape[0] == 0:

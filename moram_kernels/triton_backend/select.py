@@ -8,7 +8,9 @@ gather). Wider rows: `select_wide.py`. Equations: `moram_kernels/reference.py`.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..aliases import Settings
 from .launcher import cdiv, launch, next_power_of_2
 from .threshold import select_rows
 from .weights import (
@@ -112,7 +114,7 @@ def _select_kernel(
         store_stats(stats_ptr + first, offs_m, stride_stats, mask_m, norm, top, inverse_sum, value)
 
 
-def tiles(num_atoms):
+def tiles(num_atoms: int) -> tuple[dict[str, int], int]:
     """Rows and warps of a program that holds rows of that many atoms in registers."""
     block = max(16, next_power_of_2(num_atoms))
     if block <= 128:
@@ -123,16 +125,16 @@ def tiles(num_atoms):
 
 
 def launch_select(
-    scores,
-    activation,
-    threshold,
+    scores: Tensor,
+    activation: Settings,
+    threshold: bool,
     *,
-    written=None,
-    unscale=None,
-    lists=None,
-    current=None,
-    stats=None,
-):
+    written: Tensor | None = None,
+    unscale: Tensor | None = None,
+    lists: tuple[Tensor, Tensor, Tensor] | None = None,
+    current: tuple[Tensor, int] | None = None,
+    stats: Tensor | None = None,
+) -> None:
     """Select from scores [M, N], N <= 8192, into preallocated outputs.
 
     Args:
@@ -148,6 +150,7 @@ def launch_select(
     num_rows, num_atoms = scores.shape
     top_k, temperature, level, eps = activation
     index, written, picked = lists or (scores, written, scores)
+    assert written is not None, "either written or lists"
     kept, num_frozen = current or (scores, 0)
     blocks, warps = tiles(num_atoms)
     launch(

@@ -7,7 +7,9 @@ index order, so that of equal scores the lowest index wins.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..aliases import Settings
 from .cost import CHUNK
 from .launcher import cdiv, launch, next_power_of_2
 from .threshold import select_rows
@@ -109,7 +111,14 @@ def _combine_kernel(
         tl.store(stats_ptr + m + tl.arange(0, 1), norm)
 
 
-def launch_select_wide(scores, activation, threshold, lists, current=None, stats=None):
+def launch_select_wide(
+    scores: Tensor,
+    activation: Settings,
+    threshold: bool,
+    lists: tuple[Tensor, Tensor, Tensor],
+    current: tuple[Tensor, int] | None = None,
+    stats: Tensor | None = None,
+) -> None:
     """Select from scores [M, N] of any N >= top_k into lists, in two launches.
 
     Args: as for `select.launch_select`; of stats only the norm is filled.

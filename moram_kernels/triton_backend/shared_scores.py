@@ -4,12 +4,16 @@ The same products in the same order as `scores.py`, hence the same bits; one lau
 or three, and neighbouring programs read the same rows of x while L2 still holds them.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..aliases import Tile
 from .launcher import cdiv, dot_dtype, launch, rows
-from .segments import row_pointers
+from .segments import Table, row_pointers
 
 MAX_TABLES = 3
 
@@ -92,7 +96,9 @@ def _shared_score_kernel(
     tl.store(out_ptr + offs, acc, mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
 
 
-def launch_shared_scores(x, tables, precision, config):
+def launch_shared_scores(
+    x: Tensor, tables: Sequence[Table], precision: str, config: Tile
+) -> list[Tensor]:
     """Scores float32 [M, N_i] of x [M, D] for two or three tables, views of one tensor.
 
     Args:

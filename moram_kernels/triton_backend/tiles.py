@@ -4,6 +4,10 @@ What is offered here is compiled by `tests/compile_gate` for every target; of se
 the cost model takes the fastest. Imports no Triton.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..aliases import Tile
 from . import cost
 
 # GPUs by the compiler's target; tiles are chosen per target.
@@ -22,13 +26,13 @@ AGGREGATES = ((64, 128, 4), (128, 128, 8), (128, 256, 8))
 LARGE = ("sm_90", "sm_100")
 
 
-def target_of(device):
+def target_of(device: str) -> str:
     """The compiler's target for a GPU's name; sm_80, whose tiles fit everywhere, if unknown."""
     names = ((part, target) for target, parts in TARGETS.items() for part in parts)
     return next((target for part, target in names if part in device), "sm_80")
 
 
-def resident_tile(atoms, dtype, device):
+def resident_tile(atoms: int, dtype: str, device: str) -> tuple[int, int] | None:
     """(first, second) tile of the resident kernel that holds that many atoms, or None."""
     target = target_of(device)
     # What is wider spills: a float32 product takes registers of its own.
@@ -38,7 +42,9 @@ def resident_tile(atoms, dtype, device):
     return next((pair for pair in pairs if widest >= sum(pair) >= atoms), None)
 
 
-def tiles(shape, pair, device, units, dtype):
+def tiles(
+    shape: cost.Shape, pair: tuple[int, int] | None, device: str, units: int, dtype: str
+) -> dict[str, Any]:
     """Tiles of every kernel a shape can need, by the kernel's name.
 
     Args:
@@ -75,11 +81,11 @@ def tiles(shape, pair, device, units, dtype):
     return chosen
 
 
-def _power_of_2(size):
+def _power_of_2(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _scores(shape, device, rows, loose, common):
+def _scores(shape: cost.Shape, device: str, rows: int, loose: int, common: Tile) -> Tile:
     block, columns = 32 if shape.itemsize == 4 else 64, max(16, _power_of_2(shape.atoms))
     if shape.tokens <= 64:
         few = max(16, min(rows, _power_of_2(shape.tokens)))
@@ -99,7 +105,7 @@ def _scores(shape, device, rows, loose, common):
     return _fastest(choices, lambda tile: cost.scores(shape, device, tile))
 
 
-def _aggregate(shape, device, rows, loose, common):
+def _aggregate(shape: cost.Shape, device: str, rows: int, loose: int, common: Tile) -> Tile:
     small = shape.itemsize == 4
     usual = {"BLOCK_M": rows, "BLOCK_N": 32, "BLOCK_O": 128, **common}
     if small:
@@ -115,12 +121,14 @@ def _aggregate(shape, device, rows, loose, common):
     return _fastest(choices, lambda tile: cost.aggregate(shape, device, tile))
 
 
-def _fastest(choices, seconds):
+def _fastest(choices: Sequence[Tile], seconds: Callable[[Tile], float]) -> Tile:
     """The choice of the least modelled time, the first of them if several are equal."""
     return min(choices, key=seconds)
 
 
-def _resident(shape, pair, target, rows, common, dtype):
+def _resident(
+    shape: cost.Shape, pair: tuple[int, int], target: str, rows: int, common: Tile, dtype: str
+) -> dict[str, int]:
     first, second = pair
     columns, small = first + second, shape.itemsize == 4
     tall = columns > 64 and not small

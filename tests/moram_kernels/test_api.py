@@ -9,7 +9,7 @@ import torch
 from support import ROOT
 
 import moram_kernels
-from moram_kernels import SelfActivation, available_backends, retrieve
+from moram_kernels import SelfActivation, available_backends, retrieve, retrieve_linear
 
 HEAVY = ("triton", "transformers", "open_clip", "peft", "torchvision", "matplotlib")
 
@@ -53,6 +53,15 @@ def test_tensors_must_be_tensors(name):
 def test_what_is_always_needed_must_not_be_none(name, others):
     changes = {} if others else {"current_keys": None, "current_values": None}
     assert_refused(TypeError, f"{name} must be a tensor, got NoneType", **changes, **{name: None})
+
+
+@pytest.mark.parametrize("name", ["keys", "values", "current_keys", "current_values"])
+def test_onto_a_linear_tensors_must_be_tensors_too(name):
+    call = arguments() | {name: [1.0]}
+    del call["residual"]
+    weight = torch.zeros(arguments()["values"].shape[1], call["x"].shape[-1])
+    with pytest.raises(TypeError, match=f"{name} must be a tensor, got list"):
+        retrieve_linear(weight=weight, bias=None, **call)
 
 
 @pytest.mark.parametrize("name", ["current_keys", "current_values"])

@@ -1,0 +1,16 @@
+"""Names of types that several files share. No code lives here."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+# top_k, temperature, threshold, eps of a `SelfActivation`.
+Settings = tuple[int, float, float, float]
+# Frozen keys and values, current keys and values.
+Bank = tuple[Tensor, Tensor, Tensor, Tensor]
+# Of x, the current keys and the current values; None where none is wanted.
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+# A kernel's blocks, warps and stages; then those of all kernels by name, beside numbers of splits.
+Tile = Mapping[str, int]
+Tiles = Mapping[str, Any]
