@@ -1,5 +1,7 @@
 """Data parallelism without a wrapper: the adapters' gradients, which are small, are summed."""
 
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 
@@ -25,6 +27,10 @@ class Processes:
         """The part of a sequence that this process works on."""
         return rows[self.rank :: self.world]
 
+    def places(self, count):
+        """Which of so many rows are this process's, int64."""
+        return torch.arange(self.rank, count, self.world)
+
     def sum(self, tensors):
         """Add up tensors of equal dtype over all processes, in place, in one message."""
         tensors = list(tensors)
@@ -46,6 +52,41 @@ class Processes:
         for rank, part in enumerate(parts):
             merged[rank :: self.world] = part
         return merged
+
+    def whole(self, rows, count):
+        """The rows [count, ...] of all processes, undoing `share`; this one's own have a graph."""
+        if self.world == 1:
+            return rows
+        places = self.places(count).to(rows.device)
+        others = rows.new_zeros(count, *rows.shape[1:])
+        others[places] = rows.detach()
+        self.sum([others])
+        return others.index_copy(0, places, rows)
+
+    def part(self, shared):
+        """A tensor that all processes computed alike; its gradients, summed over them, are whole."""
+        if self.world == 1:
+            return shared
+        return shared.detach() + (shared - shared.detach()) / self.world
+
+    @contextmanager
+    def drawing_alike(self):
+        """Torch's global generator on the CPU is the first process's in here."""
+        if self.world == 1:
+            yield
+            return
+        state = self.broadcast(torch.get_rng_state())
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(state)
+            yield
+
+    def first_then_others(self, function):
+        """What a function returns, called in the first process before the others: it may leave
+        files that these find."""
+        if self.is_first:
+            found = function()
+        self.wait()
+        return found if self.is_first else function()
 
     def broadcast(self, value):
         """The first process's value of a small picklable object."""

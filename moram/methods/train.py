@@ -129,7 +129,9 @@ class TaskTrainer:
 
     Args:
         model, method: the method's `begin_task` was called.
-        data: has `len`, `num_labels(rows)` and what the objective reads.
+        data: has `len`, `num_labels(rows)` and what the objective reads. Where `joint` is true, a
+            batch has one loss that is no sum over its rows: the objective gets whole batches and
+            `processes`, among which it shares the rows out itself.
         settings: `TrainSettings`.
         index: the task's place in the stream.
         processes: `Processes`; None = this one alone.
@@ -141,6 +143,7 @@ class TaskTrainer:
     def __init__(self, model, method, data, settings, index, processes=None, objective=None):
         self.model, self.method, self.data, self.settings = model, method, data, settings
         self.index = index
+        self.joint = getattr(data, "joint", False)
         self.objective = summed_loss if objective is None else objective
         self.processes = Processes() if processes is None else processes
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -197,9 +200,9 @@ class TaskTrainer:
         for part in self._parts(rows):
             if part is None:
                 # A sharded base needs as many passes in every process: this one counts nothing.
-                (self.objective(self.model, self.data, rows[:1])[0] * 0).backward()
+                (self._objective(rows[:1])[0] * 0).backward()
                 continue
-            summed, _, examples = self.objective(self.model, self.data, part, per_example)
+            summed, _, examples = self._objective(part, per_example)
             share = summed / max(1, total)
             loss += share.detach()
             extra = self.method.auxiliary(self.model)
@@ -226,8 +229,14 @@ class TaskTrainer:
         self.optimizer.zero_grad()
         return loss.item()
 
+    def _objective(self, rows, per_example=False):
+        more = {"processes": self.processes} if self.joint else {}
+        return self.objective(self.model, self.data, rows, per_example, **more)
+
     def _parts(self, rows):
         """This process's micro-batches of a step; None is a pass for the other processes' sake."""
+        if self.joint:
+            return [rows]
         size = self.settings.micro_batch or len(rows)
         mine = self.processes.share(rows)
         parts = list(mine.split(size)) if len(mine) else []
