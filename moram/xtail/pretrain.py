@@ -141,8 +141,8 @@ def draw_world(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     shown = np.empty(count, np.int64)
     for i, kind in enumerate(kinds):
         shown[i] = generator.integers(first[kind], first[kind + 1])
-        name, thing, _ = things[shown[i]]
-        images[i] = render(name, thing, world_style(generator), generator)
+        group, name, _ = things[shown[i]]
+        images[i] = render(group, name, world_style(generator), generator)
     return images, shown
 
 
