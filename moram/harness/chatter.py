@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 # Logger: how a message of it begins, its arguments aside. About the library's own code and
@@ -15,7 +16,7 @@ MODULES = r"torchao\."
 
 
 @contextmanager
-def without_chatter():
+def without_chatter() -> Iterator[None]:
     """Within it, libraries that a command imports do not speak of themselves."""
     filters = {name: _without(start) for name, start in MESSAGES.items()}
     for name, drop in filters.items():
@@ -29,5 +30,5 @@ def without_chatter():
             logging.getLogger(name).removeFilter(drop)
 
 
-def _without(start):
+def _without(start: str) -> Callable[[logging.LogRecord], bool]:
     return lambda record: not str(record.msg).startswith(start)

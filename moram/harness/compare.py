@@ -1,11 +1,16 @@
 """Which settings make two runs different: for going on with one, and for tables of several."""
 
 import json
+from collections.abc import Iterator, Mapping, Set
+from typing import Any
 
+from .files import Results
 from .settings import StreamSettings
 
 
-def differences(settings: StreamSettings, saved: dict, tied: set[str] | frozenset = frozenset()):
+def differences(
+    settings: StreamSettings, saved: Mapping[str, Any], tied: Set[str] = frozenset()
+) -> list[str]:
     """Settings, among those that change results, in which a run and a saved one differ.
 
     Args:
@@ -24,7 +29,7 @@ def differences(settings: StreamSettings, saved: dict, tied: set[str] | frozense
     ]
 
 
-def groups(runs: list[dict], kind: type[StreamSettings]):
+def groups(runs: list[Results], kind: type[StreamSettings]) -> dict[str, list[Results]]:
     """Runs by name, with the settings that differ among those of one method.
 
     Args:
@@ -35,7 +40,8 @@ def groups(runs: list[dict], kind: type[StreamSettings]):
         ValueError: two runs differ in nothing.
     """
     settings = [{k: json.dumps(v) for k, v in _flat(run["settings"], kind)} for run in runs]
-    found, seen = {}, set()
+    found: dict[str, list[Results]] = {}
+    seen = set()
     for run, own in zip(runs, settings, strict=True):
         same = [other for r, other in zip(runs, settings, strict=True) if r["name"] == run["name"]]
         keys = sorted({key for other in same for key in other})
@@ -50,7 +56,7 @@ def groups(runs: list[dict], kind: type[StreamSettings]):
     return found
 
 
-def _flat(settings, kind):
+def _flat(settings: Mapping[str, Any], kind: type[StreamSettings]) -> Iterator[tuple[str, Any]]:
     passed = kind.with_rule("free") | kind.with_rule("same_row")
     for key, value in settings.items():
         if key in passed:

@@ -5,8 +5,12 @@ import inspect
 import json
 import re
 import textwrap
-from dataclasses import MISSING, fields
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, fields
+from typing import Any, NamedTuple
+
+# By name: settings for all methods, under "*", and for single ones.
+Presets = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
 class Meaning(NamedTuple):
@@ -16,7 +20,15 @@ class Meaning(NamedTuple):
     text: str
 
 
-def describe(kind, presets, preset, method, *, related=(), width=100):
+def describe(
+    kind: type,
+    presets: Presets,
+    preset: str,
+    method: str,
+    *,
+    related: Iterable[type] = (),
+    width: int = 100,
+) -> str:
     """Every setting with its default, what a preset sets it to, and its meaning.
 
     Args:
@@ -43,13 +55,13 @@ def describe(kind, presets, preset, method, *, related=(), width=100):
     return "\n".join(lines)
 
 
-def preset_values(presets, preset, method):
+def preset_values(presets: Presets, preset: str, method: str) -> dict[str, Any]:
     """What a preset sets for a method; the dict and all in it belong to the caller."""
     start = copy.deepcopy(presets[preset])
     return {"preset": preset, "method": method, **start["*"], **start.get(method, {})}
 
 
-def meanings(kind, related=()):
+def meanings(kind: type, related: Iterable[type] = ()) -> dict[str, Meaning]:
     """What each field of a dataclass means, from the Args of its docstring and of its bases'.
 
     An entry may begin with several names ("suite, order: ..."), each with or without a mark
@@ -64,7 +76,7 @@ def meanings(kind, related=()):
     """
     name = rf"(?:{'|'.join(item.name for item in fields(kind))})\*?"
     head = re.compile(rf"(?:^|(?<=\. ))({name}(?:, {name})*): ")
-    found = {}
+    found: dict[str, Meaning] = {}
     # A class says more of a field than its bases.
     for base in reversed(kind.__mro__):
         for entry in _entries(base.__dict__.get("__doc__")):
@@ -82,28 +94,28 @@ def meanings(kind, related=()):
     return found
 
 
-def _entries(doc):
+def _entries(doc: str | None) -> list[str]:
     """The entries below "Args:" in a docstring, each as one line."""
     section = re.search(r"^Args:\n((?:(?: {4}.*)?\n)*)", inspect.cleandoc(doc or "") + "\n", re.M)
     blocks = re.split(r"^ {4}(?! )", section[1], flags=re.M) if section else []
     return [" ".join(block.split()) for block in blocks if block.strip()]
 
 
-def _introduction(kind):
+def _introduction(kind: type) -> list[str]:
     """The paragraphs of a docstring between its first line and its sections, each as one line."""
     head = re.split(r"^\w[\w, ]*:\n", inspect.cleandoc(kind.__doc__ or ""), flags=re.M)[0]
     return [" ".join(text.split()) for text in head.split("\n\n")[1:] if text.strip()]
 
 
-def _default(item):
+def _default(item: Field) -> Any:
     return item.default if item.default_factory is MISSING else item.default_factory()
 
 
-def _json(value):
+def _json(value: Any) -> str:
     return json.dumps(value, default=str, ensure_ascii=False)
 
 
-def _indented(text, width):
+def _indented(text: str, width: int) -> list[str]:
     indent = " " * 4
     return textwrap.wrap(
         text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False

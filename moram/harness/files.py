@@ -4,29 +4,34 @@ import json
 import os
 import shutil
 import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 
+# What a run's results.json holds.
+Results = dict[str, Any]
 
-def write_text(path, text):
+
+def write_text(path: str | Path, text: str) -> None:
     """Write a file in one step: a crash or a full disk leaves the old one, or none."""
     write_bytes(path, text.encode())
 
 
-def write_bytes(path, content):
+def write_bytes(path: str | Path, content: bytes) -> None:
     """`write_text` of bytes."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _replace(path, lambda file: file.write(content))
 
 
-def write_json(path, value):
+def write_json(path: str | Path, value: Any) -> None:
     """`write_text` of a value as JSON."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(path):
+def read_json(path: str | Path) -> Any:
     """The value in a JSON file, or None where there is none.
 
     Raises:
@@ -41,12 +46,12 @@ def read_json(path):
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def write_state(path, state):
+def write_state(path: str | Path, state: Mapping[str, Any]) -> None:
     """`write_text` of nested dicts of tensors."""
     _replace(Path(path), lambda file: torch.save(state, file))
 
 
-def read_state(path):
+def read_state(path: str | Path) -> dict[str, Any] | None:
     """What `write_state` wrote, on the CPU, or None where there is none.
 
     Raises:
@@ -60,7 +65,7 @@ def read_state(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def check_space(folder, needed):
+def check_space(folder: str | Path, needed: float) -> None:
     """Raise OSError unless the disk has room for that many bytes, before hours of work."""
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -70,7 +75,7 @@ def check_space(folder, needed):
         )
 
 
-def _replace(path, write):
+def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:

@@ -9,7 +9,7 @@ import torch
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def reset_peak(device):
+def reset_peak(device: torch.device) -> None:
     """Start a new stretch. Without Linux's /proc, the peak stays that of the whole process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -19,7 +19,7 @@ def reset_peak(device):
             _CLEAR.write_text("5")
 
 
-def peak_mib(device):
+def peak_mib(device: torch.device) -> float:
     """Peak since `reset_peak`: of the device's allocations, or of the resident set on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20

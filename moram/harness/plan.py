@@ -1,12 +1,13 @@
 """What a run will do: everything that follows from its settings and its data, without a model."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence, Sized
-from typing import Protocol
+from collections.abc import Iterable, Sequence, Sized
+from typing import Any, Protocol
 
 from ..methods.base import Method
 from ..methods.registry import accepted_arguments, make_method
 from ..methods.train import TrainSettings
+from .progress import Log
 from .settings import StreamSettings
 
 
@@ -45,7 +46,7 @@ class StreamPlan(ABC):
     has_untrained: bool
     source: str
 
-    def __init__(self, settings: StreamSettings, log: Callable[[str], object] = print):
+    def __init__(self, settings: StreamSettings, log: Log = print) -> None:
         self.settings = settings
         self.method = self.build_method(settings)
         self.stream = self.read(log)
@@ -55,7 +56,7 @@ class StreamPlan(ABC):
         self.check()
 
     @abstractmethod
-    def read(self, log: Callable[[str], object]) -> Sequence[TaskData]:
+    def read(self, log: Log) -> Sequence[TaskData]:
         """The tasks, cut to the limits of the settings."""
 
     @property
@@ -75,7 +76,7 @@ class StreamPlan(ABC):
                 )
 
     @classmethod
-    def arguments(cls, settings: StreamSettings) -> dict:
+    def arguments(cls, settings: StreamSettings) -> dict[str, Any]:
         """What a method is made with, where it takes it; method_args come on top."""
         names = ("targets", "exclude", "rank", "dropout", "seed")
         return {name: getattr(settings, name) for name in names}

@@ -1,16 +1,24 @@
 """Pictures of R. Reads results, computes nothing that is not in them."""
 
+from __future__ import annotations
+
 import io
 import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .files import write_bytes
+from .files import Results, write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
-def draw_matrices(runs, path):
+def draw_matrices(runs: Sequence[Results], path: str | Path) -> None:
     """Draw the accuracy matrix of each run, rows are time.
 
     Args:
-        runs: list of results. path: PNG file to write.
+        runs: results. path: PNG file to write.
     """
     # Drawn without pyplot, which keeps global state and may open windows.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -31,7 +39,7 @@ def draw_matrices(runs, path):
     write_bytes(path, image.getvalue())
 
 
-def _draw(axis, run):
+def _draw(axis: Axes, run: Results) -> None:
     tasks = run["tasks"]
     values = [[math.nan if v is None else v for v in row] for row in run["matrix"]]
     axis.imshow(values, vmin=0, vmax=100, cmap="viridis", aspect="auto")

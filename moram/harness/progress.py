@@ -1,15 +1,29 @@
 """What a run says while it runs: bars with their remaining time, steps.csv, TensorBoard."""
 
+from __future__ import annotations
+
 import csv
 import io
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Self, TextIO
 
 from .files import write_text
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from ..methods.train import TaskTrainer
+    from ..processes import Processes
+    from .settings import StreamSettings
 
 STEPS = "steps.csv"
 MINUTE = 60.0
 COLUMNS = ("stage", "step", "loss", "lr", "seconds")
+# Is called with lines of text.
+Log = Callable[[str], object]
 
 
 class Bar:
@@ -17,11 +31,19 @@ class Bar:
 
     Args:
         total: examples. name: of the bar. settings: of the run; says whether it is quiet.
-        processes: `Processes`; only the first of them says anything.
+        processes: only the first of them says anything.
         log: called with the lines. prefix: what the lines begin with; None = the name.
     """
 
-    def __init__(self, total, name, settings, processes, log=print, prefix=None):
+    def __init__(
+        self,
+        total: int,
+        name: str,
+        settings: StreamSettings,
+        processes: Processes,
+        log: Log = print,
+        prefix: str | None = None,
+    ) -> None:
         from tqdm import tqdm
 
         self.total, self.done, self.log = max(1, total), 0, log
@@ -32,13 +54,13 @@ class Bar:
         self.bar = tqdm(total=total, unit="ex", desc=name, mininterval=1, disable=not shown)
         self.speaks = not shown and not silent
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def advance(self, count):
+    def advance(self, count: int) -> None:
         """So many more examples are done."""
         self.bar.update(count)
         self.done += count
@@ -49,11 +71,11 @@ class Bar:
             share = 100 * self.done / self.total
             self.log(f"{self.prefix}{share:.0f} %, about {rest:.0f} minutes to go")
 
-    def note(self, text):
+    def note(self, text: str) -> None:
         """Show a text behind the bar."""
         self.bar.set_postfix_str(text, refresh=False)
 
-    def close(self):
+    def close(self) -> None:
         """The examples are done, or given up."""
         self.bar.close()
 
@@ -66,16 +88,24 @@ class Progress:
         processes, log: see `Bar`.
     """
 
-    def __init__(self, total, settings, out, processes, log=print):
+    def __init__(
+        self,
+        total: int,
+        settings: StreamSettings,
+        out: Path,
+        processes: Processes,
+        log: Log = print,
+    ) -> None:
         self.bar = Bar(total, settings.method, settings, processes, log, prefix="")
         self.first, self.path, self.size = processes.is_first, out / STEPS, settings.batch_size
-        self.file = self.board = None
+        self.file: TextIO | None = None
+        self.board: SummaryWriter | None = None
         if settings.tensorboard and self.first:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(out / "tensorboard")
 
-    def start_stage(self, stage, done):
+    def start_stage(self, stage: int, done: int) -> None:
         """Training of a stage begins at a step: rows that a killed run wrote beyond it go."""
         self.bar.advance(done * self.size)
         self.start = time.perf_counter()
@@ -91,7 +121,7 @@ class Progress:
         write_text(self.path, text.getvalue())
         self.file = open(self.path, "a", newline="", encoding="utf-8")  # noqa: SIM115
 
-    def step(self, trainer, loss):
+    def step(self, trainer: TaskTrainer, loss: float) -> None:
         """A step was made."""
         self.bar.advance(self.size)
         self.bar.note(f"task {trainer.index + 1} loss {loss:.3f}")
@@ -106,17 +136,17 @@ class Progress:
             self.board.add_scalar(f"loss/{trainer.index}", loss, trainer.done)
             self.board.add_scalar(f"lr/{trainer.index}", rate, trainer.done)
 
-    def end_stage(self):
+    def end_stage(self) -> None:
         """Training of a stage ended."""
         if self.file is not None:
             self.file.close()
             self.file = None
 
-    def answered(self, count):
+    def answered(self, count: int) -> None:
         """Examples were answered, or had been before."""
         self.bar.advance(count)
 
-    def close(self):
+    def close(self) -> None:
         """The run is over."""
         self.end_stage()
         self.bar.close()

@@ -1,15 +1,16 @@
 """What results come to: the numbers that follow from R, one table of several runs, files."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any, ClassVar
 
 from .compare import groups
-from .files import write_text
+from .files import Results, write_text
 from .settings import StreamSettings
 from .tables import (
+    Table,
     cost_cells,
     latex,
     markdown,
@@ -18,9 +19,6 @@ from .tables import (
     spread,
     write_csv,
 )
-
-Results = dict[str, Any]
-Table = tuple[list[str], list[list[str]]]
 
 
 class Report(ABC):
@@ -35,7 +33,7 @@ class Report(ABC):
     format: ClassVar[Any]
     command: ClassVar[str]
     settings: ClassVar[type[StreamSettings]]
-    summary: ClassVar[dict[str, tuple[str, Callable]]]
+    summary: ClassVar[dict[str, tuple[str, Callable[[Sequence[Sequence[float]]], float]]]]
     shows_tasks: ClassVar[bool] = True
     unit: ClassVar[str] = "stage"
     stored: ClassVar[str] = ".1f"

@@ -6,7 +6,7 @@ What the tasks are made of, and how they are scored, is a subclass's business.
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,10 +20,10 @@ from ..layers import Adapter
 from ..methods.train import Stage, TaskTrainer
 from ..processes import Processes
 from .compare import differences
-from .files import check_space, read_json, read_state, write_json, write_state
+from .files import Results, check_space, read_json, read_state, write_json, write_state
 from .memory import peak_mib, reset_peak
 from .plan import StreamPlan
-from .progress import STEPS, Bar, Progress
+from .progress import STEPS, Bar, Log, Progress
 from .report import Report
 from .settings import EXAMPLES, StreamSettings
 
@@ -57,11 +57,11 @@ class Run(ABC):
     def __init__(
         self,
         settings: StreamSettings,
-        log: Callable[[str], object] = print,
+        log: Log = print,
         stop: Callable[[], bool] = lambda: False,
         device: torch.device | None = None,
         processes: Processes | None = None,
-    ):
+    ) -> None:
         self.settings, self.stop = settings, stop
         self.processes = Processes() if processes is None else processes
         self.device = pick_device() if device is None else device
@@ -70,7 +70,7 @@ class Run(ABC):
         quiet = settings.quiet or not self.processes.is_first
         self.log = (lambda line: None) if quiet else log
         self.out = Path(settings.out)
-        self.costs = []
+        self.costs: list[dict[str, float]] = []
 
     @abstractmethod
     def make_plan(self) -> StreamPlan:
@@ -99,11 +99,11 @@ class Run(ABC):
         """The context in which the model is trained, where it is not the one that is scored."""
         return nullcontext()
 
-    def more_results(self, results: dict[str, Any]) -> dict[str, Any]:
+    def more_results(self, results: Results) -> dict[str, Any]:
         """What results.json holds besides what every run writes."""
         return {}
 
-    def execute(self):
+    def execute(self) -> Results:
         """Run to the end; returns what was written to results.json."""
         self.check()
         done = read_json(self.out / RESULTS)
@@ -129,7 +129,7 @@ class Run(ABC):
         self.processes.wait()
         return results
 
-    def check(self):
+    def check(self) -> None:
         """Check all that needs no model."""
         self.plan = self.make_plan()
         self.method, self.stream = self.plan.method, self.plan.stream
@@ -138,7 +138,7 @@ class Run(ABC):
 
         self.open_folder()
 
-    def prepare(self):
+    def prepare(self) -> None:
         """Load the model, and make everything ready to train."""
         self.load()
         self.method.setup(self.model)
@@ -156,11 +156,11 @@ class Run(ABC):
             write_json(self.out / CONFIG, {**self.settings.to_dict(), EXAMPLES: fingerprint})
         self.processes.wait()
 
-    def watch(self, name, total):
+    def watch(self, name: str, total: int) -> Bar:
         """A `Bar` over what is prepared before the run's own bar begins."""
         return Bar(total, name, self.settings, self.processes, self.log)
 
-    def open_folder(self):
+    def open_folder(self) -> None:
         """Make the folder, or check that what it holds is of this very run."""
         self.out.mkdir(parents=True, exist_ok=True)
         saved = read_json(self.out / CONFIG)
@@ -176,7 +176,7 @@ class Run(ABC):
             )
         self.processes.wait()
 
-    def restore(self):
+    def restore(self) -> None:
         """Take over the state of an earlier run, if there is one."""
         state = read_state(self.out / STATE)
         self.state = {"stage": -1, "finished": True} if state is None else state
@@ -193,7 +193,7 @@ class Run(ABC):
         self.method.load_state_dict(state["method"])
         self.log(f"going on: stage {state['stage'] + 1} of {len(self.plan.stages)}")
 
-    def learn(self, number, members):
+    def learn(self, number: int, members: Sequence[int]) -> None:
         """Train one stage, or what is left of it."""
         state = self.state
         if number < state["stage"] or (number == state["stage"] and state["finished"]):
@@ -217,7 +217,7 @@ class Run(ABC):
         self.state = {"stage": number, "finished": True}
         self.save()
 
-    def take_steps(self, number, stage, saved):
+    def take_steps(self, number: int, stage: Stage, saved: dict[str, Any] | None) -> None:
         """Train on a stage's data, from the start or from where the saved trainer stood."""
         trainer = TaskTrainer(
             self.model,
@@ -238,7 +238,7 @@ class Run(ABC):
         if trainer.done > began:
             warn_uncalled(self.model)
 
-    def after_step(self, trainer, loss):
+    def after_step(self, trainer: TaskTrainer, loss: float) -> None:
         """Log, and save now and then, or when asked to stop."""
         self.progress.step(trainer, loss)
         stop = self.asked_to_stop()
@@ -254,18 +254,18 @@ class Run(ABC):
                 "command goes on from here"
             )
 
-    def asked_to_stop(self):
+    def asked_to_stop(self) -> bool:
         """Whether the first process was asked to stop: all of them stop together."""
         return self.processes.broadcast(self.stop())
 
-    def note_costs(self):
+    def note_costs(self) -> None:
         """Add up what this stage has cost since the last note."""
         now = time.perf_counter()
         self.costs[-1]["seconds"] += now - self.noted
         self.costs[-1]["peak_mib"] = max(self.costs[-1]["peak_mib"], peak_mib(self.device))
         self.noted = now
 
-    def save(self):
+    def save(self) -> None:
         """Write the state: everything a run needs to go on."""
         self.saved = time.perf_counter()
         if not self.processes.is_first:
@@ -281,7 +281,7 @@ class Run(ABC):
             },
         )
 
-    def score(self, number, members):
+    def score(self, number: int | str, members: Iterable[int]) -> None:
         """Answer and score some tasks, each once and for all."""
         for i in members:
             path = self.prediction(number, i)
@@ -300,16 +300,16 @@ class Run(ABC):
                 write_json(path, found)
             self.processes.wait()
 
-    def prediction(self, number, i):
+    def prediction(self, number: int | str, i: int) -> Path:
         """Where the answers of a stage to a task are kept."""
         return self.out / "predictions" / f"results-{number}-{i}-{self.stream[i].name}.json"
 
-    def scores(self, number):
+    def scores(self, number: int | str) -> list[float | None]:
         """A row of R: a score for each task, None where there is none."""
         found = [read_json(self.prediction(number, i)) for i in range(len(self.stream))]
         return [None if f is None else f["eval"]["score"] for f in found]
 
-    def write(self, number, complete=False):
+    def write(self, number: int, complete: bool = False) -> Results:
         """Write results.json and, at the end, the tables and the picture."""
         settings = self.settings
         results = {
@@ -335,12 +335,12 @@ class Run(ABC):
         return results
 
 
-def pick_device():
+def pick_device() -> torch.device:
     """The CUDA device, if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def versions(*libraries):
+def versions(*libraries: str) -> dict[str, str]:
     """Versions of torch, and of those of other libraries that were used."""
-    found = {"torch": torch.__version__}
+    found: dict[str, str] = {"torch": torch.__version__}
     return found | {n: sys.modules[n].__version__ for n in libraries if n in sys.modules}

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from ..methods.base import MODELS, Method
-from ..methods.registry import ENTRIES
+from ..methods.registry import ENTRIES, Entry
 from ..methods.train import TrainSettings
-from .describe import preset_values
+from .describe import Presets, preset_values
 from .values import (
     FRACTION,
     NOT_NEGATIVE,
@@ -58,7 +58,7 @@ class StreamSettings:
     """
 
     # Starting points, by name; see `moram.trace.presets`.
-    presets: ClassVar[dict[str, dict]] = {}
+    presets: ClassVar[Presets] = {}
     # What this benchmark calls its "tasks", "data" and "model", where it has names of its own.
     words: ClassVar[dict[str, str]] = {}
     # Changes by which held-out training examples are scored: for choosing settings.
@@ -151,7 +151,7 @@ class StreamSettings:
         return {item.name for item in fields(cls) if rules_of(cls, item.name).get(rule)}
 
     @classmethod
-    def refusal(cls, method: type[Method] | Method) -> str:
+    def refusal(cls, method: Entry | type[Method] | Method) -> str:
         """Why a method does not fit, to be read behind its name; empty where it does."""
         if method.needs not in (None, cls.model_kind):
             return f"is for {MODELS[method.needs]}{cls.elsewhere}"
@@ -212,7 +212,8 @@ class StreamSettings:
             # The config.json of a run says, besides its settings, which examples it had.
             layer.pop(EXAMPLES, None)
         if preset is None:
-            preset = next((layer["preset"] for layer in layers if "preset" in layer), "paper")
+            named: str = next((own["preset"] for own in layers if "preset" in own), "paper")
+            preset = named
         among("preset", preset, cls.presets)
         for layer in layers:
             if layer.get("preset", preset) != preset:

@@ -8,8 +8,9 @@ from typing import Any
 
 from ..methods.registry import make_method
 from ..processes import Processes
-from .files import read_json, write_json
-from .report import Report, Results
+from .files import Results, read_json, write_json
+from .progress import Log
+from .report import Report
 from .run import RESULTS, STATE
 from .settings import StreamSettings
 
@@ -82,7 +83,7 @@ def sweep(
     report: Report,
     share: tuple[int, int] = (0, 1),
     only: str = "",
-    log: Callable[[str], object] = print,
+    log: Log = print,
 ) -> bool:
     """Do a share of some runs, and write the tables when all of them are finished.
 

@@ -2,26 +2,31 @@
 
 import csv
 import io
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
-from .files import read_json, write_text
+from .files import Results, read_json, write_text
+
+# Titles, and rows of text.
+Table = tuple[list[str], list[list[str]]]
 
 
-def spread(values):
+def spread(values: Iterable[float | None]) -> str:
     """Mean, and standard deviation where there are several values."""
-    values = [value for value in values if value is not None]
-    if not values:
+    known = [value for value in values if value is not None]
+    if not known:
         return "-"
-    text = f"{mean(values):.1f}"
-    return text if len(values) == 1 else f"{text} ± {stdev(values):.1f}"
+    text = f"{mean(known):.1f}"
+    return text if len(known) == 1 else f"{text} ± {stdev(known):.1f}"
 
 
-def cost_cells(group, stored):
+def cost_cells(group: Iterable[Results], stored: str) -> list[str]:
     """What runs of one method cost: trained numbers, stored MiB, seconds a stage, peak MiB.
 
     Args:
-        group: list of results. stored: format of the stored MiB.
+        group: results. stored: format of the stored MiB.
     """
     costs = [cost for run in group for cost in run["costs"]]
     return [
@@ -32,7 +37,7 @@ def cost_cells(group, stored):
     ]
 
 
-def matrix_lines(results):
+def matrix_lines(results: Results) -> list[str]:
     """R as a Markdown table: rows are time, columns the tested tasks."""
     tasks = results["tasks"]
     after = [", ".join(stage) if len(stage) <= 1 else "all" for stage in results["stages"]]
@@ -44,20 +49,20 @@ def matrix_lines(results):
     return lines
 
 
-def markdown(titles, rows):
+def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table as Markdown."""
     titles, *rows = [[cell.replace("|", r"\|") for cell in row] for row in (titles, *rows)]
     lines = ["| " + " | ".join(titles) + " |", "| --- " * len(titles) + "|"]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
 
 
-def latex(titles, rows):
+def latex(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table as LaTeX, for the booktabs package."""
     escapes = {c: f"\\{c}" for c in "&%_#${}"}
     escapes |= {"±": r"$\pm$", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     escapes["\\"] = r"\textbackslash{}"
 
-    def line(cells):
+    def line(cells: Iterable[str]) -> str:
         return " & ".join("".join(escapes.get(c, c) for c in cell) for cell in cells) + r" \\"
 
     body = "\n".join(map(line, rows))
@@ -68,14 +73,16 @@ def latex(titles, rows):
     )
 
 
-def write_csv(path, titles, rows):
+def write_csv(path: str | Path, titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Write a table as CSV."""
     sheet = io.StringIO()
     csv.writer(sheet).writerows([titles, *rows])
     write_text(path, sheet.getvalue())
 
 
-def read_results(folders, formats, command):
+def read_results(
+    folders: Iterable[str | Path], formats: Collection[Any], command: str
+) -> list[Results]:
     """results.json of several runs.
 
     Args:

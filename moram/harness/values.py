@@ -81,14 +81,14 @@ def check_value(settings: Any, item: Field, task: str | None = None) -> None:
         raise ValueError(f"{name} must be given")
 
 
-def among(name: str, value: Any, allowed: Iterable) -> None:
+def among(name: str, value: Any, allowed: Iterable[Any]) -> None:
     """Raise unless value is one of those allowed."""
     allowed = tuple(allowed)
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
 
 
-def _kinds(item: Field) -> set[type]:
+def _kinds(item: Field) -> set[object]:
     return set(get_args(item.type)) or {item.type}
 
 
@@ -99,7 +99,7 @@ def _names(name: str, value: Any) -> tuple[str, ...]:
     return tuple(v.strip() for v in value if v.strip())
 
 
-def _betas(value: Any) -> tuple:
+def _betas(value: Any) -> tuple[float, ...]:
     betas = value.split(",") if isinstance(value, str) else value
     if not isinstance(betas, (tuple, list)):
         raise TypeError(f"betas must be two numbers in [0, 1), got {value!r}")

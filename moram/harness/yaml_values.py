@@ -2,11 +2,12 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
-def read_yaml(path):
+def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
@@ -23,7 +24,7 @@ def read_yaml(path):
     return _to_number(found)
 
 
-def parse_change(text):
+def parse_change(text: str) -> tuple[str, Any]:
     """("key", value) of "key=value", the value read as YAML.
 
     Raises:
@@ -40,7 +41,7 @@ def parse_change(text):
         raise ValueError(f"--set takes key=value with a YAML value, got {text!r}") from error
 
 
-def _to_number(value):
+def _to_number(value: Any) -> Any:
     """The value with texts that are numbers as numbers: YAML 1.1 reads 1e-3, without a dot, as
     text."""
     if isinstance(value, dict):

@@ -1,12 +1,18 @@
 """What X-TAIL trains on: the contrastive loss of a task's images and the prompts of its classes."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from ..methods.train import Stage
+from ..methods.train import Stage, TrainSettings
+from .images import ImageRows
 
 
-def contrastive(model, data, rows, per_example=False):
+def contrastive(
+    model: nn.Module, data: ImageRows, rows: Tensor, per_example: bool = False
+) -> tuple[Tensor, int, int]:
     """The published loss of a batch, without the features of earlier tasks' prompts.
 
     With V [B, E] the images, T [C, E] the prompts of this task's classes, s the scale and M the
@@ -19,7 +25,7 @@ def contrastive(model, data, rows, per_example=False):
     first, and rows without a target in the second, which only count in the divisor.
 
     Args:
-        model: the model, whose parameters are trained. data: `ImageRows`. rows: of the batch.
+        model: the model, whose parameters are trained. data: of the task. rows: of the batch.
         per_example: not used; the loss is one of the whole batch.
     Returns:
         (loss, 1, images).
@@ -43,14 +49,18 @@ class ImageStage(Stage):
     offset: classes of earlier tasks. count: classes of this one. clip: the model as a `Clip`.
 
     Args:
-        model: the model. data: `ImageRows`. settings: `TrainSettings`. seed: of the crops.
+        model: the model. data, settings: of the task. seed: of the crops.
     """
 
-    def __init__(self, model, data, settings, seed):
+    data: ImageRows
+
+    def __init__(
+        self, model: nn.Module, data: ImageRows, settings: TrainSettings, seed: int
+    ) -> None:
         super().__init__(model, data, settings, contrastive)
         self.clip, self.offset, self.count, self.seed = data.clip, data.offset, data.count, seed
 
-    def batches(self, size):
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (pixels [B, 3, S, S], labels [B] from 0) of all images, in a fixed order.
 
         The crops are the same at every call, whatever else draws random numbers.
@@ -62,7 +72,7 @@ class ImageStage(Stage):
             yield pixels, self.data.labels[rows].to(pixels.device)
 
     @torch.no_grad()
-    def features(self, size):
+    def features(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (unit features [B, E], labels [B] from 0) of all images, in a fixed order."""
         was_training = self.model.training
         self.model.eval()
@@ -70,11 +80,13 @@ class ImageStage(Stage):
             yield self.clip.encode_image(pixels), labels
         self.model.train(was_training)
 
-    def rows(self, count):
+    def rows(self, count: int) -> Tensor:
         """So many images, evenly spaced: they are sorted by class."""
         return torch.arange(count) * len(self.data) // max(1, count)
 
-    def losses(self, limit=None, size=None):
+    def losses(
+        self, limit: int | None = None, size: int | None = None
+    ) -> Iterator[tuple[Tensor, int]]:
         """As `Stage.losses`; the crops are the same at every call."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)

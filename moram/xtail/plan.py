@@ -3,23 +3,42 @@
 import hashlib
 import os
 import zlib
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 from ..harness.plan import StreamPlan
+from ..harness.progress import Log
+from ..harness.settings import StreamSettings
 from .data.datasets import load_domains, offsets, shared_names
-from .data.domains import FileSplit, check_covered, empty_classes, few_shot, origin, take
+from .data.domains import (
+    ArraySplit,
+    Domain,
+    FileSplit,
+    Split,
+    check_covered,
+    empty_classes,
+    few_shot,
+    origin,
+    take,
+)
 from .data.folders import describe_passed_over
 from .data.small import is_small, load_small
+from .settings import XtailSettings
 
 
 class XtailPlan(StreamPlan):
     """`StreamPlan` of `XtailSettings`.
 
-    stream: `Domain`s, the train split of each cut to its few shots. offsets: the first label of
-    each in the joint label space.
+    stream: the train split of each is cut to its few shots. offsets: the first label of each in the
+    joint label space.
     """
 
-    def read(self, log):
+    settings: XtailSettings
+    stream: list[Domain]
+    offsets: list[int]
+
+    def read(self, log: Log) -> list[Domain]:
         whole = read_domains(self.settings)
         for domain in whole:
             if domain.passed_over:
@@ -31,11 +50,11 @@ class XtailPlan(StreamPlan):
         return stream
 
     @classmethod
-    def arguments(cls, settings):
+    def arguments(cls, settings: StreamSettings) -> dict[str, Any]:
         # The published layers have no scale.
         return super().arguments(settings) | {"alpha": settings.rank}
 
-    def _cut(self, domain, log):
+    def _cut(self, domain: Domain, log: Log) -> Domain:
         """A domain with its few training images, and its test images up to the limit."""
         shots = few_shot(domain, self.settings.shots, self.settings.seed)
         if shots.short:
@@ -57,7 +76,7 @@ class XtailPlan(StreamPlan):
         return domain._replace(train=take(domain.train, shots.indices), test=test)
 
     @property
-    def fingerprint(self):
+    def fingerprint(self) -> str:
         """What tells this run's images from others: names, classes, labels, files and sizes."""
         listed = [
             (d.name, d.classes, d.template, [(s.labels, _contents(s)) for s in (d.train, d.test)])
@@ -65,7 +84,9 @@ class XtailPlan(StreamPlan):
         ]
         return hashlib.sha256(repr(listed).encode()).hexdigest()
 
-    def leave_out(self, bad, trained):
+    def leave_out(
+        self, bad: Iterable[tuple[Collection[int], Collection[int]]], trained: bool
+    ) -> None:
         """Go on without some images.
 
         Args:
@@ -89,7 +110,7 @@ class XtailPlan(StreamPlan):
             self.stream[place] = domain._replace(test=test, train=train)
 
     @property
-    def unscored(self):
+    def unscored(self) -> dict[str, list[str]]:
         """The classes without a test image, by dataset, where there are any.
 
         Data have none. A limit, held-out images and images that are left out may make some.
@@ -98,12 +119,12 @@ class XtailPlan(StreamPlan):
         return {name: classes for name, classes in empty.items() if classes}
 
     @property
-    def prompts(self):
+    def prompts(self) -> list[str]:
         """The prompts of all classes of all datasets."""
         return [prompt for domain in self.stream for prompt in domain.prompts]
 
 
-def read_domains(settings):
+def read_domains(settings: XtailSettings) -> list[Domain]:
     """The datasets of a run, whole.
 
     Raises:
@@ -128,7 +149,7 @@ def read_domains(settings):
     return [found[name] for name in settings.datasets]
 
 
-def _contents(split):
+def _contents(split: Split) -> list[Any]:
     """What tells the images of a split from others: names and sizes of files, or checksums."""
     found = []
     for i in range(len(split)):
@@ -136,5 +157,6 @@ def _contents(split):
         if isinstance(base, FileSplit):
             found.append((base.paths[row], os.path.getsize(base.paths[row])))
         else:
+            assert isinstance(base, ArraySplit)
             found.append(zlib.crc32(base.images[row].tobytes()))
     return found

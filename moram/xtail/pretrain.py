@@ -14,18 +14,21 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
+from ..harness.progress import Log
 from ..models.clip import MEAN, STD
 from .data.rendered import DIGITS, LETTERS, SHAPES, SIZE, SYMBOLS, TEXTURES, render, world_style
 
 # Changes whenever the recipe does: a cache of another recipe is not used.
 VERSION = 2
 WEIGHTS = "open_clip_model.safetensors"
-MODEL = {
+MODEL: dict[str, Any] = {
     "embed_dim": 128,
     "vision_cfg": {
         "image_size": SIZE,
@@ -79,12 +82,14 @@ class Recipe:
     seed: int = 0
 
 
-def small_clip(cache=None, log=print, recipe=None):
+def small_clip(
+    cache: str | Path | None = None, log: Log = print, recipe: Recipe | None = None
+) -> Path:
     """The folder of the small CLIP, pretrained on the first call.
 
     Args:
         cache: folder to keep it in; by default ~/.cache/moram.
-        log: called with lines of text. recipe: `Recipe`.
+        log: called with lines of text. recipe: None = the default one.
     """
     recipe = Recipe() if recipe is None else recipe
     cache = Path.home() / ".cache" / "moram" if cache is None else Path(cache)
@@ -97,8 +102,8 @@ def small_clip(cache=None, log=print, recipe=None):
     cache.mkdir(parents=True, exist_ok=True)
     log("pretraining the small CLIP, once (by default 10 to 20 minutes)")
     model = pretrain(recipe, log)
-    with tempfile.TemporaryDirectory(dir=cache) as work:
-        work = Path(work) / "model"
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        work = Path(folder) / "model"
         work.mkdir()
         save(model, work, recipe)
         # One rename: a crash leaves no half model behind. Another process may have been as fast.
@@ -108,7 +113,7 @@ def small_clip(cache=None, log=print, recipe=None):
     return target
 
 
-def save(model, folder, recipe):
+def save(model: nn.Module, folder: Path, recipe: Recipe) -> None:
     """Write a model as open_clip's local-dir reads it."""
     from safetensors.torch import save_file
 
@@ -122,7 +127,7 @@ def save(model, folder, recipe):
     save_file(state, folder / WEIGHTS)
 
 
-def draw_world(count, seed):
+def draw_world(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Images of all things in the styles of the world, and what they show.
 
     Returns:
@@ -136,11 +141,12 @@ def draw_world(count, seed):
     shown = np.empty(count, np.int64)
     for i, kind in enumerate(kinds):
         shown[i] = generator.integers(first[kind], first[kind + 1])
-        images[i] = render(*things[shown[i]][:2], world_style(generator), generator)
+        group, name, _ = things[shown[i]]
+        images[i] = render(group, name, world_style(generator), generator)
     return images, shown
 
 
-def all_things():
+def all_things() -> list[tuple[str, str, list[str]]]:
     """(kind, name, captions) of every thing."""
     found = []
     for kind, names, phrases in WORLD:
@@ -150,7 +156,7 @@ def all_things():
     return found
 
 
-def pretrain(recipe, log=print):
+def pretrain(recipe: Recipe, log: Log = print) -> nn.Module:
     """Train the small CLIP from scratch with the contrastive loss; returns the model.
 
     A batch shows many things more than once: pairs of the same thing are no negatives.
@@ -166,8 +172,10 @@ def pretrain(recipe, log=print):
     torch.manual_seed(recipe.seed)
     model = open_clip.CLIP(**MODEL).train()
     # Random embeddings tell the few words of the captions apart as well as trained ones.
-    torch.nn.init.normal_(model.token_embedding.weight, std=0.1)
-    model.token_embedding.requires_grad_(False)
+    embedding = model.get_submodule("token_embedding")
+    assert isinstance(embedding, nn.Embedding)
+    nn.init.normal_(embedding.weight, std=0.1)
+    embedding.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.dim() > 1]
     others = [p for p in trained if p.dim() <= 1]
@@ -193,7 +201,7 @@ def pretrain(recipe, log=print):
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         with torch.no_grad():
             model.logit_scale.clamp_(0, math.log(100))
@@ -203,14 +211,14 @@ def pretrain(recipe, log=print):
     return model.eval()
 
 
-def _moved(images, generator):
+def _moved(images: Tensor, generator: torch.Generator) -> Tensor:
     """Every image shifted by up to a pixel, with its border repeated."""
     padded = F.pad(images, (1, 1, 1, 1), mode="replicate")
     dx, dy = torch.randint(3, (2,), generator=generator).tolist()
     return padded[..., dy : dy + SIZE, dx : dx + SIZE]
 
 
-def _pick(rows, generator):
+def _pick(rows: Tensor, generator: torch.Generator) -> Tensor:
     return rows[int(torch.randint(len(rows), (), generator=generator))]
 
 

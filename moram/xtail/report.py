@@ -1,11 +1,13 @@
 """Results of X-TAIL as numbers and tables, beside the published ones."""
 
+from collections.abc import Sequence
 from statistics import mean
 
 from ..continual import metrics, published
 from ..harness.compare import groups
+from ..harness.files import Results
 from ..harness.report import Report
-from ..harness.tables import spread
+from ..harness.tables import Table, spread
 from .data.catalog import XTAIL
 from .settings import XtailSettings
 
@@ -37,7 +39,7 @@ class XtailReport(Report):
     stored = ".2f"
     legend = "R[t, i], accuracy on dataset i after learning dataset t:"
 
-    def summarise(self, results):
+    def summarise(self, results: Results) -> dict[str, float]:
         """As `Report.summarise`; a model that never changes has all scores, joint training one."""
         matrix = whole_matrix(results)
         if len(matrix) == len(results["tasks"]):
@@ -46,13 +48,13 @@ class XtailReport(Report):
         # A run that is not complete has fewer rows than stages.
         return {"last": mean(matrix[0])} if len(matrix) == len(results["stages"]) == 1 else {}
 
-    def after(self, run):
+    def after(self, run: Results) -> list[list[str]]:
         return _published_row(run)
 
-    def tables(self, runs):
+    def tables(self, runs: list[Results]) -> list[Table]:
         return [self.table(runs), self.dataset_table(runs)]
 
-    def dataset_table(self, runs):
+    def dataset_table(self, runs: list[Results]) -> Table:
         """Three rows a method: Transfer, Average and Last of each dataset.
 
         Args, Raises: see `table`.
@@ -81,7 +83,7 @@ class XtailReport(Report):
             rows += _published_datasets(group[0])
         return ["method", "metric", *(_title(runs[0], task) for task in tasks)], rows
 
-    def check_alike(self, runs):
+    def check_alike(self, runs: list[Results]) -> None:
         first = runs[0]
         for run in runs:
             for key in ("tasks", "classes", "test_images"):
@@ -97,7 +99,7 @@ class XtailReport(Report):
                 if one != other:
                     raise ValueError(f"runs must be alike, got {key} {one!r} and {other!r}")
 
-    def notes(self, runs):
+    def notes(self, runs: list[Results]) -> str:
         total = sum(runs[0]["classes"])
         return f"Accuracies in percent among all {total} classes, without a hint of the dataset."
 
@@ -105,7 +107,7 @@ class XtailReport(Report):
 REPORT = XtailReport()
 
 
-def whole_matrix(results):
+def whole_matrix(results: Results) -> list[list[float]]:
     """R with a row for each dataset; of a model that never changes, the same row each time."""
     matrix, tasks = results["matrix"], results["tasks"]
     if results["stages"] == [[]] and matrix:
@@ -113,7 +115,7 @@ def whole_matrix(results):
     return matrix
 
 
-def per_dataset(matrix):
+def per_dataset(matrix: Sequence[Sequence[float]]) -> dict[str, list[float | None]]:
     """Transfer, Average and Last of each dataset.
 
     Args:
@@ -129,7 +131,7 @@ def per_dataset(matrix):
     }
 
 
-def is_published_protocol(run):
+def is_published_protocol(run: Results) -> bool:
     """Whether a run is of the datasets, model and scoring of the published rows."""
     settings = run["settings"]
     expected = {"backbone": "ViT-B-16", "shots": 16, "spaces": False}
@@ -142,7 +144,7 @@ def is_published_protocol(run):
     )
 
 
-def _published_row(run):
+def _published_row(run: Results) -> list[list[str]]:
     names = PUBLISHED.get(run["method"])
     if names is None or not is_published_protocol(run):
         return []
@@ -151,14 +153,14 @@ def _published_row(run):
     return [[f"{names[0]} (published)", "", *cells]]
 
 
-def _title(run, task):
+def _title(run: Results, task: str) -> str:
     """A dataset's name; with how many classes are scored, where some have no test image."""
     lost = len(run.get("unscored", {}).get(task, ()))
     total = run["classes"][run["tasks"].index(task)]
     return f"{task} ({total - lost} of {total} classes)" if lost else task
 
 
-def _published_datasets(run):
+def _published_datasets(run: Results) -> list[list[str]]:
     if not is_published_protocol(run):
         return []
     name = PUBLISHED.get(run["method"], ("",))[0]

@@ -1,15 +1,22 @@
 """A run over image domains: train, score on all datasets, write."""
 
-import torch
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
+from PIL import Image
+
+from ..harness.files import Results
+from ..harness.progress import Log
 from ..harness.run import Run, Stopped, versions
-from ..models.clip import load_clip
+from ..models.clip import Clip, load_clip
+from .domains import Domain, Split
 from .images import ImageRows, ImageStore, TestImages, Transforms
 from .objective import ImageStage
 from .plan import XtailPlan
 from .pretrain import small_clip
 from .report import REPORT, per_dataset, whole_matrix
-from .settings import SMALL_BACKBONE
+from .settings import SMALL_BACKBONE, XtailSettings
 
 # The image encoders of open_clip's and Hugging Face's CLIP.
 VISION = ("visual.", "vision_model.")
@@ -19,14 +26,18 @@ NAMED = 10
 __all__ = ["Stopped", "XtailRun", "run_xtail"]
 
 
-def run_xtail(settings, log=print, stop=lambda: False, clip=None):
+def run_xtail(
+    settings: XtailSettings,
+    log: Log = print,
+    stop: Callable[[], bool] = lambda: False,
+    clip: Clip | None = None,
+) -> Results:
     """Learn the datasets one after the other and score all after each; go on where a run stopped.
 
     Args:
-        settings: `XtailSettings`.
-        log: called with lines of text.
+        settings: of the run. log: called with lines of text.
         stop: asked after every step; if it returns true, the state is saved and `Stopped` raised.
-        clip: a `Clip` to use instead of loading the backbone; it is changed.
+        clip: to use instead of loading the backbone; it is changed.
     Returns:
         What was written to results.json.
     Raises:
@@ -43,36 +54,50 @@ class XtailRun(Run):
     """
 
     report = REPORT
+    settings: XtailSettings
+    plan: XtailPlan
+    stream: list[Domain]
+    # The model that was given, or that `load` loads.
+    clip: Clip
 
-    def __init__(self, settings, log=print, stop=lambda: False, clip=None):
+    def __init__(
+        self,
+        settings: XtailSettings,
+        log: Log = print,
+        stop: Callable[[], bool] = lambda: False,
+        clip: Clip | None = None,
+    ) -> None:
         device = None if settings.device == "auto" else torch.device(settings.device)
         super().__init__(settings, log, stop, device)
         if self.processes.world > 1:
             raise ValueError(f"moram xtail runs in one process, got {self.processes.world}")
-        self.clip, self.classified, self.store = clip, None, None
+        self.given = clip
+        # After which stage `classify` was made.
+        self.classified: int | str | None = None
+        self.store = ImageStore(settings.cache_gib, settings.workers)
 
-    def make_plan(self):
+    def make_plan(self) -> XtailPlan:
         return XtailPlan(self.settings, self.log)
 
-    def load(self):
+    def load(self) -> None:
         """Load the model, unless one was given."""
-        if self.clip is None:
+        clip = self.given
+        if clip is None:
             backbone = self.settings.backbone
             if backbone == SMALL_BACKBONE:
                 backbone = f"local-dir:{small_clip(log=self.log)}"
             # Random weights, where they are asked for, are those of the seed: a run may go on.
             torch.manual_seed(self.settings.seed)
-            self.clip = load_clip(backbone, self.settings.pretrained, self.device)
-        self.model = self.clip.model
+            clip = load_clip(backbone, self.settings.pretrained, self.device)
+        self.clip, self.model = clip, clip.model
 
-    def made(self):
+    def made(self) -> None:
         """Check that the adapters are where they must be, then decode every image once."""
         settings, trained = self.settings, any(self.plan.stages)
         self.adapts_images = any(path.startswith(VISION) for path in self.adapters)
         if self.method.has_steps and trained:
             self.check_encoder()
         self.transforms = Transforms(self.clip.preprocess)
-        self.store = ImageStore(settings.cache_gib, settings.workers)
         self.decode(trained)
         frozen = self.method.has_frozen_features
         common = (self.store, self.transforms)
@@ -86,7 +111,7 @@ class XtailRun(Run):
                 f"{settings.backbone} reads {self.prompt_ids.shape[1]}"
             )
 
-    def check_encoder(self):
+    def check_encoder(self) -> None:
         """Refuse a model whose image encoder cannot be adapted, or would change by itself."""
         if any(hasattr(module, "running_mean") for module in self.model.modules()):
             raise ValueError(
@@ -99,7 +124,7 @@ class XtailRun(Run):
                 "projections with targets, or take a backbone with a transformer"
             )
 
-    def decode(self, trained):
+    def decode(self, trained: bool) -> None:
         """Decode all images that will be needed; those that cannot be are an error, or left out.
 
         Test images first: they are read after every task, training images in one task alone.
@@ -140,7 +165,7 @@ class XtailRun(Run):
             f"{self.store.left / 2**30:.1f} GiB left"
         )
 
-    def stage(self, members):
+    def stage(self, members: Sequence[int]) -> ImageStage:
         """The training images of one dataset, or of all together."""
         settings = self.settings
         domains = [self.stream[i] for i in members]
@@ -163,7 +188,7 @@ class XtailRun(Run):
         return ImageStage(self.model, data, settings.train_settings(domains[0].name), seed)
 
     @torch.no_grad()
-    def score_task(self, number, i):
+    def score_task(self, number: int | str, i: int) -> dict[str, Any]:
         """Classify a dataset's test images among the classes of all datasets."""
         self.model.eval()
         if self.classified != number:
@@ -179,15 +204,14 @@ class XtailRun(Run):
         score = {"score": 100 * right / len(truth), "metric": "accuracy over all classes"}
         return {"eval": score, "results": answers, "labels": truth}
 
-    def execute(self):
+    def execute(self) -> Results:
         """Run to the end, and let the decoding threads go."""
         try:
             return super().execute()
         finally:
-            if self.store is not None:
-                self.store.close()
+            self.store.close()
 
-    def more_results(self, results):
+    def more_results(self, results: Results) -> dict[str, Any]:
         matrix = whole_matrix(results)
         whole = len(matrix) == len(self.stream)
         return {
@@ -204,23 +228,24 @@ class XtailRun(Run):
 class Joined:
     """The training images of several datasets as one split, with joint labels."""
 
-    def __init__(self, splits, classes):
-        self.labels, self.places = [], []
+    def __init__(self, splits: Sequence[Split], classes: Sequence[int]) -> None:
+        self.labels: list[int] = []
+        self.places: list[tuple[Split, int]] = []
         first = 0
         for split, count in zip(splits, classes, strict=True):
             self.labels += [first + label for label in split.labels]
             self.places += [(split, row) for row in range(len(split))]
             first += count
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
-    def name(self, row):
+    def name(self, row: int) -> str:
         """What messages call an image."""
         split, row = self.places[row]
         return split.name(row)
 
-    def load(self, row):
+    def load(self, row: int) -> Image.Image:
         """An image in RGB."""
         split, row = self.places[row]
         return split.load(row)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from ..harness.describe import Presets
 from ..harness.settings import StreamSettings
 from ..harness.values import FRACTION, NOT_NEGATIVE, setting
 from ..methods.train import TrainSettings
@@ -40,7 +41,7 @@ class XtailSettings(StreamSettings):
         device: "auto" (CUDA if there is one), or a torch device.
     """
 
-    presets: ClassVar[dict[str, dict]] = PRESETS
+    presets: ClassVar[Presets] = PRESETS
     words: ClassVar[dict[str, str]] = {"tasks": "datasets", "data": "data_dir", "model": "backbone"}
     choosing: ClassVar[dict[str, Any]] = {"held_out": True}
     model_kind: ClassVar[str | None] = "clip"

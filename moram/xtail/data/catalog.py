@@ -60,7 +60,7 @@ _MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/ (or torchvision.dataset
 _CIFAR100 = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 
 
-def _drive(file_id):
+def _drive(file_id: str) -> str:
     return f"https://drive.google.com/file/d/{file_id}/view (CoOp's DATASETS.md)"
 
 

@@ -1,13 +1,21 @@
 """What of the datasets is on disk, for `moram xtail check-data`. Reads alone, downloads nothing."""
 
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
 from .catalog import FACTS, XTAIL
 from .datasets import load_domain, missing, shared_names
-from .domains import check_covered, check_images
+from .domains import Domain, check_covered, check_images
 from .folders import describe_passed_over
 from .small import is_small, load_small
 
 
-def check_data(root, names=None, images=False, log=print):
+def check_data(
+    root: str | Path,
+    names: Iterable[str] | None = None,
+    images: bool = False,
+    log: Callable[[str], object] = print,
+) -> int:
     """Say of each dataset whether it is complete, and what is missing where.
 
     Folders, split files, the number of classes, that every listed image exists and that each class
@@ -43,7 +51,7 @@ def check_data(root, names=None, images=False, log=print):
     return problems
 
 
-def _check(name, root, images):
+def _check(name: str, root: str | Path, images: bool) -> tuple[Domain | None, list[str]]:
     """The dataset, or None if it cannot be read; a line for each problem."""
     try:
         if is_small(name):
@@ -60,12 +68,12 @@ def _check(name, root, images):
     return domain, [f"bad image: {path}: {reason}" for path, reason in bad]
 
 
-def _size(domain):
+def _size(domain: Domain) -> str:
     counts = f"{len(domain.train)} train and {len(domain.test)} test images"
     return f"{len(domain.classes)} classes, {counts}"
 
 
-def _notes(domain):
+def _notes(domain: Domain) -> Iterator[str]:
     facts = FACTS.get(domain.name)
     if facts:
         pairs = (("train", domain.train, facts.num_train), ("test", domain.test, facts.num_test))

@@ -6,9 +6,10 @@ so again), CIFAR-100's and those of folders with spaces for underscores.
 """
 
 import os
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ...continual.data import check_characters, read_json_text
 from .catalog import FACTS
@@ -23,7 +24,7 @@ class Missing(NamedTuple):
     origin: str
 
 
-def load_domain(name, root, spaces=False):
+def load_domain(name: str, root: str | Path, spaces: bool = False) -> Domain:
     """Read one dataset.
 
     Args:
@@ -54,14 +55,12 @@ def load_domain(name, root, spaces=False):
     return domain
 
 
-def load_domains(names, root, spaces=False):
+def load_domains(names: Iterable[str], root: str | Path, spaces: bool = False) -> list[Domain]:
     """Read the datasets of a stream, in order.
 
     Args:
         names: different names, see `load_domain`.
         root, spaces: see `load_domain`.
-    Returns:
-        A list of `Domain`.
     Raises:
         FileNotFoundError, ValueError: names repeat, or datasets cannot be read: the message has
             all of them. FileNotFoundError if something is only missing, of all that is wrong.
@@ -86,12 +85,12 @@ def load_domains(names, root, spaces=False):
     return domains
 
 
-def offsets(domains):
+def offsets(domains: Iterable[Domain]) -> list[int]:
     """The label of each dataset's first class in the joint label space of all of them."""
     return [0, *accumulate(len(domain.classes) for domain in domains)][:-1]
 
 
-def shared_names(domains):
+def shared_names(domains: Iterable[Domain]) -> list[tuple[str, str, str]]:
     """Prompts that more than one class has.
 
     Two classes of one name keep their two labels. If their templates are the same too, no model can
@@ -100,7 +99,8 @@ def shared_names(domains):
     Returns:
         [(prompt, the earlier dataset's name, the later one's)]; once a dataset if both are in one.
     """
-    owner, shared = {}, []
+    owner: dict[str, str] = {}
+    shared = []
     for domain in domains:
         for prompt in domain.prompts:
             if prompt in owner:
@@ -109,8 +109,8 @@ def shared_names(domains):
     return shared
 
 
-def missing(name, root):
-    """What a dataset lacks of folders and split files: a list of `Missing`, empty if complete.
+def missing(name: str, root: str | Path) -> list[Missing]:
+    """What a dataset lacks of folders and split files, empty if it is complete.
 
     Images that a split file lists are not looked for: `load_domain` does that.
 
@@ -139,14 +139,14 @@ def missing(name, root):
     return absent
 
 
-def _layout(name, root):
+def _layout(name: str, root: str | Path) -> tuple[Path, Path | None]:
     """The folder of a published dataset and that of its images: the most complete layout."""
 
-    def places(layout):
+    def places(layout: tuple[str, str | None]) -> tuple[Path, Path | None]:
         folder, images = layout
         return Path(root) / folder, None if images is None else Path(root) / folder / images
 
-    def found(layout):
+    def found(layout: tuple[str, str | None]) -> int:
         folder, images = places(layout)
         return (folder if images is None else images).is_dir() + all(
             (folder / file).is_file() for file in FACTS[name].files
@@ -156,9 +156,10 @@ def _layout(name, root):
     return places(max(FACTS[name].layouts, key=found))
 
 
-def _read_coop(name, root):
+def _read_coop(name: str, root: Path) -> Domain:
     """CoOp's split file: {"train": [[path, label, class name], ...], "val": ..., "test": ...}."""
     folder, images = _layout(name, root)
+    assert images is not None
     file = folder / FACTS[name].files[0]
     content = read_json_text(file)
     rows = {split: _coop_rows(file, content, split) for split in ("train", "test")}
@@ -174,17 +175,17 @@ def _read_coop(name, root):
                 f"{label} {texts.get(label)!r}"
             )
     classes = tuple(texts[label] + FACTS[name].suffix for label in sorted(texts))
-    splits = [
+    train, test = (
         FileSplit(
             [images / path for path, *_ in rows[split]], [label for _, label, _ in rows[split]]
         )
         for split in ("train", "test")
-    ]
-    _check_listed(name, file, images, splits)
-    return Domain(name, classes, FACTS[name].template, *splits)
+    )
+    _check_listed(name, file, images, (train, test))
+    return Domain(name, classes, FACTS[name].template, train, test)
 
 
-def _coop_rows(file, content, split):
+def _coop_rows(file: Path, content: Any, split: str) -> list[Any]:
     rows = content.get(split) if isinstance(content, dict) else None
     if not isinstance(rows, list) or not rows:
         raise ValueError(f'{file} must have a non-empty list "{split}" of [path, label, class]')
@@ -194,7 +195,7 @@ def _coop_rows(file, content, split):
     return rows
 
 
-def _check_classes(name, file, labels):
+def _check_classes(name: str, file: Path, labels: Collection[int]) -> None:
     wanted = FACTS[name].num_classes
     if sorted(labels) == list(range(wanted)):
         return
@@ -206,7 +207,7 @@ def _check_classes(name, file, labels):
     )
 
 
-def _check_listed(name, file, images, splits):
+def _check_listed(name: str, file: Path, images: Path, splits: Sequence[FileSplit]) -> None:
     """Every listed image exists: one listing per folder, as a network is slow to ask."""
     paths = [path for split in splits for path in split.paths]
     listings = {folder: _listing(folder) for folder in {os.path.dirname(path) for path in paths}}
@@ -229,13 +230,14 @@ def _check_listed(name, file, images, splits):
         )
 
 
-def _listing(folder):
+def _listing(folder: str) -> set[str]:
     return set(os.listdir(folder)) if os.path.isdir(folder) else set()
 
 
-def _read_aircraft(name, root):
+def _read_aircraft(name: str, root: Path) -> Domain:
     """Variants as classes; the official train list alone is trained on, as published."""
     folder, images = _layout(name, root)
+    assert images is not None
     variants, *lists = (folder / file for file in FACTS[name].files)
     classes = tuple(read_lines(variants))
     label_of = {text: label for label, text in enumerate(classes)}
@@ -251,10 +253,11 @@ def _read_aircraft(name, root):
             labels.append(label_of[variant])
         splits.append(FileSplit(paths, labels))
         _check_listed(name, file, images, splits[-1:])
-    return Domain(name, classes, FACTS[name].template, *splits)
+    train, test = splits
+    return Domain(name, classes, FACTS[name].template, train, test)
 
 
-def _read_mnist(name, root):
+def _read_mnist(name: str, root: Path) -> Domain:
     from torchvision.datasets import MNIST
 
     folder, _ = _layout(name, root)
@@ -263,30 +266,36 @@ def _read_mnist(name, root):
     return _read_arrays(name, MNIST, folder, folder.parent.parent, classes)
 
 
-def _read_cifar100(name, root):
+def _read_cifar100(name: str, root: Path) -> Domain:
     from torchvision.datasets import CIFAR100
 
     folder, _ = _layout(name, root)
     return _read_arrays(name, CIFAR100, folder, folder.parent)
 
 
-def _read_arrays(name, dataset, folder, root, classes=None):
+def _read_arrays(
+    name: str,
+    dataset: Callable[..., Any],
+    folder: Path,
+    root: Path,
+    classes: Sequence[str] | None = None,
+) -> Domain:
     try:
-        train, test = (dataset(root, train=train, download=False) for train in (True, False))
-        splits = [
+        parts = [dataset(root, train=train, download=False) for train in (True, False)]
+        train, test = (
             ArraySplit(part.data, part.targets, f"{folder}/{split}")
-            for split, part in (("train", train), ("test", test))
-        ]
+            for split, part in zip(("train", "test"), parts, strict=True)
+        )
     # What torchvision raises for damaged files: it asserts, and its checksums are RuntimeErrors.
     except (RuntimeError, ValueError, AssertionError, EOFError, LookupError, TypeError) as error:
         raise ValueError(
             f"a file in {folder} is damaged ({str(error) or type(error).__name__}); get it anew "
             f"from {FACTS[name].files_origin}"
         ) from error
-    for split in splits:
+    for split in (train, test):
         _check_classes(name, folder, set(split.labels))
-    classes = tuple(text.replace("_", " ") for text in classes or train.classes)
-    return Domain(name, classes, FACTS[name].template, *splits)
+    classes = tuple(text.replace("_", " ") for text in classes or parts[0].classes)
+    return Domain(name, classes, FACTS[name].template, train, test)
 
 
 _READERS = {"aircraft": _read_aircraft, "mnist": _read_mnist, "cifar100": _read_cifar100}

@@ -7,21 +7,40 @@ import hashlib
 import os
 import random
 import struct
-from typing import NamedTuple
+from collections.abc import Iterable, Sized
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image
 
 
 class BadImage(ValueError):
     """An image that cannot be decoded; the message names it and the reason."""
 
-    def __init__(self, name, reason):
+    def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"{name}: {reason}")
         self.name, self.reason = name, reason
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type["BadImage"], tuple[str, str]]:
         return BadImage, (self.name, self.reason)
+
+
+class Split(Protocol):
+    """Images by index, and a class index for each."""
+
+    labels: list[int]
+
+    def __len__(self) -> int: ...
+
+    def name(self, i: int, /) -> str:
+        """What messages call image i."""
+        ...
+
+    def load(self, i: int, /) -> Image.Image:
+        """Image i in RGB."""
+        ...
 
 
 class FileSplit:
@@ -32,18 +51,18 @@ class FileSplit:
         labels: a class index for each.
     """
 
-    def __init__(self, paths, labels):
+    def __init__(self, paths: Iterable[str | Path], labels: Iterable[int]) -> None:
         self.paths, self.labels = [os.fspath(path) for path in paths], [int(y) for y in labels]
         _check_lengths(self.paths, self.labels)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
-    def name(self, i):
+    def name(self, i: int) -> str:
         """What messages call image i: its path."""
         return self.paths[i]
 
-    def load(self, i):
+    def load(self, i: int) -> Image.Image:
         """Image i in RGB, by the rules of `to_rgb`.
 
         The first frame of an animation; EXIF orientation is ignored, as in CoOp and torchvision.
@@ -70,7 +89,7 @@ class ArraySplit:
         name: what messages call the array.
     """
 
-    def __init__(self, images, labels, name):
+    def __init__(self, images: ArrayLike, labels: Iterable[int], name: str) -> None:
         images = np.asarray(images)
         if images.dtype != np.uint8 or not (
             images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)
@@ -82,14 +101,14 @@ class ArraySplit:
         self.images, self.labels, self._name = images, [int(y) for y in labels], name
         _check_lengths(self.images, self.labels)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
-    def name(self, i):
+    def name(self, i: int) -> str:
         """What messages call image i."""
         return f"{self._name}[{i}]"
 
-    def load(self, i):
+    def load(self, i: int) -> Image.Image:
         """Image i in RGB."""
         return to_rgb(Image.fromarray(self.images[i]))
 
@@ -97,21 +116,21 @@ class ArraySplit:
 class Subset:
     """Some images of a split, under the same interface. Made by `take`."""
 
-    def __init__(self, split, indices):
+    def __init__(self, split: Split, indices: Iterable[int]) -> None:
         self.split, self.indices = split, [int(i) for i in indices]
         wrong = [i for i in self.indices if not 0 <= i < len(split)]
         if wrong:
             raise IndexError(f"indices must be in [0, {len(split)}), got {wrong[0]}")
         self.labels = [split.labels[i] for i in self.indices]
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.indices)
 
-    def name(self, i):
+    def name(self, i: int) -> str:
         """What messages call image i."""
         return self.split.name(self.indices[i])
 
-    def load(self, i):
+    def load(self, i: int) -> Image.Image:
         """Image i in RGB."""
         return self.split.load(self.indices[i])
 
@@ -125,29 +144,29 @@ class Domain(NamedTuple):
     name: str
     classes: tuple[str, ...]
     template: str
-    train: FileSplit | ArraySplit | Subset
-    test: FileSplit | ArraySplit | Subset
+    train: Split
+    test: Split
     passed_over: tuple[str, ...] = ()
 
     @property
-    def prompts(self):
+    def prompts(self) -> list[str]:
         """The text of each class, in order of labels."""
         return [self.template.format(name) for name in self.classes]
 
 
-def empty_classes(domain, split):
+def empty_classes(domain: Domain, split: Split) -> list[str]:
     """The names of a domain's classes of which a split has no image."""
     present = set(split.labels)
     return [name for label, name in enumerate(domain.classes) if label not in present]
 
 
-def check_covered(domain):
+def check_covered(domain: Domain) -> None:
     """Raise ValueError unless each class has images to learn from and images to be scored on."""
     _check_split(domain, "training", domain.train)
     _check_split(domain, "test", domain.test)
 
 
-def _check_split(domain, kind, split):
+def _check_split(domain: Domain, kind: str, split: Split) -> None:
     empty = empty_classes(domain, split)
     if empty:
         raise ValueError(
@@ -164,19 +183,19 @@ class Shots(NamedTuple):
     short: dict[str, int]
 
 
-def origin(split, i):
+def origin(split: Split, i: int) -> tuple[Split, int]:
     """The split that really holds image i of a split, and its index there."""
     while isinstance(split, Subset):
         split, i = split.split, split.indices[i]
     return split, i
 
 
-def take(split, indices):
+def take(split: Split, indices: Iterable[int]) -> Subset:
     """The images at some indices of a split (repeats allowed), as a split."""
     return Subset(split, indices)
 
 
-def to_rgb(image):
+def to_rgb(image: Image.Image) -> Image.Image:
     """An RGB copy of a PIL image of any mode.
 
     Grayscale and palette images become RGB, CMYK is converted as Pillow does (without a colour
@@ -196,7 +215,7 @@ def to_rgb(image):
     return Image.alpha_composite(white, rgba).convert("RGB")
 
 
-def _to_eight_bits(image):
+def _to_eight_bits(image: Image.Image) -> np.ndarray:
     """The numbers of a PIL image of mode "I", "I;16" or "F" as brightness 0..255, uint8."""
     numbers = np.asarray(image).astype(np.float64)
     least, most = numbers.min(), numbers.max()
@@ -211,7 +230,7 @@ def _to_eight_bits(image):
     return (numbers * scale + 0.5).astype(np.uint8)
 
 
-def few_shot(domain, shots, seed):
+def few_shot(domain: Domain, shots: int, seed: int) -> Shots:
     """Draw some training images of each class.
 
     The draw depends on the seed, the dataset's name and its training labels alone, never on what
@@ -219,9 +238,7 @@ def few_shot(domain, shots, seed):
     drawn from them again, with replacement, so that every class has the same weight.
 
     Args:
-        domain: a `Domain`.
         shots: images per class, >= 1.
-        seed: int.
     Returns:
         `Shots`: indices into domain.train, sorted by class, and the classes with too few images.
     Raises:
@@ -229,14 +246,15 @@ def few_shot(domain, shots, seed):
     """
     if shots < 1:
         raise ValueError(f"shots must be at least 1, got {shots}")
-    by_class = [[] for _ in domain.classes]
+    by_class: list[list[int]] = [[] for _ in domain.classes]
     for i, label in enumerate(domain.train.labels):
         by_class[label].append(i)
     _check_split(domain, "training", domain.train)
     # Python's hash() of a text changes with each process.
     digest = hashlib.sha256(f"{seed}:{domain.name}".encode()).digest()
     generator = random.Random(int.from_bytes(digest[:8], "big"))
-    indices, short = [], {}
+    indices: list[int] = []
+    short: dict[str, int] = {}
     for name, found in zip(domain.classes, by_class, strict=True):
         if len(found) < shots:
             short[name] = len(found)
@@ -246,7 +264,7 @@ def few_shot(domain, shots, seed):
     return Shots(indices, short)
 
 
-def skip_bad(split):
+def skip_bad(split: Split) -> tuple[Split, list[tuple[str, str]]]:
     """Decode every image; returns the split without the bad ones, and [(name, reason)] of those."""
     good, bad = [], []
     for i in range(len(split)):
@@ -258,7 +276,7 @@ def skip_bad(split):
     return (take(split, good) if bad else split), bad
 
 
-def check_images(split):
+def check_images(split: Split) -> list[tuple[str, str]]:
     """Decode every image; returns [(name, reason)] of those that cannot be."""
     return skip_bad(split)[1]
 
@@ -274,12 +292,12 @@ _DECODING_ERRORS = (
 )
 
 
-def _reason(error):
+def _reason(error: BaseException) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image of a known format"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def _check_lengths(images, labels):
+def _check_lengths(images: Sized, labels: Sized) -> None:
     if len(images) != len(labels):
         raise ValueError(f"{len(images)} images must have as many labels, got {len(labels)}")

@@ -1,6 +1,7 @@
 """Folders of one's own images as a `Domain`, and what of them is passed over."""
 
 from collections import Counter
+from pathlib import Path
 
 from PIL import Image, ImageFile
 
@@ -14,7 +15,7 @@ _LITTER = ("thumbs.db", "desktop.ini")
 _NAMED = 5
 
 
-def read_folders(name, root):
+def read_folders(name: str, root: Path) -> Domain:
     """NAME/{train,test}/CLASS/IMAGE, a class for each folder in train, sorted by name."""
     folder = root / name
     names = [path.name for path in _entries(folder / "train") if path.is_dir()]
@@ -43,11 +44,12 @@ def read_folders(name, root):
         if not found:
             raise ValueError(f"{folder / split} has no image with an ending that Pillow reads")
         splits.append(FileSplit(*zip(*found, strict=True)))
+    train, test = splits
     shown = (path.relative_to(folder).as_posix() + "/" * path.is_dir() for path in left)
-    return Domain(name, classes, _template(folder / TEMPLATE), *splits, tuple(sorted(shown)))
+    return Domain(name, classes, _template(folder / TEMPLATE), train, test, tuple(sorted(shown)))
 
 
-def describe_passed_over(domain):
+def describe_passed_over(domain: Domain) -> str:
     """A line about the files and folders of a domain that are not read, empty if there are none."""
     left = domain.passed_over
     if not left:
@@ -59,7 +61,7 @@ def describe_passed_over(domain):
     )
 
 
-def read_lines(file):
+def read_lines(file: Path) -> list[str]:
     """The lines of a text file without space around them; blank ones are left out.
 
     Raises:
@@ -75,13 +77,13 @@ def read_lines(file):
     return lines
 
 
-def _entries(folder):
+def _entries(folder: Path) -> list[Path]:
     """What lies in a folder, by name, but for hidden files; nothing if there is none."""
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
     return [p for p in paths if not p.name.startswith(".") and p.name.lower() not in _LITTER]
 
 
-def _image_endings():
+def _image_endings() -> set[str]:
     """Endings of the files that the installed Pillow decodes."""
     Image.init()
     # Of stubs and of video Pillow reads the header alone.
@@ -95,7 +97,7 @@ def _image_endings():
     return {end for end, kind in Image.registered_extensions().items() if kind in known}
 
 
-def _template(file):
+def _template(file: Path) -> str:
     if not file.is_file():
         return DEFAULT_TEMPLATE
     lines = read_lines(file)

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 SIZE = 28
 # Drawn at twice the size and reduced, which smooths edges.
@@ -112,8 +113,8 @@ class Style:
     stretch: float = 0.12
     shift: float = 2.5
     noise: float = 0.04
-    contrast: tuple = (0.55, 1.0)
-    fonts: tuple = PLAIN_FONTS
+    contrast: tuple[float, float] = (0.55, 1.0)
+    fonts: tuple[str, ...] = PLAIN_FONTS
     outline: bool = False
     clutter: int = 0
     grain: float = 0.0
@@ -121,10 +122,10 @@ class Style:
     side: int = 0
 
 
-def world_style(generator):
+def world_style(generator: np.random.Generator) -> Style:
     """A style of the pretraining images: mostly clean, each flaw in a part of them."""
 
-    def chance(part):
+    def chance(part: float) -> bool:
         return generator.random() < part
 
     return Style(
@@ -140,12 +141,12 @@ def world_style(generator):
     )
 
 
-def render(kind, thing, style, generator):
+def render(kind: str, thing: str, style: Style, generator: np.random.Generator) -> np.ndarray:
     """One image [28, 28, 3], uint8.
 
     Args:
         kind: "letter", "digit", "greek", "symbol", "shape" or "texture". thing: its name.
-        style: `Style`. generator: a numpy Generator.
+        style: how it looks. generator: of all that is drawn at random.
     """
     mask = _mask(kind, thing, style, generator)
     back = generator.uniform(0, 1, 3)
@@ -168,7 +169,7 @@ def render(kind, thing, style, generator):
     return (image.clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def _away_from(back, style, generator):
+def _away_from(back: np.ndarray, style: Style, generator: np.random.Generator) -> np.ndarray:
     """A colour whose brightness differs from another's by about as much as was asked."""
     wanted = generator.uniform(*style.contrast)
     target = back.mean() + (wanted if back.mean() < 0.5 else -wanted)
@@ -177,17 +178,13 @@ def _away_from(back, style, generator):
     return colour.clip(0, 1)
 
 
-def _coarse(image, side):
-    from PIL import Image
-
+def _coarse(image: np.ndarray, side: int) -> np.ndarray:
     small = Image.fromarray((image.clip(0, 1) * 255).astype(np.uint8))
     small = small.resize((side, side), Image.Resampling.BOX)
     return np.asarray(small.resize((SIZE, SIZE), Image.Resampling.BICUBIC), np.float32) / 255
 
 
-def _mask(kind, thing, style, generator):
-    from PIL import Image
-
+def _mask(kind: str, thing: str, style: Style, generator: np.random.Generator) -> np.ndarray:
     big = Image.new("L", (_BIG, _BIG))
     if kind == "texture":
         values = _texture(thing, generator)
@@ -213,23 +210,23 @@ def _mask(kind, thing, style, generator):
 
 
 @cache
-def _font(name, size):
+def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     import matplotlib
-    from PIL import ImageFont
 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     return ImageFont.truetype(str(folder / f"{name}.ttf"), size)
 
 
-def _draw_glyph(big, kind, thing, style, generator):
-    from PIL import ImageDraw
-
+def _draw_glyph(
+    big: Image.Image, kind: str, thing: str, style: Style, generator: np.random.Generator
+) -> None:
     name = "DejaVuSans"
     if kind in ("letter", "digit"):
         name = style.fonts[generator.integers(len(style.fonts))]
     elif kind == "greek":
         name = ("DejaVuSans", "DejaVuSerif", "DejaVuSans-Oblique")[generator.integers(3)]
-    text = {"symbol": SYMBOLS, "greek": GREEK}.get(kind, {}).get(thing, thing)
+    signs: dict[str, str] = {"symbol": SYMBOLS, "greek": GREEK}.get(kind, {})
+    text = signs.get(thing, thing)
     if kind == "digit":
         text = str(DIGITS.index(thing))
     font = _font(name, int(generator.integers(38, 50)))
@@ -238,9 +235,7 @@ def _draw_glyph(big, kind, thing, style, generator):
     ImageDraw.Draw(big).text(place, text, 255, font)
 
 
-def _draw_shape(big, thing, style, generator):
-    from PIL import ImageDraw
-
+def _draw_shape(big: Image.Image, thing: str, style: Style, generator: np.random.Generator) -> None:
     draw, m = ImageDraw.Draw(big), _BIG / 2
     r = generator.uniform(14, 22)
     how = {"outline": 255, "width": int(generator.integers(2, 5))} if style.outline else {}
@@ -271,7 +266,7 @@ def _draw_shape(big, thing, style, generator):
         draw.polygon([(m + x, m + y) for x, y in points], **how)
 
 
-def _texture(thing, generator):
+def _texture(thing: str, generator: np.random.Generator) -> np.ndarray:
     """Values in 0..1, [56, 56]."""
     y, x = np.mgrid[0:_BIG, 0:_BIG].astype(np.float32)
     period = generator.uniform(10, 18)
@@ -303,9 +298,7 @@ def _texture(thing, generator):
     return (wave > 0).astype(np.float32)
 
 
-def _strokes(count, generator):
-    from PIL import Image, ImageDraw
-
+def _strokes(count: int, generator: np.random.Generator) -> np.ndarray:
     big = Image.new("L", (_BIG, _BIG))
     draw = ImageDraw.Draw(big)
     for _ in range(count):

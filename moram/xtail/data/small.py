@@ -9,6 +9,7 @@ import io
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 
@@ -53,18 +54,18 @@ _CIFAR = {
 }
 
 
-def is_small(name):
+def is_small(name: str) -> bool:
     """Whether a dataset's name is one of this file's."""
     return name in SMALL or name in REAL
 
 
-def load_small(name, root=None):
+def load_small(name: str, root: str | Path | None = None) -> Domain:
     """A domain of the preset `small`.
 
     Args:
         name: of `SMALL` or `REAL`. root: the data folder, for those of `REAL`.
     Returns:
-        `Domain`; the same images every time.
+        The same images every time.
     Raises:
         FileNotFoundError: a file of `REAL` is not in root.
         ValueError: it is damaged.
@@ -78,7 +79,7 @@ def load_small(name, root=None):
     return _mnist(Path(root)) if name == "mnist10k" else _cifar(name, Path(root))
 
 
-def _drawn(name):
+def _drawn(name: str) -> Domain:
     kind, classes, template, style = _DRAWN[name]
     generator = np.random.default_rng(zlib.crc32(name.encode()))
     splits = []
@@ -86,22 +87,23 @@ def _drawn(name):
         labels = np.arange(len(classes)).repeat(count)
         images = np.stack([render(kind, classes[y], style, generator) for y in labels])
         splits.append(ArraySplit(images, labels, f"{name} (drawn)"))
-    return Domain(name, classes, template, *splits)
+    train, test = splits
+    return Domain(name, classes, template, train, test)
 
 
-def _digits():
+def _digits() -> Domain:
     from sklearn.datasets import load_digits
 
-    found = load_digits()
+    found: Any = load_digits()
     images = (found.images * (255 / 16)).round().astype(np.uint8)
     # The first half and the second are by different writers.
     half = len(images) // 2
     parts = (slice(None, half), slice(half, None, 2))
-    splits = [ArraySplit(images[p], found.target[p], "scikit-learn's digits") for p in parts]
-    return Domain("digits", DIGITS, "a scan of the digit {}.", *splits)
+    train, test = (ArraySplit(images[p], found.target[p], "scikit-learn's digits") for p in parts)
+    return Domain("digits", DIGITS, "a scan of the digit {}.", train, test)
 
 
-def _mnist(root):
+def _mnist(root: Path) -> Domain:
     images = _idx(root, "t10k-images-idx3-ubyte", (28, 28))
     labels = _idx(root, "t10k-labels-idx1-ubyte", ())
     if len(images) != len(labels) or len(images) <= 5000:
@@ -113,12 +115,12 @@ def _mnist(root):
         raise ValueError(f"{root}: t10k-labels-idx1-ubyte must hold digits, got {labels.max()}")
     # The two halves are by different writers: school pupils and employees.
     parts = (slice(None, 5000), slice(5000, None, 10))
-    splits = [ArraySplit(images[p], labels[p], "MNIST (test images)") for p in parts]
+    train, test = (ArraySplit(images[p], labels[p], "MNIST (test images)") for p in parts)
     classes = tuple(f"{index} - {name}" for index, name in enumerate(DIGITS))
-    return Domain("mnist10k", classes, 'a photo of the number: "{}".', *splits)
+    return Domain("mnist10k", classes, 'a photo of the number: "{}".', train, test)
 
 
-def _idx(root, stem, sizes):
+def _idx(root: Path, stem: str, sizes: tuple[int, ...]) -> np.ndarray:
     """The bytes of an IDX file, [n, *sizes]."""
     places = [f"{base}{stem}{end}" for base in ("mnist/", "MNIST/raw/") for end in (".gz", "")]
     path = next((root / place for place in places if (root / place).is_file()), None)
@@ -139,7 +141,7 @@ def _idx(root, stem, sizes):
         raise ValueError(f"{path} is no MNIST file: {error}") from error
 
 
-def _cifar(name, root):
+def _cifar(name: str, root: Path) -> Domain:
     from PIL import Image
 
     classes, splits = _CIFAR[name], []
@@ -157,13 +159,14 @@ def _cifar(name, root):
                     images.append(np.asarray(image))
                     labels.append(label)
             splits.append(ArraySplit(np.stack(images), labels, f"CIFAR-10 ({name})"))
-    return Domain(name, classes, "a photo of a {}.", *splits)
+    train, test = splits
+    return Domain(name, classes, "a photo of a {}.", train, test)
 
 
 class _Tree:
     """The folder cifar10, or the archive cifar10.zip, in a data folder."""
 
-    def __init__(self, root):
+    def __init__(self, root: Path) -> None:
         self.folder, archive = root / "cifar10", root / "cifar10.zip"
         self.zip = None
         if not self.folder.is_dir():
@@ -177,29 +180,31 @@ class _Tree:
             except zipfile.BadZipFile as error:
                 raise ValueError(f"{archive} is damaged: {error}") from error
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         if self.zip is not None:
             self.zip.close()
 
-    def read(self, folder, count):
+    def read(self, folder: str, count: int) -> list[tuple[str | Path, bytes]]:
         """(name, content) of the first JPEGs of a folder."""
+        found: list[tuple[str | Path, bytes]]
         if self.zip is None:
             paths = sorted((self.folder / folder).glob("*.jpg"))[:count]
             found = [(path, path.read_bytes()) for path in paths]
         else:
             names = (n for n in self.zip.namelist() if n.startswith(f"{folder}/"))
             names = sorted(name for name in names if name.endswith(".jpg"))[:count]
-            found = [(f"{self.zip.filename}: {name}", self._unpack(name)) for name in names]
+            found = [(f"{self.zip.filename}: {name}", _unpack(self.zip, name)) for name in names]
         if not found:
             place = self.folder if self.zip is None else self.zip.filename
             raise FileNotFoundError(f"{place} has no JPEGs in {folder}")
         return found
 
-    def _unpack(self, name):
-        try:
-            return self.zip.read(name)
-        except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:
-            raise ValueError(f"{self.zip.filename} is damaged: {error}") from error
+
+def _unpack(archive: zipfile.ZipFile, name: str) -> bytes:
+    try:
+        return archive.read(name)
+    except (zipfile.BadZipFile, zlib.error, RuntimeError) as error:
+        raise ValueError(f"{archive.filename} is damaged: {error}") from error
