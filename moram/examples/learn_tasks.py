@@ -7,16 +7,28 @@ MODEL is a folder or a hub id, a task's folder is in TRACE's format; adapters go
 
 import json
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import moram
 
+# Token ids of prompts and answers.
+Rows = list[tuple[list[int], list[int]]]
 
-def read(tokenizer, folder, split, most=112):
+
+def read(
+    tokenizer: PreTrainedTokenizerBase, folder: str | Path, split: str, most: int = 112
+) -> Rows:
     """The (prompt, answer) of each example as token ids; long prompts lose their beginning.
 
     Args:
@@ -24,18 +36,18 @@ def read(tokenizer, folder, split, most=112):
         most: tokens of a prompt at most.
     """
     rows = json.loads((Path(folder) / f"{split}.json").read_text(encoding="utf-8"))
-    answers = [
-        tokenizer(" " + row["answer"], add_special_tokens=False)["input_ids"] for row in rows
-    ]
-    prompts = [tokenizer(row["prompt"])["input_ids"][-most:] for row in rows]
-    return [(p, [*a, tokenizer.eos_token_id]) for p, a in zip(prompts, answers, strict=True)]
+    answers = [tokenizer(" " + row["answer"], add_special_tokens=False).input_ids for row in rows]
+    prompts = [tokenizer(row["prompt"]).input_ids[-most:] for row in rows]
+    end = tokenizer.eos_token_id
+    assert isinstance(end, int)
+    return [(p, [*a, end]) for p, a in zip(prompts, answers, strict=True)]
 
 
-def batch(rows):
+def batch(rows: Rows) -> dict[str, Tensor]:
     """What the model is called with; padded on the left, and the answer alone is learned."""
     width = max(len(prompt + answer) for prompt, answer in rows)
 
-    def padded(parts, fill):
+    def padded(parts: list[list[int]], fill: int) -> Tensor:
         return torch.tensor([[fill] * (width - len(part)) + part for part in parts])
 
     return {
@@ -45,7 +57,15 @@ def batch(rows):
     }
 
 
-def learn(model, stream, config, lr=3e-3, epochs=1, size=4, seed=0):
+def learn(
+    model: PreTrainedModel,
+    stream: Sequence[Sequence[Rows]],
+    config: moram.MoRAMConfig,
+    lr: float = 3e-3,
+    epochs: int = 1,
+    size: int = 4,
+    seed: int = 0,
+) -> list[list[float]]:
     """Learn the tasks one after the other.
 
     Args:
@@ -78,14 +98,14 @@ def learn(model, stream, config, lr=3e-3, epochs=1, size=4, seed=0):
     return matrix
 
 
-def rate(done, steps):
+def rate(done: int, steps: int) -> float:
     """A warm-up over a tenth of the steps, then a linear decay to zero, as a part of the peak."""
     warmup = max(1, steps // 10)
     return min((done + 1) / warmup, (steps - done) / max(1, steps - warmup))
 
 
 @torch.no_grad()
-def score(model, rows):
+def score(model: PreTrainedModel, rows: Rows) -> float:
     """Percent of examples whose answer's every token is the most likely one."""
     model.eval()
     right = 0
