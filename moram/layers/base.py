@@ -14,7 +14,7 @@ class Calls:
     torch.compile sets it without a guard."""
 
     def __init__(self) -> None:
-        self.seen = False
+        self.seen: bool = False
 
 
 class Adapter(nn.Module):
@@ -26,9 +26,9 @@ class Adapter(nn.Module):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        self.base_layer = base_layer.requires_grad_(False)
+        self.base_layer: nn.Module = base_layer.requires_grad_(False)
         # Every forward sets `seen`.
-        self.calls = Calls()
+        self.calls: Calls = Calls()
 
     def adapter_state(self) -> dict[str, Tensor]:
         """Every tensor of the adapter, by name, without those of the base."""
@@ -77,7 +77,8 @@ class AdapterLinear(Adapter):
             raise TypeError(f"base_layer must be a Linear: {problem}")
         super().__init__(base_layer)
         base = self.base_layer
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.in_features: int = base.in_features
+        self.out_features: int = base.out_features
 
     @property
     def weight(self) -> Tensor:

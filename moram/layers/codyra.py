@@ -23,6 +23,8 @@ class CoDyRALinear(LoRALinear):
     Cost: 2 M (r + K) (D + O) FLOPs.
     """
 
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
     frozen_A: Tensor
     frozen_B: Tensor
 
@@ -36,7 +38,7 @@ class CoDyRALinear(LoRALinear):
         **more: Any,
     ) -> None:
         super().__init__(base_layer, rank, alpha, generator=generator, **more)
-        self.gate = nn.Parameter(self._new_gate(rank, generator))
+        self.gate: nn.Parameter = nn.Parameter(self._new_gate(rank, generator))
         self.register_buffer("frozen_A", self.lora_A.new_empty(0, self.in_features))
         self.register_buffer("frozen_B", self.lora_B.new_empty(self.out_features, 0))
 

@@ -38,12 +38,12 @@ class LoRALinear(AdapterLinear):
             raise ValueError(f"rank must be >= 1, got {rank}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-        self.scale = (2 * rank if alpha is None else alpha) / rank
-        self.dropout = dropout
+        self.scale: float = (2 * rank if alpha is None else alpha) / rank
+        self.dropout: float = dropout
         like: dict[str, Any] = {"device": device_of(self.base_layer), "dtype": dtype}
-        self.lora_A = nn.Parameter(torch.empty(0, self.in_features, **like))
+        self.lora_A: nn.Parameter = nn.Parameter(torch.empty(0, self.in_features, **like))
         self.lora_A = nn.Parameter(self.new_down(rank, generator))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, **like))
+        self.lora_B: nn.Parameter = nn.Parameter(torch.zeros(self.out_features, rank, **like))
 
     def new_down(self, rows: int, generator: torch.Generator | None = None) -> Tensor:
         """Initial rows of A [rows, D]."""

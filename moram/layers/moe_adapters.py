@@ -54,6 +54,8 @@ class MoEAdapterMLP(Adapter):
     frozen_down_bias: Tensor
     frozen_up: Tensor
     frozen_up_bias: Tensor
+    router: nn.Parameter
+    noise: nn.Parameter
     routers: Tensor
     counts: Tensor
     frozen: Tensor
@@ -76,8 +78,10 @@ class MoEAdapterMLP(Adapter):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         super().__init__(base_layer)
-        self.top_k, self.scale, self.dropout = min(top_k, experts), scale, dropout
-        self.task = -1
+        self.top_k: int = min(top_k, experts)
+        self.scale: float = scale
+        self.dropout: float = dropout
+        self.task: int = -1
         self._residual: Tensor | None = None
         device = next((p.device for p in base_layer.parameters()), None)
         like = torch.empty(0, dtype=dtype, device=device)

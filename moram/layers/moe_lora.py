@@ -31,6 +31,9 @@ class MoELoRALinear(AdapterLinear):
     Cost: 2 M N r (D + O) + 2 M N D FLOPs for N experts: all of them are computed.
     """
 
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    router: nn.Parameter
     frozen_A: Tensor
     frozen_B: Tensor
     frozen_router: Tensor
@@ -55,10 +58,12 @@ class MoELoRALinear(AdapterLinear):
             raise ValueError(f"top_k must be >= 1, got {top_k}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-        self.scale = (2 * rank if alpha is None else alpha) / rank
-        self.top_k, self.freeze_router, self.dropout = top_k, freeze_router, dropout
+        self.scale: float = (2 * rank if alpha is None else alpha) / rank
+        self.top_k: int = top_k
+        self.freeze_router: bool = freeze_router
+        self.dropout: float = dropout
         # The gates of the last forward pass in training [..., N], with graph, if asked for.
-        self.keep_gates = False
+        self.keep_gates: bool = False
         self.gates: Tensor | None = None
         shape, wide = (experts, rank // experts), self.in_features
         like: dict[str, Any] = {"device": device_of(self.base_layer), "dtype": dtype}

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moram_kernels import reference, retrieve, retrieve_linear
+from moram_kernels import SelfActivation, reference, retrieve, retrieve_linear
 
 from ..bank import AtomBank
 from ..config import MoRAMConfig
@@ -73,7 +73,7 @@ class MoRAMLinear(AdapterLinear):
             raise TypeError(f"config must be a MoRAMConfig, got {type(config).__name__}")
         self.configure(config, backend)
         capacity = 8 * config.atoms_per_task if config.capacity is None else config.capacity
-        self.bank = AtomBank(
+        self.bank: AtomBank = AtomBank(
             self.in_features,
             self.out_features,
             capacity=capacity,
@@ -89,9 +89,9 @@ class MoRAMLinear(AdapterLinear):
 
     def configure(self, config: MoRAMConfig, backend: str | None = None) -> None:
         """Take over settings; the bank keeps its atoms."""
-        self.config = config
-        self.activation = config.activation
-        self.backend = config.backend if backend is None else backend
+        self.config: MoRAMConfig = config
+        self.activation: SelfActivation = config.activation
+        self.backend: str = config.backend if backend is None else backend
         if hasattr(self, "bank"):
             self.bank.value_scale = config.value_scale
 

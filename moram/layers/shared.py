@@ -30,8 +30,8 @@ class SharedInput:
     """
 
     def __init__(self, layers: Iterable["MoRAMLinear"]) -> None:
-        self.layers = tuple(layers)
-        self.enabled = True
+        self.layers: tuple[MoRAMLinear, ...] = tuple(layers)
+        self.enabled: bool = True
         self._found = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:

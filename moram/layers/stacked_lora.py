@@ -26,6 +26,8 @@ class StackedLoRALinear(LoRALinear):
     of the input.
     """
 
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
     frozen_A: Tensor
     frozen_B: Tensor
 
@@ -39,7 +41,7 @@ class StackedLoRALinear(LoRALinear):
         **more: Any,
     ) -> None:
         super().__init__(base_layer, rank, alpha, **more)
-        self.separate = separate
+        self.separate: bool = separate
         # The task whose factors act if they act alone; None = the current one.
         self.selected: int | None = None
         self.guard: Guard | None = None
