@@ -12,13 +12,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import moram
 
@@ -26,9 +21,7 @@ import moram
 Rows = list[tuple[list[int], list[int]]]
 
 
-def read(
-    tokenizer: PreTrainedTokenizerBase, folder: str | Path, split: str, most: int = 112
-) -> Rows:
+def read(tokenizer: PreTrainedTokenizerBase, folder: str, split: str, most: int = 112) -> Rows:
     """The (prompt, answer) of each example as token ids; long prompts lose their beginning.
 
     Args:
@@ -58,7 +51,7 @@ def batch(rows: Rows) -> dict[str, Tensor]:
 
 
 def learn(
-    model: PreTrainedModel,
+    model: nn.Module,
     stream: Sequence[Sequence[Rows]],
     config: moram.MoRAMConfig,
     lr: float = 3e-3,
@@ -105,7 +98,7 @@ def rate(done: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def score(model: PreTrainedModel, rows: Rows) -> float:
+def score(model: nn.Module, rows: Rows) -> float:
     """Percent of examples whose answer's every token is the most likely one."""
     model.eval()
     right = 0
@@ -115,8 +108,8 @@ def score(model: PreTrainedModel, rows: Rows) -> float:
     return 100 * right / len(rows)
 
 
-if __name__ == "__main__":
-    name, *folders = sys.argv[1:]
+def main(name: str, *folders: str) -> None:
+    """Learn the tasks of some folders, print R and keep the adapters."""
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name)
     stream = [[read(tokenizer, folder, split) for split in ("train", "test")] for folder in folders]
@@ -124,3 +117,7 @@ if __name__ == "__main__":
     config = moram.MoRAMConfig(atoms_per_task=8, top_k=8, protect=0.95)
     print(json.dumps(learn(model, stream, config)))
     moram.save(model, "adapters", tasks=[Path(folder).name for folder in folders])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
