@@ -57,24 +57,25 @@ class AtomBank(nn.Module):
         check_count("in_features", in_features, 1)
         check_count("out_features", out_features, 1)
         check_count("capacity", capacity, 0)
-        self.in_features, self.out_features = in_features, out_features
-        self.value_scale = value_scale
+        self.in_features: int = in_features
+        self.out_features: int = out_features
+        self.value_scale: float = value_scale
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         self.register_buffer("frozen_keys", torch.zeros(capacity, in_features, **like))
         self.register_buffer("frozen_values", torch.zeros(capacity, out_features, **like))
-        self.current_keys = nn.Parameter(torch.empty(0, in_features, **like))
-        self.current_values = nn.Parameter(torch.empty(0, out_features, **like))
+        self.current_keys: nn.Parameter = nn.Parameter(torch.empty(0, in_features, **like))
+        self.current_values: nn.Parameter = nn.Parameter(torch.empty(0, out_features, **like))
         self.register_buffer("live", torch.zeros((), dtype=torch.int64, device=device))
         # What `live` was when it was last read: the tensor, its version and its value. `noted`
         # holds the same for compiled calls, see `torch.ops.moram.live_count`.
         self._seen: tuple[Tensor | None, int | None, int] = (None, None, 0)
-        self.noted = torch.full((3,), -1, dtype=torch.int64, device="cpu")
+        self.noted: Tensor = torch.full((3,), -1, dtype=torch.int64, device="cpu")
         self._set_live(0)
         # See `guard_keys`.
         self.guard: Guard | None = None
         # For `moram.task`: whether the current atoms have learned a task, so that the next one
         # needs fresh ones; what the inputs so far look like.
-        self.learned = False
+        self.learned: bool = False
         self.sketch: InputSketch | None = None
 
     @property

@@ -45,8 +45,11 @@ class Inputs:
         mask: Mask | None = None,
         examples: int | None = None,
     ) -> None:
-        self.model, self.found, self.examples, self.mask_of = model, found, examples, mask
-        self.batches = checked(batches)
+        self.model: nn.Module = model
+        self.found: Mapping[str, nn.Module] = found
+        self.examples: int | None = examples
+        self.mask_of: Mask | None = mask
+        self.batches: Batches = checked(batches)
         # For every path that of the first adapter that reads the same tensor.
         self.leader: dict[str, str] = {}
         self._mask: Tensor | None = None

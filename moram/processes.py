@@ -19,8 +19,8 @@ class Processes:
 
     def __init__(self) -> None:
         together = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if together else 0
-        self.world = dist.get_world_size() if together else 1
+        self.rank: int = dist.get_rank() if together else 0
+        self.world: int = dist.get_world_size() if together else 1
 
     @property
     def is_first(self) -> bool:

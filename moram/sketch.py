@@ -27,7 +27,9 @@ class InputSketch:
     """
 
     def __init__(self, size: int, rows: Tensor | None = None, total: Tensor | None = None) -> None:
-        self.size, self.rows, self.total = size, rows, total
+        self.size: int = size
+        self.rows: Tensor | None = rows
+        self.total: Tensor | None = total
 
     def add(self, moment: Tensor) -> None:
         """Add a second moment [D, D], such as the mean of x x^T over a task's inputs; it is

@@ -41,7 +41,8 @@ class Clip:
     ) -> None:
         # Of two libraries, which call their parts differently.
         self.model: Any = model
-        self.tokenize, self.preprocess = tokenize, preprocess
+        self.tokenize: Callable[[list[str]], Tensor] = tokenize
+        self.preprocess: Preprocess = preprocess
         self._is_open_clip = hasattr(model, "encode_image")
 
     @property

@@ -27,19 +27,23 @@ class SplitAttention(nn.Module):
 
     # What `nn.TransformerEncoderLayer` looks at before it takes its fast path, which reads weights
     # and calls nothing. These say no, so that it calls this module and its own Linears.
-    in_proj_bias, _qkv_same_embed_dim = None, False
+    in_proj_bias: None = None
+    _qkv_same_embed_dim: bool = False
 
     q_proj: nn.Linear
     k_proj: nn.Linear
     v_proj: nn.Linear
+    out_proj: nn.Linear
 
     def __init__(self, packed: nn.MultiheadAttention) -> None:
         super().__init__()
         problem = why_not_splittable(packed)
         if problem:
             raise ValueError(f"this nn.MultiheadAttention cannot be split: {problem}")
-        self.embed_dim, self.num_heads = packed.embed_dim, packed.num_heads
-        self.dropout, self.batch_first = packed.dropout, packed.batch_first
+        self.embed_dim: int = packed.embed_dim
+        self.num_heads: int = packed.num_heads
+        self.dropout: float = packed.dropout
+        self.batch_first: bool = packed.batch_first
         weights = packed.in_proj_weight.chunk(3)
         biases = (None,) * 3 if packed.in_proj_bias is None else packed.in_proj_bias.chunk(3)
         for name, weight, bias in zip(("q_proj", "k_proj", "v_proj"), weights, biases, strict=True):
