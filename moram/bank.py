@@ -1,17 +1,20 @@
 """The atoms of one projection: frozen ones in buffers, current ones as parameters."""
 
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moram_kernels.ops import version_of
 
+from .bank_state import PARTS, check_state
 from .config import check_count
 from .draw import changes_parameters, draw_rows
 from .guard import Guard
-from .live import UNIT, count_of, filled_rows
+from .live import UNIT, count_of
 from .sharded import copy_into, is_managed, whole
-
-PARTS = ("frozen_keys", "frozen_values", "current_keys", "current_values")
+from .sketch import InputSketch
 
 
 class AtomBank(nn.Module):
@@ -36,38 +39,51 @@ class AtomBank(nn.Module):
         device, dtype: of all tensors.
     """
 
+    frozen_keys: Tensor
+    frozen_values: Tensor
+    live: Tensor
+
     def __init__(
-        self, in_features, out_features, *, capacity=0, value_scale=1.0, device=None, dtype=None
-    ):
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        capacity: int = 0,
+        value_scale: float = 1.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         check_count("in_features", in_features, 1)
         check_count("out_features", out_features, 1)
         check_count("capacity", capacity, 0)
-        self.in_features, self.out_features = in_features, out_features
-        self.value_scale = value_scale
-        like = {"device": device, "dtype": dtype}
+        self.in_features: int = in_features
+        self.out_features: int = out_features
+        self.value_scale: float = value_scale
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
         self.register_buffer("frozen_keys", torch.zeros(capacity, in_features, **like))
         self.register_buffer("frozen_values", torch.zeros(capacity, out_features, **like))
-        self.current_keys = nn.Parameter(torch.empty(0, in_features, **like))
-        self.current_values = nn.Parameter(torch.empty(0, out_features, **like))
+        self.current_keys: nn.Parameter = nn.Parameter(torch.empty(0, in_features, **like))
+        self.current_values: nn.Parameter = nn.Parameter(torch.empty(0, out_features, **like))
         self.register_buffer("live", torch.zeros((), dtype=torch.int64, device=device))
         # What `live` was when it was last read: the tensor, its version and its value. `noted`
         # holds the same for compiled calls, see `torch.ops.moram.live_count`.
-        self._seen = (None, None, 0)
-        self.noted = torch.full((3,), -1, dtype=torch.int64, device="cpu")
+        self._seen: tuple[Tensor | None, int | None, int] = (None, None, 0)
+        self.noted: Tensor = torch.full((3,), -1, dtype=torch.int64, device="cpu")
         self._set_live(0)
-        # See `guard_keys`: a `Guard` or None.
-        self.guard = None
+        # See `guard_keys`.
+        self.guard: Guard | None = None
         # For `moram.task`: whether the current atoms have learned a task, so that the next one
-        # needs fresh ones; what the inputs so far look like, an `InputSketch` or None.
-        self.learned = False
-        self.sketch = None
+        # needs fresh ones; what the inputs so far look like.
+        self.learned: bool = False
+        self.sketch: InputSketch | None = None
 
     @property
-    def num_frozen(self):
+    def num_frozen(self) -> int:
         """Live frozen atoms."""
         # Not self.live: a module's attributes are slow to find, and every call asks.
         live = self._buffers["live"]
+        assert live is not None
         if live.is_cpu:
             return count_of(live)
         seen, version, count = self._seen
@@ -77,25 +93,25 @@ class AtomBank(nn.Module):
             self._seen = (live, version_of(live), count)
         return count
 
-    def _set_live(self, count):
+    def _set_live(self, count: int) -> None:
         self.live.fill_(count * UNIT)
         self._seen = (self.live, version_of(self.live), count)
 
-    def live_count(self):
+    def live_count(self) -> Tensor:
         """`num_frozen` as an int64 CPU tensor, which torch.compile does not specialise on."""
         if self.live.is_cpu:
             return torch.div(self.live + UNIT // 2, UNIT, rounding_mode="floor")
         return torch.ops.moram.live_count(self.live, self.noted, UNIT)
 
-    def _forget(self):
+    def _forget(self) -> None:
         self._seen = (None, None, self._seen[2])
         self.noted.fill_(-1)
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> Self:
         self._forget()
         return super().train(mode)
 
-    def _apply(self, function, recurse=True):
+    def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(function, recurse)
         self._forget()
         if not self.live.is_meta:
@@ -105,21 +121,21 @@ class AtomBank(nn.Module):
         return self
 
     @property
-    def num_current(self):
+    def num_current(self) -> int:
         """Trainable atoms."""
         return self.current_keys.shape[0]
 
     @property
-    def num_atoms(self):
+    def num_atoms(self) -> int:
         """Frozen and current atoms together."""
         return self.num_frozen + self.num_current
 
     @property
-    def capacity(self):
+    def capacity(self) -> int:
         """Frozen atoms that fit before the buffers must grow."""
         return self.frozen_keys.shape[0]
 
-    def segments(self):
+    def segments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(keys, values, current_keys, current_values) as the operator takes them, live rows only.
 
         Current keys and values come as they act, see `acting_keys` and `scaled_values`.
@@ -138,12 +154,12 @@ class AtomBank(nn.Module):
             )
         return keys, values, self.acting_keys(), self.scaled_values()
 
-    def scaled_values(self):
+    def scaled_values(self) -> Tensor:
         """The current values as they act, [C, O]."""
         scale, values = self.value_scale, self.current_values
         return values if scale == 1 else values * scale
 
-    def guard_keys(self, basis, gain=1.0):
+    def guard_keys(self, basis: Tensor, gain: float = 1.0) -> None:
         """From now on the current keys K act as gain (K - K basis^T basis), and are trained so.
 
         Keeps them, whatever the optimiser does, out of the directions that basis spans. Neither is
@@ -155,21 +171,21 @@ class AtomBank(nn.Module):
         """
         self.guard = Guard(basis, gain)
 
-    def acting_keys(self):
+    def acting_keys(self) -> Tensor:
         """The current keys as they act, [C, D]."""
         return self._acted(self.current_keys)
 
-    def _acted(self, keys):
+    def _acted(self, keys: Tensor) -> Tensor:
         return keys if self.guard is None else self.guard.acting(keys)
 
     @changes_parameters
-    def fold_keys(self):
+    def fold_keys(self) -> None:
         """End `guard_keys`; the output stays what it was."""
         copy_into(self.current_keys, self._acted(whole(self.current_keys)))
         self.guard = None
 
     @changes_parameters
-    def append(self, n, generator=None):
+    def append(self, n: int, generator: torch.Generator | None = None) -> None:
         """Add n current atoms: keys Kaiming-uniform with a = sqrt(5), values zero.
 
         They are trainable, even where the current ones no longer were.
@@ -182,15 +198,15 @@ class AtomBank(nn.Module):
         self._set_current(keys, values, trainable=True)
 
     @changes_parameters
-    def freeze(self):
+    def freeze(self) -> None:
         """Make all current atoms frozen; the output stays what it was."""
         if self.num_current:
             self._check_replaceable("the current atoms by none")
         self._store_current()
-        self._set_current(*(t[:0] for t in (self.current_keys, self.current_values)))
+        self._set_current(self.current_keys[:0], self.current_values[:0])
 
     @changes_parameters
-    def grow(self, n, generator=None):
+    def grow(self, n: int, generator: torch.Generator | None = None) -> None:
         """Freeze, then append n atoms: what happens at a task boundary. Ends `guard_keys`.
 
         Where n atoms were current before, the same parameters hold the new ones. Their optimiser
@@ -211,7 +227,7 @@ class AtomBank(nn.Module):
             self._set_current(keys, values, trainable=True)
 
     @changes_parameters
-    def reserve(self, capacity):
+    def reserve(self, capacity: int) -> None:
         """Make room for that many frozen atoms."""
         if capacity <= self.capacity:
             return
@@ -221,18 +237,18 @@ class AtomBank(nn.Module):
             new[: old.shape[0]] = old
             setattr(self, name, new)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return (
             f"{self.in_features} -> {self.out_features}, frozen={self.num_frozen}, "
             f"current={self.num_current}, capacity={self.capacity}"
         )
 
-    def _new_atoms(self, n, generator):
+    def _new_atoms(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         check_count("n", n, 1)
         keys = draw_rows((n, self.in_features), self.current_keys, generator)
         return keys, torch.zeros(n, self.out_features, device=keys.device, dtype=keys.dtype)
 
-    def _store_current(self):
+    def _store_current(self) -> None:
         live, total = self.num_frozen, self.num_atoms
         if total > self.capacity:
             self.reserve(max(total, 2 * self.capacity))
@@ -245,13 +261,13 @@ class AtomBank(nn.Module):
             # They learned something outside of `moram.task`, from inputs that nobody noted.
             self.sketch = None
 
-    def _set_current(self, keys, values, trainable=None):
+    def _set_current(self, keys: Tensor, values: Tensor, trainable: bool | None = None) -> None:
         self._check_replaceable("the current atoms by others")
         trainable = self.current_keys.requires_grad if trainable is None else trainable
         self.current_keys = nn.Parameter(keys.detach().clone(), requires_grad=trainable)
         self.current_values = nn.Parameter(values.detach().clone(), requires_grad=trainable)
 
-    def check_whole(self):
+    def check_whole(self) -> None:
         """Raise where the current atoms are offloaded, or cut into flat shards by
         FullyShardedDataParallel."""
         if self.current_keys.is_meta and "_hf_hook" in self.__dict__:
@@ -266,7 +282,7 @@ class AtomBank(nn.Module):
                 "FullyShardedDataParallel.summon_full_params(model)"
             )
 
-    def _check_replaceable(self, what):
+    def _check_replaceable(self, what: str) -> None:
         if is_managed(self.current_keys):
             raise RuntimeError(
                 f"cannot replace {what}: fully_shard holds these parameters; grow by as many "
@@ -274,7 +290,9 @@ class AtomBank(nn.Module):
                 "fully_shard(model, ignored_params=set(moram.parameters(model)))"
             )
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in ("frozen_keys", "frozen_values"):
             # A copy: a view would take the spare rows along wherever its storage is written.
@@ -283,68 +301,49 @@ class AtomBank(nn.Module):
         destination[prefix + "live"] = destination[prefix + "live"].clone()
 
     def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         found = {name: state_dict.get(prefix + name) for name in (*PARTS, "live")}
-        live, problem = self._check_state(found)
-        missing_keys.extend(prefix + name for name in PARTS if found[name] is None)
+        found = {name: tensor for name, tensor in found.items() if tensor is not None}
+        widths = {"keys": self.in_features, "values": self.out_features}
+        present = {"frozen": self.num_frozen, "current": self.num_current}
+        live, problem = check_state(found, widths, present)
+        missing_keys.extend(prefix + name for name in PARTS if name not in found)
         if problem:
             error_msgs.append(f"{prefix.rstrip('.')}: {problem}")
             return
         self._load(found, live, local_metadata.get("assign_to_params_buffers"))
 
     @changes_parameters
-    def _load(self, found, live, assign):
+    def _load(self, found: Mapping[str, Tensor], live: int, assign: bool | None) -> None:
         for name in ("frozen_keys", "frozen_values"):
-            if found[name] is not None and assign:
+            if name in found and assign:
                 setattr(self, name, found[name])
                 self.live = torch.tensor(live * UNIT, device=found[name].device)
-            elif found[name] is not None:
+            elif name in found:
                 self.reserve(live)
                 # What is loaded may be this very buffer: copy first, clear the rest.
                 buffer = getattr(self, name)
                 buffer[:live] = found[name][:live]
                 buffer[live:] = 0
         self._set_live(live)
-        given = {name: found[name] for name in PARTS[2:] if found[name] is not None}
+        given = {name: found[name] for name in PARTS[2:] if name in found}
         if "current_keys" in given:
             self.guard = None
         if len(given) == 2 and (assign or len(given["current_keys"]) != self.num_current):
             like = {} if assign else {"device": self.live.device, "dtype": self.frozen_keys.dtype}
-            self._set_current(*(tensor.to(**like) for tensor in given.values()))
+            keys, values = given["current_keys"], given["current_values"]
+            self._set_current(keys.to(**like), values.to(**like))
         else:
             for name, tensor in given.items():
                 copy_into(getattr(self, name), tensor)
         if "current_values" in given:
             # Fresh values are zero.
             self.learned = bool(given["current_values"].any())
-
-    def _check_state(self, found):
-        """(frozen atoms after loading, what is wrong with a state or None)."""
-        widths = {"keys": self.in_features, "values": self.out_features}
-        for name in PARTS:
-            width, tensor = widths[name.split("_")[1]], found[name]
-            if tensor is not None and (tensor.dim() != 2 or tensor.shape[1] != width):
-                return 0, f"{name} must be [N, {width}], got {tuple(tensor.shape)}"
-        present = {"frozen": self.num_frozen, "current": self.num_current}
-        for kind, rows in present.items():
-            names = (f"{kind}_keys", f"{kind}_values")
-            counts = {n: len(found[n]) for n in names if found[n] is not None}
-            if len(set(counts.values())) > 1:
-                return 0, f"{names[0]} and {names[1]} must have as many rows, got " + (
-                    f"{counts[names[0]]} and {counts[names[1]]}"
-                )
-            if len(counts) == 1 and rows not in counts.values():
-                ((name, count),) = counts.items()
-                other = names[name == names[0]]
-                return 0, f"{name} must have {rows} rows as here, because {other} is absent, " + (
-                    f"got {count}"
-                )
-        given = [found[n] for n in PARTS[:2] if found[n] is not None]
-        if found["live"] is None:
-            return (filled_rows(given) if given else present["frozen"]), None
-        count = count_of(found["live"])
-        rows = len(given[0]) if given else present["frozen"]
-        if count > rows or (not given and count != rows):
-            return 0, f"live must count the frozen atoms that come along, {rows}, got {count}"
-        return count, None

@@ -7,7 +7,7 @@ from .layers import MoRAMLinear
 from .wrappers import plain_tensors
 
 
-def beside(model):
+def beside(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """Where the tensors are that the base model does not have: {plain name: (module, its name)}.
 
     Trainable parameters outside the banks with the buffers of their modules, those that
@@ -29,7 +29,7 @@ def beside(model):
     return found
 
 
-def note_beside(model):
+def note_beside(model: nn.Module) -> None:
     """Remember what is beside the adapters now, also for the time when it is frozen again."""
     names = frozenset(beside(model))
     for module in model.modules():
@@ -37,6 +37,6 @@ def note_beside(model):
             module.beside = names
 
 
-def has_other_adapters(model):
+def has_other_adapters(model: nn.Module) -> bool:
     """Whether PEFT has put adapters of its own into the model."""
     return any(type(module).__module__.startswith("peft.tuners") for module in model.modules())

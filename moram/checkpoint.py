@@ -8,15 +8,17 @@ without torch.compile, DistributedDataParallel and other wrappers, on both sides
 
 import json
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
-from .bank import PARTS
+from .bank_state import PARTS
 from .beside import beside, has_other_adapters, note_beside
 from .config import MoRAMConfig
 from .draw import changes_parameters
@@ -52,7 +54,7 @@ class SaveReport:
     trained: int
     left_out: bool
 
-    def __str__(self):
+    def __str__(self) -> str:
         sizes = f"atoms {_mib(self.atoms)}, sketches {_mib(self.sketches)}"
         sizes += f", trained beside them {_mib(self.trained)}"
         if self.left_out:
@@ -60,11 +62,18 @@ class SaveReport:
         return sizes
 
 
-def _mib(size):
+def _mib(size: int) -> str:
     return f"{size / 2**20:.1f} MiB"
 
 
-def save(model, directory, *, tasks=(), base_model=None, sketches="float32"):
+def save(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    tasks: Sequence[str] = (),
+    base_model: str | None = None,
+    sketches: str | Literal[False] = "float32",
+) -> SaveReport:
     """Write the adapters of a model, and what else of it is trainable; the model is not changed.
 
     What `moram.task` needs to go on is written, too: the sketches of protection, and inside a task
@@ -183,7 +192,7 @@ def save(model, directory, *, tasks=(), base_model=None, sketches="float32"):
 
 
 @changes_parameters
-def load(model, directory):
+def load(model: nn.Module, directory: str | Path) -> dict[str, Any]:
     """Put saved adapters into a model, injecting them first if it has none.
 
     What was trained besides the adapters is written into the model and trainable again. No random
@@ -218,9 +227,10 @@ def load(model, directory):
         restore(model, packed)
         raise
 
-    def change():
+    def change() -> None:
         for path in about["layers"]:
             adapter = model.get_submodule(actual[path])
+            assert isinstance(adapter, MoRAMLinear)
             adapter.configure(config)
             bank = adapter.bank.to(getattr(torch, config.atom_dtype))
             bank.load_state_dict({part: tensors[tensor_name(path, part)] for part in PARTS})
@@ -239,7 +249,7 @@ def load(model, directory):
     return about
 
 
-def _foreign(path):
+def _foreign(path: Path) -> bool:
     """Whether a config file is there that `save` did not write."""
     try:
         return json.loads(path.read_text(encoding="utf-8")).get("peft_type") != "MORAM"
@@ -250,11 +260,11 @@ def _foreign(path):
         return False
 
 
-def _bytes(tensors):
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
 
 
-def _shared_config(found):
+def _shared_config(found: Mapping[str, MoRAMLinear]) -> MoRAMConfig:
     """The settings of all adapters; where they were injected by turns, with their paths as targets.
 
     Raises:
@@ -271,12 +281,12 @@ def _shared_config(found):
     return next(iter(shared))
 
 
-def _flush(path):
+def _flush(path: Path) -> None:
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
 
-def _read(path):
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], MoRAMConfig]:
     if not path.is_file():
         raise FileNotFoundError(f"directory holds no MoRAM checkpoint: {path} does not exist")
     try:
@@ -302,7 +312,7 @@ def _read(path):
     return about, tensors, config
 
 
-def _check_tensors(about, tensors):
+def _check_tensors(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     wanted = {f"base_model.model.{n}": tuple(s) for n, s in about.get("trained", {}).items()}
     for layer, sizes in about["layers"].items():
         widths = {"keys": sizes["in_features"], "values": sizes["out_features"]}
@@ -317,7 +327,7 @@ def _check_tensors(about, tensors):
             raise ValueError(f"{name} must be {shape}, got {tuple(tensors[name].shape)}")
 
 
-def _split_like(model, layers):
+def _split_like(model: nn.Module, layers: Iterable[str]) -> None:
     """Split the packed attention whose projections the checkpoint adapts, or beside which the
     model would read the weight of one that it does."""
     actual = plain_paths(model)

@@ -1,19 +1,19 @@
 """The command `moram`: reads arguments, calls the library. Nothing else does."""
 
-import argparse
 import json
 import sys
-from collections.abc import Callable
+from argparse import Action, ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ._version import __version__
 from .cli_streams import add_settings_arguments, run_stream, show_settings
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     from .harness.chatter import without_chatter
 
@@ -21,9 +21,9 @@ def main(argv=None):
         return _main(argv)
 
 
-def _main(argv):
+def _main(argv: Sequence[str] | None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="moram", description="Continual learning with MoRAM.")
+    parser = ArgumentParser(prog="moram", description="Continual learning with MoRAM.")
     parser.add_argument("--version", action="version", version=f"moram {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
@@ -44,7 +44,7 @@ def _main(argv):
     return 1
 
 
-def _add_demo_arguments(parser):
+def _add_demo_arguments(parser: ArgumentParser) -> None:
     from .demo.run import DemoSettings
 
     kinds = {"tasks": str, "data": Path, "out": Path, "cache": Path, "model": Path, "threads": int}
@@ -72,7 +72,7 @@ def _add_demo_arguments(parser):
         )
 
 
-def _run_demo(arguments, parser):
+def _run_demo(arguments: Namespace, parser: ArgumentParser) -> int:
     from .demo.run import DATA, TASKS, DemoSettings, run_demo
 
     values = {item.name: getattr(arguments, item.name) for item in fields(DemoSettings)}
@@ -84,7 +84,7 @@ def _run_demo(arguments, parser):
     return 0
 
 
-def _add_trace_arguments(parser):
+def _add_trace_arguments(parser: ArgumentParser) -> None:
     from .methods.registry import ENTRIES
     from .trace.presets import PRESETS
     from .trace.protocol import SUITES
@@ -101,7 +101,7 @@ def _add_trace_arguments(parser):
     _add_check_data(parser, "tasks", "--tasks")
 
 
-def _add_check_data(parser, what, *names):
+def _add_check_data(parser: ArgumentParser, what: str, *names: str) -> ArgumentParser:
     """The other action of a command that runs a stream; returns its parser."""
     actions = parser.add_subparsers(dest="action", title="other action")
     check = actions.add_parser("check-data", help=f"what of the {what} is missing or damaged")
@@ -110,11 +110,11 @@ def _add_check_data(parser, what, *names):
     return check
 
 
-def _names(text):
+def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _run_trace(arguments, parser):
+def _run_trace(arguments: Namespace, parser: ArgumentParser) -> int:
     if arguments.action == "check-data":
         from .trace.check_data import check_data
 
@@ -130,7 +130,7 @@ def _run_trace(arguments, parser):
     return run_stream(arguments, names, REPORT, partial(run_trace, cached={}))
 
 
-def _add_xtail_arguments(parser):
+def _add_xtail_arguments(parser: ArgumentParser) -> None:
     from .methods.registry import ENTRIES
     from .xtail.data.catalog import REAL, SMALL, XTAIL
     from .xtail.presets import PRESETS
@@ -159,7 +159,7 @@ def _add_xtail_arguments(parser):
     check.add_argument("--images", action="store_true", help="decode every image, too")
 
 
-def _run_xtail(arguments, parser):
+def _run_xtail(arguments: Namespace, parser: ArgumentParser) -> int:
     if arguments.action == "check-data":
         from .xtail.data.check_data import check_data
 
@@ -174,12 +174,12 @@ def _run_xtail(arguments, parser):
     return run_stream(arguments, names, REPORT, run_xtail)
 
 
-def _add_table_arguments(parser):
+def _add_table_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="folders that one of them wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder for the tables")
 
 
-def _run_table(arguments, parser):
+def _run_table(arguments: Namespace, parser: ArgumentParser) -> int:
     from .harness.tables import read_results
     from .trace.report import REPORT as TRACE
     from .xtail.report import REPORT as XTAIL
@@ -193,7 +193,7 @@ def _run_table(arguments, parser):
     return 0
 
 
-def _add_inspect_arguments(parser):
+def _add_inspect_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("run", type=Path, help="folder that moram trace wrote with method moram")
     add("--data", type=Path, help="folder in TRACE's format (default: the run's)")
@@ -206,7 +206,7 @@ def _add_inspect_arguments(parser):
     add("--out", type=Path, help="folder for inspect.{json,md,png} (default: RUN/inspect)")
 
 
-def _run_inspect(arguments, parser):
+def _run_inspect(arguments: Namespace, parser: ArgumentParser) -> int:
     from .trace.inspection.run import inspect_run
 
     names = ("run", "data", "split", "limit", "last", "adapter", "text", "out")
@@ -217,11 +217,11 @@ def _run_inspect(arguments, parser):
     return 0
 
 
-def _add_env_arguments(parser):
+def _add_env_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="the same for programs")
 
 
-def _run_env(arguments, parser):
+def _run_env(arguments: Namespace, parser: ArgumentParser) -> int:
     from .environment import environment, to_text
 
     found = environment()
@@ -229,10 +229,16 @@ def _run_env(arguments, parser):
     return 0
 
 
-class _Renamed(argparse.Action):
+class _Renamed(Action):
     """An option whose first name is the one in use; the others still work, with a note."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(
+        self,
+        parser: ArgumentParser,
+        namespace: Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
         if option_string != self.option_strings[0]:
             now = self.option_strings[0]
             print(f"{parser.prog}: {option_string} is an older name of {now}", file=sys.stderr)
@@ -242,13 +248,13 @@ class _Renamed(argparse.Action):
 class Command(NamedTuple):
     """One word behind `moram`.
 
-    help: one line. add_arguments: function from a parser. run: function from the arguments and the
-    parser to an exit status. extra: of setup.py, that installs what the command needs.
+    help: one line. run: gives an exit status. extra: of setup.py, that installs what the command
+    needs.
     """
 
     help: str
-    add_arguments: Callable
-    run: Callable
+    add_arguments: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace, ArgumentParser], int]
     extra: str = "trace"
 
 

@@ -1,17 +1,31 @@
 """What the commands that run a stream of tasks share: their options, and one or many runs."""
 
+from __future__ import annotations
+
 import argparse
 import signal
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from shutil import get_terminal_size
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .harness.report import Report, Results
+    from .harness.settings import StreamSettings
 
 # Shells report a program that Ctrl-C ended so.
 INTERRUPTED = 130
 
 
-def add_settings_arguments(add, methods, presets, settings):
+def add_settings_arguments(
+    add: Callable[..., argparse.Action],
+    methods: Sequence[str],
+    presets: Iterable[str],
+    settings: str,
+) -> None:
     """What commands that run a stream share.
 
     Args:
@@ -19,13 +33,13 @@ def add_settings_arguments(add, methods, presets, settings):
         settings: what the dataclass of the settings is called.
     """
 
-    def seeds(text):
+    def seeds(text: str) -> list[int]:
         return [int(seed) for seed in text.split(",")]
 
-    def told(name, *first):
+    def told(name: str, *first: object) -> Callable[[str], Any]:
         """An argparse type that says what a function of `harness.sweep` refuses."""
 
-        def parse(text):
+        def parse(text: str) -> Any:
             from .harness import sweep
 
             try:
@@ -59,7 +73,7 @@ def add_settings_arguments(add, methods, presets, settings):
     add("--settings", action="store_true", help="say what every setting is, and run nothing")
 
 
-def show_settings(arguments, kind):
+def show_settings(arguments: argparse.Namespace, kind: type[StreamSettings]) -> int:
     """Print every setting, with what the preset and the method of the command line make of it."""
     from .config import MoRAMConfig
     from .harness.describe import describe
@@ -73,7 +87,9 @@ def show_settings(arguments, kind):
     return 0
 
 
-def run_stream(arguments, names, report, run):
+def run_stream(
+    arguments: argparse.Namespace, names: Iterable[str], report: Report, run: Callable[..., Results]
+) -> int:
     """One run, or several and a table of them, as a command line asks for.
 
     Args:
@@ -94,7 +110,7 @@ def run_stream(arguments, names, report, run):
         given |= report.settings.choosing
     layers = [given, dict(parse_change(text) for text in arguments.changes)]
 
-    def make(changes):
+    def make(changes: dict[str, Any]) -> StreamSettings:
         files = arguments.config
         return report.settings.make(arguments.preset, files=files, changes=[*layers, changes])
 
@@ -103,21 +119,21 @@ def run_stream(arguments, names, report, run):
         return _until_stopped(arguments.command, lambda stop: run(settings, stop=stop))
     runs = expand(make, methods, seeds)
 
-    def run_all(stop):
+    def run_all(stop: Callable[[], bool]) -> None:
         log = (lambda line: None) if settings.quiet else print
         sweep(runs, settings.out, partial(run, stop=stop), report, share or (0, 1), log=log)
 
     return _until_stopped(arguments.command, run_all)
 
 
-def _until_stopped(command, run):
+def _until_stopped(command: str, run: Callable[[Callable[[], bool]], object]) -> int:
     """Run until the end, or until Ctrl-C or SIGTERM: the first one lets it save."""
     from .harness.run import Stopped
     from .processes import leave
 
     asked = []
 
-    def ask(number, frame):
+    def ask(number: int, frame: FrameType | None) -> None:
         # The second time, the usual thing happens.
         print(f"moram {command}: stopping after this step", file=sys.stderr)
         asked.append(number)

@@ -1,7 +1,9 @@
 """All settings of MoRAM in one checked dataclass. No tensors and no models live here."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
+from typing import Any, Self
 
 from moram_kernels import SelfActivation
 from moram_kernels.api import BACKENDS, PRECISIONS
@@ -65,7 +67,7 @@ class MoRAMConfig:
     protect_examples: int = 80
     protect_strength: float = 0.5
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_count("atoms_per_task", self.atoms_per_task, 1)
         # Building it checks its settings.
         _ = self.activation
@@ -113,12 +115,12 @@ class MoRAMConfig:
                     object.__setattr__(self, name, kind(getattr(self, name)))
 
     @property
-    def activation(self):
+    def activation(self) -> SelfActivation:
         """The part of the settings that the operator takes."""
         return SelfActivation(self.top_k, self.temperature, self.threshold, self.eps)
 
     @classmethod
-    def preset(cls, name, **changes):
+    def preset(cls, name: str, **changes: Any) -> Self:
         """The paper's settings for a benchmark: "trace" (language) or "xtail" (CLIP)."""
         presets = {
             "trace": {
@@ -141,12 +143,12 @@ class MoRAMConfig:
             raise ValueError(f"preset must be one of {', '.join(presets)}, got {name!r}")
         return cls(**(presets[name] | changes))
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, settings):
+    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
         """Inverse of `to_dict`; an unknown name raises ValueError."""
         unknown = sorted(set(settings) - {f.name for f in fields(cls)})
         if unknown:
@@ -156,7 +158,7 @@ class MoRAMConfig:
         return cls(**settings)
 
 
-def check_count(name, value, least):
+def check_count(name: str, value: object, least: int) -> None:
     """Raise unless value is an integer >= least."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer >= {least}, got {value!r}")
@@ -164,7 +166,7 @@ def check_count(name, value, least):
         raise ValueError(f"{name} must be >= {least}, got {value}")
 
 
-def _names(argument, value):
+def _names(argument: str, value: object) -> tuple[str, ...]:
     if not isinstance(value, (tuple, list)) or not all(isinstance(v, str) and v for v in value):
         raise TypeError(f"{argument} must be a tuple of non-empty strings, got {value!r}")
     return tuple(value)

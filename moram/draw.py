@@ -2,11 +2,19 @@
 
 import functools
 import math
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-def draw_rows(shape, like, generator=None):
+def draw_rows(
+    shape: Sequence[int], like: Tensor, generator: torch.Generator | None = None
+) -> Tensor:
     """New rows [.., D], uniform in +-1/sqrt(D) (Kaiming with a = sqrt(5)).
 
     Args:
@@ -19,11 +27,11 @@ def draw_rows(shape, like, generator=None):
     return rows.uniform_(-bound, bound, generator=generator).to(like.device)
 
 
-def changes_parameters(function):
+def changes_parameters(function: Callable[P, T]) -> Callable[P, T]:
     """A decorator: no gradients, and tensors that can be trained even under inference_mode."""
 
     @functools.wraps(function)
-    def changed(*args, **kwargs):
+    def changed(*args: P.args, **kwargs: P.kwargs) -> T:
         with torch.inference_mode(False), torch.no_grad():
             return function(*args, **kwargs)
 

@@ -1,11 +1,21 @@
 """What a bug report needs: versions, processor, devices, and which backends of the operator run."""
 
+from __future__ import annotations
+
 import os
 import platform
+from collections.abc import Callable, Mapping
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+# Of plain types: what JSON holds.
+Answers = dict[str, Any]
 
 # By the names that are imported.
 PACKAGES = ("torch", "triton", "transformers", "open_clip", "accelerate", "safetensors", "numpy")
@@ -17,11 +27,11 @@ DTYPES = ("float32", "bfloat16", "float16")
 CPUINFO = Path("/proc/cpuinfo")
 
 
-def environment():
+def environment() -> dict[str, Answers]:
     """What is installed and what runs here.
 
     Returns:
-        A dict of dicts of plain types. Where asking fails, "error" stands for the answers.
+        A dict of dicts. Where asking fails, "error" stands for the answers.
         versions: by package, of those that are installed. system: platform and kind of Python.
         torch: the CUDA and the ROCm that it was built for, or None; whether it finds a GPU.
         cpu: its name, the instruction set that torch uses of it, and which of `FLAGS` it has, None
@@ -42,7 +52,7 @@ def environment():
     return {name: _answer(ask) for name, ask in asked.items()}
 
 
-def to_text(found, indent=""):
+def to_text(found: Mapping[str, Any], indent: str = "") -> list[str]:
     """The lines of `environment`, for people; what is None is left out."""
     lines = []
     for name, value in found.items():
@@ -56,7 +66,7 @@ def to_text(found, indent=""):
     return lines
 
 
-def _answer(ask):
+def _answer(ask: Callable[[], Answers]) -> Answers:
     try:
         return ask()
     # A library that cannot even be asked is what the report is about.
@@ -64,24 +74,24 @@ def _answer(ask):
         return {"error": f"{type(error).__name__}: {error}"}
 
 
-def _versions():
+def _versions() -> Answers:
     found = {"python": platform.python_version(), "moram": __version__}
     owners = packages_distributions()
     return found | {name: version(owners[name][0]) for name in PACKAGES if name in owners}
 
 
-def _system():
+def _system() -> Answers:
     return {"platform": platform.platform(), "python": platform.python_implementation()}
 
 
-def _torch():
+def _torch() -> Answers:
     import torch
 
     found = torch.cuda.is_available()
     return {"cuda": torch.version.cuda, "rocm": torch.version.hip, "gpu_found": found}
 
 
-def _cpu():
+def _cpu() -> Answers:
     import torch
 
     name, flags = _processor(CPUINFO.read_text() if CPUINFO.exists() else "")
@@ -92,7 +102,7 @@ def _cpu():
     }
 
 
-def _processor(cpuinfo):
+def _processor(cpuinfo: str) -> tuple[str | None, list[str] | None]:
     """The name of the first processor in /proc/cpuinfo, and those of `FLAGS` that it has."""
     lines = (line.partition(":") for line in cpuinfo.split("\n\n")[0].splitlines())
     found = {key.strip(): value.strip() for key, _, value in lines}
@@ -101,7 +111,7 @@ def _processor(cpuinfo):
     return found.get("model name"), has
 
 
-def _threads():
+def _threads() -> Answers:
     import torch
 
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -113,17 +123,17 @@ def _threads():
     }
 
 
-def _devices():
+def _devices() -> Answers:
     import torch
 
     devices = [torch.device("cpu")]
-    if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator().type
-        devices += [torch.device(kind, i) for i in range(torch.accelerator.device_count())]
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if found is not None:
+        devices += [torch.device(found.type, i) for i in range(torch.accelerator.device_count())]
     return {str(device): _answer(lambda device=device: _device(device)) for device in devices}
 
 
-def _device(device):
+def _device(device: torch.device) -> Answers:
     import torch
 
     from moram_kernels.api import why_unavailable
@@ -139,7 +149,7 @@ def _device(device):
     return found
 
 
-def _pick(backend, device, dtype):
+def _pick(backend: str, device: torch.device, dtype: str) -> str:
     """The backend that runs for one atom and one token."""
     import torch
 
@@ -149,7 +159,7 @@ def _pick(backend, device, dtype):
     return pick_backend(backend, row, (row, row, row[:0], row[:0]), 1)
 
 
-def _refusal(backend, device):
+def _refusal(backend: str, device: torch.device) -> str | None:
     try:
         _pick(backend, device, "float32")
     except RuntimeError as error:
@@ -157,7 +167,7 @@ def _refusal(backend, device):
     return None
 
 
-def _backends():
+def _backends() -> Answers:
     from moram_kernels.api import BACKENDS, why_unavailable
 
     reasons = {name: why_unavailable(name) for name in BACKENDS if name != "auto"}

@@ -3,8 +3,11 @@
 Changes nothing. What a refusal leaves as it was is up to `checkpoint`.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .beside import has_other_adapters
 from .inject import adapters
@@ -16,7 +19,7 @@ from .wrappers import plain_names, plain_paths, plain_tensors
 _SAMPLES = 64
 
 
-def check_fit(model, about):
+def check_fit(model: nn.Module, about: Mapping[str, Any]) -> dict[str, str]:
     """Where in the model each layer of the checkpoint is: {path without wrappers: path}."""
     actual, wanted = plain_paths(model), about["layers"]
     if about.get("other_adapters") and not has_other_adapters(model):
@@ -70,7 +73,7 @@ def check_fit(model, about):
     return actual
 
 
-def check_trained(model, about):
+def check_trained(model: nn.Module, about: Mapping[str, Any]) -> dict[str, tuple[nn.Module, str]]:
     """Where what was trained besides the adapters goes: {name: (module, its name there)}."""
     owners = plain_tensors(model)
     for name, shape in about.get("trained", {}).items():
@@ -94,12 +97,12 @@ def check_trained(model, about):
     return {name: owners[name] for name in about.get("trained", {})}
 
 
-def _made(about):
+def _made(about: Mapping[str, Any]) -> str:
     name = about.get("base_model_name_or_path")
     return f" (made for {name})" if name else ""
 
 
-def fingerprint(found):
+def fingerprint(found: dict[str, MoRAMLinear]) -> dict[str, list[float]]:
     """A few base weights of the first and the last layer, to recognise the base model by."""
     ends = {path: found[path] for path in (next(iter(found)), next(reversed(found)))}
     # A base weight that was trained along is the checkpoint's own.
@@ -108,7 +111,7 @@ def fingerprint(found):
     return {path: s.tolist() for path, s in samples.items() if s is not None}
 
 
-def _samples(linear):
+def _samples(linear: nn.Module) -> Tensor | None:
     """Evenly spaced entries, or None where the stored weight is not the plain matrix."""
     weight = stored_weight(linear)
     plain = type(weight) in (torch.Tensor, nn.Parameter) and weight.is_floating_point()

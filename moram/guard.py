@@ -6,10 +6,13 @@ Projecting out what earlier inputs occupy is gradient projection memory's idea (
 """
 
 import warnings
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
+from .inputs import Inputs
 from .sketch import InputSketch
 from .wrappers import listed
 
@@ -22,10 +25,10 @@ MIN_LEFT = 0.01
 class Guard(NamedTuple):
     """Rows K act as gain (K - K basis^T basis), and are trained so; basis: orthonormal [k, D]."""
 
-    basis: torch.Tensor
+    basis: Tensor
     gain: float
 
-    def acting(self, rows):
+    def acting(self, rows: Tensor) -> Tensor:
         """Rows [N, D] as they act, in their own dtype."""
         return (self.gain * kept_out(rows.to(self.basis.dtype), self.basis)).to(rows.dtype)
 
@@ -35,20 +38,20 @@ class Fresh(NamedTuple):
     [m, D], the sketch of earlier inputs, the part of their energy to keep out of, and how strong
     the fresh rows' first scores shall be against the others'."""
 
-    rows: torch.Tensor
-    frozen: torch.Tensor
+    rows: Tensor
+    frozen: Tensor
     sketch: InputSketch
     energy: float
     strength: float
 
 
-def kept_out(rows, basis):
+def kept_out(rows: Tensor, basis: Tensor) -> Tensor:
     """Rows [N, D] without what lies in the directions of a basis [k, D]."""
     return rows - (rows @ basis.T) @ basis
 
 
 @torch.no_grad()
-def guards(fresh, inputs):
+def guards(fresh: Mapping[str, Fresh], inputs: Inputs) -> dict[str, Guard]:
     """The guards of some layers' fresh rows.
 
     Args:

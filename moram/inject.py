@@ -1,8 +1,11 @@
 """Puts adapters around the targets of a model, takes them out again, and grows their banks."""
 
 import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar, overload
 
+import torch
 from torch import nn
 
 from .beside import note_beside
@@ -17,6 +20,8 @@ from .optimizers import watch
 from .sharded import reshard
 from .targets import find_targets, resolve_targets
 from .wrappers import listed, unwrapped
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class InjectReport:
     excluded: dict[str, int]
     fresh: tuple[str, ...]
 
-    def __str__(self):
+    def __str__(self) -> str:
         text = f"{len(self.paths)} projections adapted ({_counts(self.matches)})"
         if self.excluded:
             text += f", excluded {_counts(self.excluded)}"
@@ -42,7 +47,7 @@ class InjectReport:
         return f"{text}, {self.num_trainable:,} trainable"
 
 
-def _counts(numbers):
+def _counts(numbers: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in numbers.items())
 
 
@@ -50,7 +55,13 @@ def _counts(numbers):
 SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def inject(model, config=None, *, share_inputs=False, generator=None):
+def inject(
+    model: nn.Module,
+    config: MoRAMConfig | None = None,
+    *,
+    share_inputs: bool = False,
+    generator: torch.Generator | None = None,
+) -> InjectReport:
     """Put a `MoRAMLinear` around every target of the model, in place, and freeze all the rest.
 
     open_clip attention is split first. Only the atoms of the current task stay trainable. A head
@@ -73,7 +84,7 @@ def inject(model, config=None, *, share_inputs=False, generator=None):
     if not isinstance(config, MoRAMConfig):
         raise TypeError(f"config must be a MoRAMConfig, got {type(config).__name__}")
 
-    def wrap(linear):
+    def wrap(linear: nn.Module) -> MoRAMLinear:
         return MoRAMLinear.from_linear(linear, config, generator=generator)
 
     report = inject_with(model, config.targets, config.exclude, wrap)
@@ -82,7 +93,7 @@ def inject(model, config=None, *, share_inputs=False, generator=None):
     return report
 
 
-def _share_inputs(model):
+def _share_inputs(model: nn.Module) -> None:
     for module in model.modules():
         for names in SHARED_INPUTS:
             layers = [getattr(module, name, None) for name in names]
@@ -94,7 +105,12 @@ def _share_inputs(model):
 
 
 @changes_parameters
-def inject_with(model, targets, exclude, wrap):
+def inject_with(
+    model: nn.Module,
+    targets: str | Sequence[str],
+    exclude: Iterable[str],
+    wrap: Callable[[nn.Module], Adapter],
+) -> InjectReport:
     """`inject` for any kind of adapter.
 
     Args:
@@ -110,7 +126,7 @@ def inject_with(model, targets, exclude, wrap):
         if preset.split:
             split_attention(unwrapped(model), preset.split)
         found = find_targets(model, preset, tuple(exclude))
-        firsts = {}
+        firsts: dict[int, str] = {}
         for paths in found.matches.values():
             for path in paths:
                 firsts.setdefault(id(model.get_submodule(path)), path)
@@ -135,7 +151,7 @@ def inject_with(model, targets, exclude, wrap):
     )
 
 
-def restore(model, modules):
+def restore(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     """Put back the packed attention of `modules`, a dict of the model's earlier modules by path."""
     for path, module in modules.items():
         if path and isinstance(module, nn.MultiheadAttention):
@@ -144,11 +160,13 @@ def restore(model, modules):
     settle_encoders(model)
 
 
-def wrap_paths(model, paths, wrap):
+def wrap_paths(
+    model: nn.Module, paths: Iterable[str], wrap: Callable[[nn.Module], Adapter]
+) -> None:
     """Replace the modules at the paths by wrap(module), wherever used, and freeze the rest."""
     adapted = any(isinstance(m, Adapter) for m in model.modules())
     trainable = [p for p in model.parameters() if p.requires_grad]
-    names = {}
+    names: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(path)
     wrapped = []
@@ -175,7 +193,7 @@ def wrap_paths(model, paths, wrap):
         adapter.calls.seen = False
 
 
-def eject(model):
+def eject(model: nn.Module) -> tuple[str, ...]:
     """Take all adapters out, leaving the base Linears, in place. Returns the paths.
 
     Base parameters stay frozen; split open_clip attention stays split (`pack_attention` undoes it).
@@ -191,18 +209,24 @@ def eject(model):
     return tuple(paths)
 
 
-def adapters(model, kind=MoRAMLinear):
+@overload
+def adapters(model: nn.Module) -> dict[str, MoRAMLinear]: ...
+@overload
+def adapters(model: nn.Module, kind: type[M]) -> dict[str, M]: ...
+def adapters(model: nn.Module, kind: type[nn.Module] = MoRAMLinear) -> dict[str, Any]:
     """The adapters of a model by path, in the order of the model: `MoRAMLinear`s, or another kind
     of `AdapterLinear`."""
     return {path: m for path, m in model.named_modules() if isinstance(m, kind)}
 
 
-def parameters(model):
+def parameters(model: nn.Module) -> list[nn.Parameter]:
     """The trainable atoms of all adapters: what an optimiser of the current task gets."""
     return [p for adapter in adapters(model).values() for p in adapter.bank.parameters()]
 
 
-def grow(model, n=None, *, generator=None):
+def grow(
+    model: nn.Module, n: int | None = None, *, generator: torch.Generator | None = None
+) -> list[nn.Parameter]:
     """Start a new task: freeze the current atoms of every adapter and append fresh ones.
 
     An optimiser from before trains nothing, or moves the new atoms by the old ones' moments: its
@@ -224,7 +248,12 @@ def grow(model, n=None, *, generator=None):
     return parameters(model)
 
 
-def grow_banks(model, found, n=None, generator=None):
+def grow_banks(
+    model: nn.Module,
+    found: Mapping[str, MoRAMLinear],
+    n: int | None = None,
+    generator: torch.Generator | None = None,
+) -> None:
     """`grow` for some of a model's adapters.
 
     Args:
@@ -233,14 +262,14 @@ def grow_banks(model, found, n=None, generator=None):
     reshard(model)
     note_beside(model)
 
-    def change():
+    def change() -> None:
         for adapter in found.values():
             adapter.bank.grow(adapter.config.atoms_per_task if n is None else n, generator)
 
     watch(lambda: parameters(model), change)
 
 
-def uncalled(model):
+def uncalled(model: nn.Module) -> tuple[str, ...]:
     """Paths of the adapters that no forward pass called, if there was one; else empty.
 
     That there was one shows in another adapter, or in the gradient of a parameter beside them.
@@ -252,7 +281,7 @@ def uncalled(model):
     return missed if any(p.grad is not None for p in model.parameters()) else ()
 
 
-def warn_uncalled(model):
+def warn_uncalled(model: nn.Module) -> None:
     """Warn, by path, of adapters that learn and change nothing because nothing calls them."""
     missed = uncalled(model)
     if missed:

@@ -6,128 +6,31 @@ model that nobody looks into runs exactly as without this file.
 
 import difflib
 import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from itertools import combinations
-from statistics import mean
-from typing import NamedTuple
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from .atom_report import AtomReport, FiredAtom
 from .config import check_count
 from .inject import adapters
+from .layers import MoRAMLinear
+
+# Called with the path of an adapter, itself and its input.
+Visit = Callable[[str, MoRAMLinear, Tensor], None]
 
 
-class FiredAtom(NamedTuple):
-    """One atom at one token: the task that trained it, its row in the bank, its mixture weight."""
-
-    task: str
-    index: int
-    weight: float
-
-
-@dataclass(frozen=True)
-class AtomReport:
-    """Which atoms fired for which input task; made by `inspect_atoms`.
-
-    Methods that take a path give the mean over all adapters where it is None.
-
-    Args:
-        inputs: names of the tasks that inputs came from.
-        tasks: names of the tasks that trained the atoms, in the order they were learned.
-        owners: by adapter path, the index in `tasks` of each atom's task, [N], int64.
-        weights: by path, mean mixture weight [inputs, N], float64; a row sums to 1 at most.
-        fired: by path, in which part of the tokens an atom fired [inputs, N], float64.
-        num_tokens: how many tokens of each input task were looked at.
-    """
-
-    inputs: tuple[str, ...]
-    tasks: tuple[str, ...]
-    owners: dict
-    weights: dict
-    fired: dict
-    num_tokens: tuple[int, ...]
-
-    @property
-    def paths(self):
-        """The adapters, in the order of the model."""
-        return tuple(self.weights)
-
-    def mean_weights(self):
-        """Mean mixture weight over all adapters, [inputs, N].
-
-        Raises:
-            ValueError: the adapters differ in their number of atoms.
-        """
-        counts = sorted({w.shape[1] for w in self.weights.values()})
-        if len(counts) > 1:
-            raise ValueError(f"adapters must have as many atoms for a mean, got {counts}")
-        return torch.stack(list(self.weights.values())).mean(0)
-
-    def share(self, path=None):
-        """Percent of the weight by the atoms' task, [inputs, tasks]; a row in which no atom fired
-        is zero."""
-        if path is None:
-            return torch.stack([self.share(path) for path in self.paths]).mean(0)
-        weights = self.weights[path]
-        by_task = weights.new_zeros(len(self.inputs), len(self.tasks))
-        by_task.index_add_(1, self.owners[path], weights)
-        return 100 * _normalised(by_task)
-
-    def reuse(self, path=None):
-        """Percent of the weight on atoms of tasks learned before the input's own, [inputs].
-
-        For an input task that trained no atoms, all atoms are of earlier tasks.
-        """
-        return (self.share(path) * self._earlier()).sum(1)
-
-    def even_reuse(self):
-        """What `reuse` would be if all atoms weighed the same, [inputs]: to compare it with."""
-        sizes = torch.tensor([total for _, total in self.num_dead()], dtype=torch.float64)
-        return 100 * (sizes / sizes.sum() * self._earlier()).sum(1)
-
-    def _earlier(self):
-        order = {name: index for index, name in enumerate(self.tasks)}
-        own = torch.tensor([order.get(name, len(order)) for name in self.inputs])
-        return torch.arange(len(self.tasks)) < own[:, None]
-
-    def num_fired(self, path=None):
-        """Mean number of atoms that fired at a token, [inputs]."""
-        if path is None:
-            return torch.stack([self.num_fired(path) for path in self.paths]).mean(0)
-        return self.fired[path].sum(1)
-
-    def dead(self, path):
-        """Rows in the bank of the atoms that fired at no token of any input, a tuple."""
-        return tuple(self.fired[path].sum(0).eq(0).nonzero().flatten().tolist())
-
-    def num_dead(self):
-        """Dead atoms of all adapters by the task that trained them, and how many atoms it trained:
-        a list of pairs."""
-        dead, total = torch.zeros(2, len(self.tasks), dtype=torch.int64)
-        for path in self.paths:
-            owners = self.owners[path]
-            dead += torch.bincount(owners[list(self.dead(path))], minlength=len(self.tasks))
-            total += torch.bincount(owners, minlength=len(self.tasks))
-        return list(zip(dead.tolist(), total.tolist(), strict=True))
-
-    def separation(self, path):
-        """How differently an adapter's atoms fire from input task to input task, in [0, 1].
-
-        The total variation distance of two tasks' weights, each divided by its sum, mean over all
-        pairs: 0 = the same atoms equally, 1 = no atom in common. 0 for a single task.
-        """
-        rows = _normalised(self.weights[path])
-        pairs = [(a - b).abs().sum().item() / 2 for a, b in combinations(rows, 2)]
-        return mean(pairs) if pairs else 0.0
-
-    def by_separation(self):
-        """The adapters, those that separate the input tasks best first."""
-        return sorted(self.paths, key=self.separation, reverse=True)
-
-
-def inspect_atoms(model, batches, tasks, *, sizes=None, last=None):
+def inspect_atoms(
+    model: nn.Module,
+    batches: Mapping[str, Iterable[Sequence[Tensor]]],
+    tasks: Sequence[str],
+    *,
+    sizes: Sequence[int] | None = None,
+    last: int | None = None,
+) -> AtomReport:
     """Run inputs of several tasks through a model and add up which atoms fire, adapter by adapter.
 
     The weights are those of inference, with the threshold; the model is run in eval mode and left
@@ -154,21 +57,22 @@ def inspect_atoms(model, batches, tasks, *, sizes=None, last=None):
         check_count("last", last, 1)
     if not batches:
         raise ValueError("batches must hold at least one input task, got none")
-    weights, fired = {path: [] for path in found}, {path: [] for path in found}
+    weights: dict[str, list[Tensor]] = {path: [] for path in found}
+    fired: dict[str, list[Tensor]] = {path: [] for path in found}
     num_tokens = []
     for name, part in batches.items():
         sums, count = _add_up(model, found, part, last)
         if not count:
             raise ValueError(f"input task {name!r} has no tokens to look at")
         num_tokens.append(count)
-        for path, (weight, times, rows) in sums.items():
-            if not rows:
+        for path, total in sums.items():
+            if not total.rows:
                 raise ValueError(
                     f"no input of {name!r} reached adapter {path}: it is not used for such "
                     "inputs, or was compiled before (inspect the model before torch.compile)"
                 )
-            weights[path].append(weight / rows)
-            fired[path].append(times.double() / rows)
+            weights[path].append(total.weights / total.rows)
+            fired[path].append(total.times.double() / total.rows)
     return AtomReport(
         tuple(batches),
         tuple(tasks),
@@ -179,7 +83,15 @@ def inspect_atoms(model, batches, tasks, *, sizes=None, last=None):
     )
 
 
-def token_atoms(model, input_ids, path, tasks, *, sizes=None, top=3):
+def token_atoms(
+    model: nn.Module,
+    input_ids: Tensor,
+    path: str,
+    tasks: Sequence[str],
+    *,
+    sizes: Sequence[int] | None = None,
+    top: int = 3,
+) -> list[tuple[FiredAtom, ...]]:
     """The strongest atoms of one adapter at each token of a text.
 
     Args:
@@ -198,7 +110,7 @@ def token_atoms(model, input_ids, path, tasks, *, sizes=None, top=3):
     owners = _owners(found, tasks, sizes)[path]
     seen = []
 
-    def visit(path, adapter, x):
+    def visit(path: str, adapter: MoRAMLinear, x: Tensor) -> None:
         seen.append(adapter.mixture_weights(x.reshape(-1, x.shape[-1])).cpu())
 
     with _listening(model, found, visit):
@@ -210,12 +122,12 @@ def token_atoms(model, input_ids, path, tasks, *, sizes=None, top=3):
     for row in seen[0]:
         order = row.argsort(descending=True, stable=True)[:top].tolist()
         view.append(
-            tuple(FiredAtom(tasks[owners[i]], i, row[i].item()) for i in order if row[i] > 0)
+            tuple(FiredAtom(tasks[int(owners[i])], i, row[i].item()) for i in order if row[i] > 0)
         )
     return view
 
 
-def find_adapter(model, path):
+def find_adapter(model: nn.Module, path: str) -> MoRAMLinear:
     """The MoRAM adapter at a path.
 
     Raises:
@@ -228,19 +140,16 @@ def find_adapter(model, path):
     return found[path]
 
 
-def _normalised(rows):
-    """Rows divided by their sums; a row of zeros stays zero."""
-    return rows / rows.sum(1, keepdim=True).clamp_min(1e-9)
-
-
-def _require_adapters(model):
+def _require_adapters(model: nn.Module) -> dict[str, MoRAMLinear]:
     found = adapters(model)
     if not found:
         raise ValueError("model has no MoRAM adapters; call moram.load or moram.inject first")
     return found
 
 
-def _owners(found, tasks, sizes):
+def _owners(
+    found: Mapping[str, MoRAMLinear], tasks: Sequence[str], sizes: Sequence[int] | None
+) -> dict[str, Tensor]:
     """The index of each atom's task, by path: atoms lie in the order the tasks were learned."""
     if isinstance(tasks, str) or not tasks:
         raise ValueError(f"tasks must be one or more names, got {tasks!r}")
@@ -263,20 +172,27 @@ def _owners(found, tasks, sizes):
     return owners
 
 
-def _add_up(model, found, batches, last):
-    """({path: [sum of weights [N], times fired [N], rows]}, tokens) of one task's batches."""
-    sums = {
-        path: [
-            torch.zeros(adapter.bank.num_atoms, dtype=torch.float64),
-            torch.zeros(adapter.bank.num_atoms, dtype=torch.int64),
-            0,
-        ]
-        for path, adapter in found.items()
-    }
-    count = 0
-    kept = None
+class _Sums:
+    """What is added up of one adapter: weights [N], how often each atom fired [N], rows."""
 
-    def visit(path, adapter, x):
+    def __init__(self, atoms: int) -> None:
+        self.weights = torch.zeros(atoms, dtype=torch.float64)
+        self.times = torch.zeros(atoms, dtype=torch.int64)
+        self.rows = 0
+
+
+def _add_up(
+    model: nn.Module,
+    found: Mapping[str, MoRAMLinear],
+    batches: Iterable[Sequence[Tensor]],
+    last: int | None,
+) -> tuple[dict[str, _Sums], int]:
+    """(sums by path, tokens) of one task's batches."""
+    sums = {path: _Sums(adapter.bank.num_atoms) for path, adapter in found.items()}
+    count = 0
+    kept: Tensor
+
+    def visit(path: str, adapter: MoRAMLinear, x: Tensor) -> None:
         if x.shape[:-1] not in (kept.shape, (kept.numel(),)):
             raise ValueError(
                 f"adapter {path} must read an input for each place of the mask "
@@ -285,9 +201,9 @@ def _add_up(model, found, batches, last):
         rows = x.reshape(-1, x.shape[-1])[kept.flatten().to(x.device)]
         weights = adapter.mixture_weights(rows)
         total = sums[path]
-        total[0] += weights.sum(0).cpu()
-        total[1] += (weights > 0).sum(0).cpu()
-        total[2] += len(rows)
+        total.weights += weights.sum(0).cpu()
+        total.times += (weights > 0).sum(0).cpu()
+        total.rows += len(rows)
 
     with _listening(model, found, visit):
         for ids, mask, *_ in batches:
@@ -302,7 +218,7 @@ def _add_up(model, found, batches, last):
     return sums, count
 
 
-def _positions(mask, last):
+def _positions(mask: Tensor, last: int | None) -> Tensor:
     """Which places [B, T] are looked at: tokens, the last so many of each row or all."""
     mask = mask.bool()
     if last is None:
@@ -312,7 +228,7 @@ def _positions(mask, last):
     return mask & (remaining <= last)
 
 
-def _forward(model, ids, mask):
+def _forward(model: nn.Module, ids: Tensor, mask: Tensor) -> None:
     # The head's logits are not needed; most models can leave all but one out.
     few = "logits_to_keep" in inspect.signature(model.forward).parameters
     more = {"logits_to_keep": 1} if few else {}
@@ -321,10 +237,12 @@ def _forward(model, ids, mask):
 
 
 @contextmanager
-def _listening(model, found, visit):
+def _listening(model: nn.Module, found: Mapping[str, MoRAMLinear], visit: Visit) -> Iterator[None]:
     """visit(path, adapter, x) before each adapter runs; afterwards the model is as it was."""
 
-    def hook(adapter, args, kwargs, path):
+    def hook(
+        adapter: MoRAMLinear, args: tuple[Any, ...], kwargs: dict[str, Any], path: str
+    ) -> None:
         visit(path, adapter, args[0] if args else kwargs["x"])
 
     modes = [(module, module.training) for module in model.modules()]

@@ -1,11 +1,13 @@
 """Packages that import a name when it is first asked for, so that `moram --help` needs no torch."""
 
 import sys
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 
-def attach(package, homes):
+def attach(package: str, homes: Mapping[str, Iterable[str]]) -> None:
     """Let a package import names, and its own modules, when they are first asked for.
 
     After that, everything is as if its `__init__` had imported them.
@@ -15,7 +17,8 @@ def attach(package, homes):
         homes: by module of the package, the public names that it defines.
     """
     module = sys.modules[package]
-    module._homes = {name: home for home, names in homes.items() for name in names}
+    by_name = {name: home for home, names in homes.items() for name in names}
+    vars(module)["_homes"] = by_name
     module.__class__ = LazyPackage
 
 
@@ -27,7 +30,9 @@ class LazyPackage(ModuleType):
     imported.
     """
 
-    def __getattr__(self, name):
+    _homes: dict[str, str]
+
+    def __getattr__(self, name: str) -> Any:
         if name in self._homes:
             value = getattr(import_module(f"{self.__name__}.{self._homes[name]}"), name)
             super().__setattr__(name, value)
@@ -43,14 +48,14 @@ class LazyPackage(ModuleType):
                 raise
             raise AttributeError(missing) from None
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: object) -> None:
         # What importing the module `task` does; the name is the function's.
         if not (name in self._homes and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
-    def __dir__(self):
+    def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *self._homes})
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[[str], ModuleType], tuple[str]]:
         # What pickles modules by their names knows the class `ModuleType` alone.
         return import_module, (self.__name__,)

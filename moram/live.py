@@ -1,20 +1,24 @@
 """How a bank's number of frozen atoms is kept in a tensor. A leaf."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor
 
 # What the tensor counts in: an average of equal counts, which may be cut to a whole number, stays
 # within a small part of a unit, and most averages of different ones do not look like a count.
 UNIT = 2**20
 
 
-def count_of(live):
+def count_of(live: Tensor) -> int:
     """The number of atoms that a `live` tensor stands for; waits for its device.
 
     Raises:
         RuntimeError: it is an average of different numbers, or a stack of them.
     """
-    if torch._C._functorch.is_batchedtensor(live):
-        live = torch._C._functorch.get_unwrapped(live)
+    if is_batchedtensor(live):
+        live = get_unwrapped(live)
     values = {int(value) for value in live.reshape(-1)} if live.dim() else {int(live)}
     first = next(iter(values))
     count = round(first / UNIT)
@@ -27,7 +31,7 @@ def count_of(live):
     return count
 
 
-def filled_rows(tables):
+def filled_rows(tables: Sequence[Tensor]) -> int:
     """Rows before the zeros at the end of tables: spare rows are zero, and atoms are not."""
-    filled = sum(table.abs().sum(1) for table in tables).nonzero()
+    filled = torch.stack([table.any(1) for table in tables]).any(0).nonzero()
     return int(filled.max()) + 1 if len(filled) else 0

@@ -3,11 +3,17 @@
 import gc
 import warnings
 import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
-import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 
-def watch(parameters, change, moments=True):
+def watch(
+    parameters: Callable[[], list[nn.Parameter]], change: Callable[[], object], moments: bool = True
+) -> None:
     """Run change(), and let optimisers that do not fit the parameters after it say so.
 
     One that holds parameters which change() replaced raises at its next step if the new ones in
@@ -36,11 +42,12 @@ def watch(parameters, change, moments=True):
 class _Judge:
     """Looks at an optimiser before its step."""
 
-    def __init__(self, successors, states):
+    def __init__(self, successors: Iterable[Tensor], states: dict[Tensor, dict[str, Any]]) -> None:
         self.successors = [weakref.ref(p) for p in successors]
-        self.states, self.handle = states, None
+        self.states = states
+        self.handle: RemovableHandle | None = None
 
-    def __call__(self, optimizer, *_):
+    def __call__(self, optimizer: Optimizer, *_: object) -> None:
         new = _alive(self.successors)
         learning = {key for key, p in new.items() if p.grad is not None}
         if new and not learning:
@@ -53,6 +60,7 @@ class _Judge:
                 "optimizer must hold the atoms that moram.grow returned, got one that was built "
                 "before, and none holds them: its step would not train them; build a new optimizer"
             )
+        assert self.handle is not None
         self.handle.remove()
         if any(_has_moments(optimizer.state.get(p), s) for p, s in self.states.items()):
             warnings.warn(
@@ -63,30 +71,30 @@ class _Judge:
             )
 
 
-def _alive(references):
+def _alive(references: Iterable[weakref.ref[Tensor]]) -> dict[int, Tensor]:
     """Parameters by their id."""
     return {id(p): p for p in (reference() for reference in references) if p is not None}
 
 
-def _has_moments(state, earlier):
+def _has_moments(state: Mapping[str, Any] | None, earlier: Mapping[str, Any]) -> bool:
     """Whether a parameter's state is still the earlier one and holds more than counts."""
     return state is earlier and any(
-        isinstance(value, torch.Tensor) and value.numel() > 1 for value in state.values()
+        isinstance(value, Tensor) and value.numel() > 1 for value in earlier.values()
     )
 
 
-def _held(optimizer):
+def _held(optimizer: Optimizer) -> Iterator[Tensor]:
     return (p for group in optimizer.param_groups for p in group["params"])
 
 
-def _holding(wanted):
+def _holding(wanted: set[int]) -> Iterator[Optimizer]:
     """Optimisers that hold one of the parameters with these ids.
 
     An optimiser leaves no trace on its parameters, so all objects are looked through. Only wrappers
     have no step hooks; what they wrap has them.
     """
     for found in gc.get_objects():
-        is_optimizer = issubclass(type(found), torch.optim.Optimizer)
+        is_optimizer = issubclass(type(found), Optimizer)
         if is_optimizer and hasattr(found, "_optimizer_step_pre_hooks"):
             held = {id(p) for p in _held(found)}
             if not held.isdisjoint(wanted):

@@ -1,9 +1,14 @@
 """Data parallelism without a wrapper: the adapters' gradients, which are small, are summed."""
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
 
 
 class Processes:
@@ -13,25 +18,25 @@ class Processes:
     same parameters and see the same effective batches, of which it takes every world-th row.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         together = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if together else 0
-        self.world = dist.get_world_size() if together else 1
+        self.rank: int = dist.get_rank() if together else 0
+        self.world: int = dist.get_world_size() if together else 1
 
     @property
-    def is_first(self):
+    def is_first(self) -> bool:
         """Whether this is the process that writes files."""
         return self.rank == 0
 
-    def share(self, rows):
+    def share(self, rows: Sequence[T]) -> Sequence[T]:
         """The part of a sequence that this process works on."""
         return rows[self.rank :: self.world]
 
-    def places(self, count):
+    def places(self, count: int) -> Tensor:
         """Which of so many rows are this process's, int64."""
         return torch.arange(self.rank, count, self.world)
 
-    def sum(self, tensors):
+    def sum(self, tensors: Iterable[Tensor]) -> None:
         """Add up tensors of equal dtype over all processes, in place, in one message."""
         tensors = list(tensors)
         if self.world == 1 or not tensors:
@@ -42,18 +47,18 @@ class Processes:
         for tensor, part in zip(tensors, flat.split(sizes), strict=True):
             tensor.copy_(part.view_as(tensor))
 
-    def gather(self, items):
+    def gather(self, items: Iterable[T]) -> list[T]:
         """The lists of all processes, undoing `share`."""
         if self.world == 1:
             return list(items)
-        parts = [None] * self.world
+        parts: list[Any] = [None] * self.world
         dist.all_gather_object(parts, list(items))
-        merged = [None] * sum(len(part) for part in parts)
+        merged: list[Any] = [None] * sum(len(part) for part in parts)
         for rank, part in enumerate(parts):
             merged[rank :: self.world] = part
         return merged
 
-    def whole(self, rows, count):
+    def whole(self, rows: Tensor, count: int) -> Tensor:
         """The rows [count, ...] of all processes, undoing `share`; this one's own have a graph."""
         if self.world == 1:
             return rows
@@ -63,14 +68,14 @@ class Processes:
         self.sum([others])
         return others.index_copy(0, places, rows)
 
-    def part(self, shared):
-        """A tensor that all processes computed alike; its gradients, summed over them, are whole."""
+    def part(self, shared: Tensor) -> Tensor:
+        """A tensor that all processes computed alike; its gradients add up over them."""
         if self.world == 1:
             return shared
         return shared.detach() + (shared - shared.detach()) / self.world
 
     @contextmanager
-    def drawing_alike(self):
+    def drawing_alike(self) -> Iterator[None]:
         """Torch's global generator on the CPU is the first process's in here."""
         if self.world == 1:
             yield
@@ -80,15 +85,17 @@ class Processes:
             torch.set_rng_state(state)
             yield
 
-    def first_then_others(self, function):
+    def first_then_others(self, function: Callable[[], T]) -> T:
         """What a function returns, called in the first process before the others: it may leave
         files that these find."""
-        if self.is_first:
-            found = function()
+        if not self.is_first:
+            self.wait()
+            return function()
+        found = function()
         self.wait()
-        return found if self.is_first else function()
+        return found
 
-    def broadcast(self, value):
+    def broadcast(self, value: T) -> T:
         """The first process's value of a small picklable object."""
         if self.world == 1:
             return value
@@ -96,13 +103,13 @@ class Processes:
         dist.broadcast_object_list(box)
         return box[0]
 
-    def wait(self):
+    def wait(self) -> None:
         """Wait until all processes are here."""
         if self.world > 1:
             dist.barrier()
 
 
-def leave():
+def leave() -> None:
     """End this process's membership; does nothing where it is alone."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

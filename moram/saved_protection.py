@@ -1,16 +1,23 @@
 """What a checkpoint keeps of protection: sketches of earlier inputs, and guards of an open task."""
 
-import torch
+from collections.abc import Mapping
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from .layers import MoRAMLinear
 from .sketch import InputSketch, pack_sketches
 
 
-def tensor_name(path, part):
+def tensor_name(path: str, part: str) -> str:
     """The name in the file of a part of a layer's bank."""
     return f"base_model.model.{path}.moram_{part}"
 
 
-def write_protection(found, dtype, tensors):
+def write_protection(
+    found: Mapping[str, MoRAMLinear], dtype: torch.dtype, tensors: dict[str, Tensor]
+) -> dict[str, dict[str, Any]]:
     """What is known of earlier inputs and the guards of an open task; adds to the tensors.
 
     Layers that read one input share a sketch, which is written once: `of` names the layer that has
@@ -19,8 +26,9 @@ def write_protection(found, dtype, tensors):
     sketches = {p: a.bank.sketch for p, a in found.items() if a.bank.sketch is not None}
     packed, about = pack_sketches(sketches), {}
     for path, owner in packed["owners"].items():
-        total = float(sketches[path].total)
-        about[path] = {"of": owner, "size": sketches[path].size, "total": total}
+        sketch = sketches[path]
+        assert sketch.total is not None
+        about[path] = {"of": owner, "size": sketch.size, "total": float(sketch.total)}
     for path, (rows, _) in packed["sketches"].items():
         tensors[tensor_name(path, "sketch")] = rows.to(dtype).cpu().contiguous()
     for path, adapter in found.items():
@@ -31,7 +39,12 @@ def write_protection(found, dtype, tensors):
     return about
 
 
-def restore_protection(model, about, tensors, actual):
+def restore_protection(
+    model: nn.Module,
+    about: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    actual: Mapping[str, str],
+) -> None:
     """Inverse of `write_protection`.
 
     Args:
@@ -42,7 +55,9 @@ def restore_protection(model, about, tensors, actual):
     sketches = {}
     for path in about["layers"]:
         known = about.get("protection", {}).get(path, {})
-        bank = model.get_submodule(actual[path]).bank
+        adapter = model.get_submodule(actual[path])
+        assert isinstance(adapter, MoRAMLinear)
+        bank = adapter.bank
         bank.sketch = None
         if "of" in known:
             owner = known["of"]
@@ -56,7 +71,9 @@ def restore_protection(model, about, tensors, actual):
             bank.guard_keys(basis, known["gain"])
 
 
-def protection_shapes(about, tensors):
+def protection_shapes(
+    about: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, tuple[int, int]]:
     """The shape that each tensor of protection must have, by its name in the file."""
     wanted = {}
     for path, known in about.get("protection", {}).items():

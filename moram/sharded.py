@@ -1,30 +1,35 @@
 """Parameters that `fully_shard` or FullyShardedDataParallel hold: as wholes, and which they are."""
 
+from torch import Tensor, nn
 
-def whole(tensor):
+
+def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, or all of a DTensor's rows; then every process must call this."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
 
 
-def copy_into(parameter, tensor):
+def copy_into(parameter: Tensor, tensor: Tensor) -> None:
     """Overwrite a parameter by a whole tensor, in every process its own shard."""
     if hasattr(parameter, "full_tensor") and not hasattr(tensor, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
+        from torch.distributed.tensor import DTensor, distribute_tensor
 
+        assert isinstance(parameter, DTensor)
         tensor = tensor.to(parameter.device, parameter.dtype)
         tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
     parameter.copy_(tensor)
 
 
-def is_managed(parameter):
+def is_managed(parameter: Tensor) -> bool:
     """Whether a sharding library holds a parameter, so that no other may take its place."""
     return hasattr(parameter, "full_tensor") or hasattr(parameter, "_fsdp_flattened")
 
 
-def reshard(model):
+def reshard(model: nn.Module) -> None:
     """Put back what `fully_shard` has gathered: after a forward pass without a backward one, the
     root's parameters stay whole, and what is written to them is lost."""
     for module in model.modules():
         # FSDPModule, without importing what may not be there.
-        if hasattr(module, "unshard") and hasattr(module, "reshard"):
-            module.reshard()
+        put_back = getattr(module, "reshard", None)
+        if callable(put_back) and hasattr(module, "unshard"):
+            put_back()

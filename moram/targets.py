@@ -1,6 +1,7 @@
 """Finds the projections that targets name, and says why one cannot be adapted. Changes nothing."""
 
 import difflib
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -26,7 +27,7 @@ class Found:
     excluded: dict[str, int]
 
 
-def resolve_targets(model, targets):
+def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> TargetPreset:
     """The `TargetPreset` for what `MoRAMConfig.targets` holds."""
     if not isinstance(targets, str):
         return TargetPreset(tuple(targets))
@@ -39,7 +40,7 @@ def resolve_targets(model, targets):
     return PRESETS[name]
 
 
-def find_targets(model, preset, exclude=()):
+def find_targets(model: nn.Module, preset: TargetPreset, exclude: Iterable[str] = ()) -> Found:
     """Paths of the Linears that each target of a preset names.
 
     Names are matched without the wrappers around modules (torch.compile, DataParallel and so on).
@@ -83,20 +84,25 @@ def find_targets(model, preset, exclude=()):
     )
 
 
-def matches(path, name):
+def matches(path: str, name: str) -> bool:
     """Whether a name, a suffix of whole names or a pattern with *, means a path."""
     if "*" in name:
         return fnmatchcase(path, name)
     return path == name or path.endswith(f".{name}")
 
 
-def is_inside(path, name):
+def is_inside(path: str, name: str) -> bool:
     """Whether a name means a path or one of the modules around it."""
     parts = path.split(".")
     return any(matches(".".join(parts[:end]), name) for end in range(1, len(parts) + 1))
 
 
-def _check_towers(preset, modules, named, present):
+def _check_towers(
+    preset: TargetPreset,
+    modules: Mapping[str, nn.Module],
+    named: Iterable[str],
+    present: Container[str],
+) -> None:
     """Refuse to adapt one tower of two in silence.
 
     named: paths that targets mean, excluded or not; present: paths that nobody excluded.
@@ -112,7 +118,7 @@ def _check_towers(preset, modules, named, present):
             )
 
 
-def _no_match(what, name, model, modules):
+def _no_match(what: str, name: str, model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
     names = {
         path.rpartition(".")[2]
         for path, module in modules.items()
@@ -134,7 +140,7 @@ def _no_match(what, name, model, modules):
     )
 
 
-def _why_refused(model, path, module):
+def _why_refused(model: nn.Module, path: str, module: nn.Module) -> str | None:
     parent, _, name = path.rpartition(".")
     holder = model.get_submodule(parent)
     if isinstance(holder, nn.MultiheadAttention):
@@ -151,7 +157,7 @@ def _why_refused(model, path, module):
     return why_not_linear(module) or why_read(holder, name) or why_not_alone(model, path)
 
 
-def why_not_alone(model, path):
+def why_not_alone(model: nn.Module, path: str) -> str | None:
     """Why a module's weights do not move without those around it, one sentence, or None."""
     parts = path.split(".")
     for end in range(len(parts)):

@@ -6,18 +6,31 @@ kept out of them. Projecting out what earlier inputs occupy is gradient projecti
 (Saha et al., ICLR 2021, arXiv 2103.09762), here for keys and not for gradients.
 """
 
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
+from torch import nn
 
 from .guard import Fresh, guards
 from .inject import adapters, grow_banks, parameters, warn_uncalled
+from .inputs import Batches, Inputs, Mask
+from .layers import MoRAMLinear
 from .sharded import reshard, whole
-from .sketch import Inputs, remember
+from .sketch import remember
 
 
 @contextmanager
-def task(model, batches=None, *, n=None, mask=None, protect=None, generator=None):
+def task(
+    model: nn.Module,
+    batches: Batches | None = None,
+    *,
+    n: int | None = None,
+    mask: Mask | None = None,
+    protect: Literal[False] | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[list[nn.Parameter]]:
     """Learn one task inside the with block, whatever the loop there does.
 
         for batches in tasks:
@@ -63,7 +76,15 @@ def task(model, batches=None, *, n=None, mask=None, protect=None, generator=None
     end_task(model, batches, mask=mask, protect=protect)
 
 
-def begin_task(model, batches=None, *, n=None, mask=None, protect=None, generator=None):
+def begin_task(
+    model: nn.Module,
+    batches: Batches | None = None,
+    *,
+    n: int | None = None,
+    mask: Mask | None = None,
+    protect: Literal[False] | None = None,
+    generator: torch.Generator | None = None,
+) -> list[nn.Parameter]:
     """What entering `task` does; returns the parameters to train.
 
     Args, Raises: see `task`.
@@ -87,7 +108,13 @@ def begin_task(model, batches=None, *, n=None, mask=None, protect=None, generato
     return parameters(model)
 
 
-def end_task(model, batches=None, *, mask=None, protect=None):
+def end_task(
+    model: nn.Module,
+    batches: Batches | None = None,
+    *,
+    mask: Mask | None = None,
+    protect: Literal[False] | None = None,
+) -> None:
     """What leaving `task` does.
 
     Args, Raises: see `task`.
@@ -108,19 +135,23 @@ def end_task(model, batches=None, *, mask=None, protect=None):
     warn_uncalled(model)
 
 
-def _guarded(found, protect):
+def _guarded(
+    found: Mapping[str, MoRAMLinear], protect: Literal[False] | None
+) -> dict[str, MoRAMLinear]:
     """The adapters whose config asks for protection."""
     if protect is False:
         return {}
     return {path: a for path, a in found.items() if a.config.protect is not None}
 
 
-def _inputs(model, found, batches, mask):
+def _inputs(
+    model: nn.Module, found: Mapping[str, MoRAMLinear], batches: Batches | None, mask: Mask | None
+) -> Inputs:
     examples = next(iter(found.values())).config.protect_examples
     return Inputs(model, found, batches, mask, examples)
 
 
-def _check_sketches(found):
+def _check_sketches(found: Mapping[str, MoRAMLinear]) -> None:
     for path, adapter in found.items():
         bank = adapter.bank
         if bank.sketch is None and (bank.num_frozen or bank.learned):
@@ -131,12 +162,12 @@ def _check_sketches(found):
             )
 
 
-def _guard(found, inputs):
+def _guard(found: Mapping[str, MoRAMLinear], inputs: Inputs) -> None:
     """Keep the new keys of banks that have sketches out of their directions from now on."""
     fresh = {}
     for path, adapter in found.items():
         bank, config = adapter.bank, adapter.config
-        if bank.sketch is not None:
+        if bank.sketch is not None and config.protect is not None:
             rows, frozen = whole(bank.current_keys), bank.segments()[0]
             settings = (config.protect, config.protect_strength)
             fresh[path] = Fresh(rows, frozen, bank.sketch, *settings)
@@ -146,7 +177,7 @@ def _guard(found, inputs):
 
 
 @torch.no_grad()
-def _remember(found, inputs):
+def _remember(found: Mapping[str, MoRAMLinear], inputs: Inputs) -> None:
     """Add the moments of a task's inputs to the sketches."""
     size = next(iter(found.values())).config.protect_size
     old = {path: a.bank.sketch for path, a in found.items() if a.bank.sketch is not None}

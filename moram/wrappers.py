@@ -3,6 +3,10 @@
 A checkpoint made of a wrapped model must load into the plain one, and the other way round.
 """
 
+from collections.abc import Sequence
+
+from torch import nn
+
 # The attribute that holds the wrapped module, by the wrapper's class.
 _INNER = {
     "OptimizedModule": "_orig_mod",
@@ -19,7 +23,7 @@ _INNER = {
 _PACKAGES = ("torch", "peft", "deepspeed", "moram")
 
 
-def inner_name(module):
+def inner_name(module: nn.Module) -> str | None:
     """The name under which a wrapper holds what it wraps; None for any other module."""
     for kind in type(module).__mro__:
         if kind.__name__ in _INNER and kind.__module__.partition(".")[0] in _PACKAGES:
@@ -27,14 +31,14 @@ def inner_name(module):
     return None
 
 
-def unwrapped(model):
+def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside all wrappers around the whole of it; adapters are not taken off."""
     while (name := inner_name(model)) not in (None, "base_layer"):
         model = getattr(model, name)
     return model
 
 
-def plain_names(model):
+def plain_names(model: nn.Module) -> dict[str, str]:
     """The path of every module without wrappers, by its path with them, in the model's order."""
     names = {}
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -49,23 +53,24 @@ def plain_names(model):
     return names
 
 
-def listed(paths, most=8):
+def listed(paths: Sequence[str], most: int = 8) -> str:
     """The first of some paths, and how many more there are, for a message."""
     more = f" and {len(paths) - most} more" if len(paths) > most else ""
     return ", ".join(paths[:most]) + more
 
 
-def plain_paths(model):
+def plain_paths(model: nn.Module) -> dict[str, str]:
     """The inverse of `plain_names`: of a wrapper and what it wraps, the wrapper has the name."""
-    found = {}
+    found: dict[str, str] = {}
     for path, plain in plain_names(model).items():
         found.setdefault(plain, path)
     return found
 
 
-def plain_tensors(model):
+def plain_tensors(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """Where each parameter and buffer is: {name without wrappers: (its module, its name there)}."""
-    names, found = plain_names(model), {}
+    names = plain_names(model)
+    found: dict[str, tuple[nn.Module, str]] = {}
     for path, module in model.named_modules():
         for name in (*module._parameters, *module._buffers):
             found.setdefault(f"{names[path]}.{name}".lstrip("."), (module, name))

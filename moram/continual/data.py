@@ -1,8 +1,9 @@
 """Tasks on disk and in memory. No tokens and no training here."""
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Example(NamedTuple):
@@ -20,7 +21,12 @@ class Task(NamedTuple):
     test: tuple[Example, ...]
 
 
-def load_stream(directory, names, train_split=None, test_split="test"):
+def load_stream(
+    directory: str | Path,
+    names: Iterable[str],
+    train_split: Mapping[str, str] | None = None,
+    test_split: str | None = "test",
+) -> list[Task]:
     """Read tasks in TRACE's format, in order.
 
     Args:
@@ -61,7 +67,7 @@ def load_stream(directory, names, train_split=None, test_split="test"):
     ]
 
 
-def _read(path):
+def _read(path: Path) -> tuple[Example, ...]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     rows = read_json_text(path)
@@ -73,12 +79,12 @@ def _read(path):
             raise ValueError(
                 f'{path}: entry {i} must be {{"prompt": text, "answer": text}}, got {row!r:.80}'
             )
-        for name, text in zip(Example._fields, texts, strict=True):
-            check_characters(f"{path}: the {name} of entry {i}", text)
+        for name in Example._fields:
+            check_characters(f"{path}: the {name} of entry {i}", row[name])
     return tuple(Example(row["prompt"], row["answer"]) for row in rows)
 
 
-def read_json_text(path):
+def read_json_text(path: str | Path) -> Any:
     """The value in a JSON file; a byte-order mark before it, as Windows writes one, is no part.
 
     Raises:
@@ -90,7 +96,7 @@ def read_json_text(path):
         raise ValueError(f"{path} is not JSON: {error}") from error
 
 
-def check_characters(name, text):
+def check_characters(name: str, text: str) -> None:
     """Refuse a text that no tokenizer takes: JSON can write half of a surrogate pair.
 
     Raises:

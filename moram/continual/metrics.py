@@ -2,19 +2,27 @@
 
 import math
 from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import cast
+
+from .data import Example
+
+# R, and R with cells that are not known.
+Matrix = Sequence[Sequence[float]]
+PartialMatrix = Sequence[Sequence[float | None]]
 
 
-def overall_performance(matrix):
+def overall_performance(matrix: Matrix) -> float:
     """OP: mean of the last row."""
     return sum(matrix[-1]) / len(matrix[-1])
 
 
-def plasticity(matrix):
+def plasticity(matrix: Matrix) -> float:
     """Mean of the diagonal: how well tasks are learned in the first place."""
     return sum(matrix[t][t] for t in range(len(matrix))) / len(matrix)
 
 
-def backward_transfer(matrix):
+def backward_transfer(matrix: Matrix) -> float:
     """BWT: mean change of the earlier tasks since each was learned; negative = forgetting.
 
     Unclipped, over the T - 1 earlier tasks (Lopez-Paz and Ranzato, 2017). 0 for one task.
@@ -23,7 +31,7 @@ def backward_transfer(matrix):
     return sum(matrix[-1][i] - matrix[i][i] for i in earlier) / max(1, len(earlier))
 
 
-def forgetting(matrix):
+def forgetting(matrix: Matrix) -> float:
     """Mean drop of the earlier tasks from their best to their last score, >= 0.
 
     The best is taken over the rows from when the task was learned (Chaudhry et al., 2018).
@@ -33,7 +41,7 @@ def forgetting(matrix):
     return sum(drops) / max(1, len(drops))
 
 
-def trace_backward_transfer(matrix):
+def trace_backward_transfer(matrix: PartialMatrix) -> float:
     """BWT over all T tasks, the last of which adds 0; percentage points, negative = forgetting.
 
     (1/T) sum_i (R[T, i] - R[i, i]): (T - 1) / T of `backward_transfer`.
@@ -46,11 +54,12 @@ def trace_backward_transfer(matrix):
         ValueError: no square matrix, or a cell of the diagonal or last row is missing.
     Source: Wang et al., TRACE, 2023 (as the source of ZinYY/TreeLoRA keeps it in a comment).
     """
-    size = _check(matrix, lambda t, i, size: t in (i, size - 1))
+    matrix = _check(matrix, lambda t, i, size: t in (i, size - 1))
+    size = len(matrix)
     return sum(matrix[-1][i] - matrix[i][i] for i in range(size)) / size
 
 
-def trace_forgetting(matrix):
+def trace_forgetting(matrix: PartialMatrix) -> float:
     """What tables on TRACE print as BWT: tasks that got better count as 0, sign flipped; >= 0.
 
     -(1/T) sum_i min(R[T, i] - R[i, i], 0), in percentage points; lower is better.
@@ -64,11 +73,12 @@ def trace_forgetting(matrix):
     Source: inference/collect_results.py of ZinYY/TreeLoRA and Artificer-AI-Lab/MoRAM, which skip
         missing cells instead.
     """
-    size = _check(matrix, lambda t, i, size: t in (i, size - 1))
+    matrix = _check(matrix, lambda t, i, size: t in (i, size - 1))
+    size = len(matrix)
     return sum(max(matrix[i][i] - matrix[-1][i], 0.0) for i in range(size)) / size
 
 
-def all_average(matrix):
+def all_average(matrix: PartialMatrix) -> float:
     """Mean of the lower triangle with the diagonal: every task after each task since its own.
 
     Args:
@@ -79,11 +89,12 @@ def all_average(matrix):
         ValueError: no square matrix, or a cell of the lower triangle is missing.
     Source: "All Average" of inference/collect_results.py, Artificer-AI-Lab/MoRAM.
     """
-    size = _check(matrix, lambda t, i, size: i <= t)
+    matrix = _check(matrix, lambda t, i, size: i <= t)
+    size = len(matrix)
     return sum(sum(matrix[t][: t + 1]) for t in range(size)) / (size * (size + 1) / 2)
 
 
-def transfer(matrix):
+def transfer(matrix: PartialMatrix) -> float:
     """X-TAIL: how well tasks are solved before they are learned.
 
     Mean over the tasks after the first of the mean score on each over all times before it.
@@ -97,14 +108,15 @@ def transfer(matrix):
     Source: Xu et al., RAIL, NeurIPS 2024; XTAIL/main.py of Artificer-AI-Lab/MoRAM, which also
         leaves out scores of exactly 0.
     """
-    size = _check(matrix, lambda t, i, size: t < i)
+    matrix = _check(matrix, lambda t, i, size: t < i)
+    size = len(matrix)
     if size < 2:
         raise ValueError("matrix must have at least 2 tasks, got 1: nothing precedes the first")
     columns = [sum(matrix[t][i] for t in range(i)) / i for i in range(1, size)]
     return sum(columns) / len(columns)
 
 
-def average(matrix):
+def average(matrix: PartialMatrix) -> float:
     """X-TAIL: mean score over all tasks and all times, of all cells.
 
     Args:
@@ -115,11 +127,11 @@ def average(matrix):
         ValueError: no square matrix, or a cell is missing.
     Source: as `transfer`.
     """
-    size = _check(matrix, lambda t, i, size: True)
-    return sum(map(sum, matrix)) / size**2
+    matrix = _check(matrix, lambda t, i, size: True)
+    return sum(map(sum, matrix)) / len(matrix) ** 2
 
 
-def last(matrix):
+def last(matrix: PartialMatrix) -> float:
     """X-TAIL: mean score over all tasks after the last one; the same as `overall_performance`.
 
     Args:
@@ -130,12 +142,11 @@ def last(matrix):
         ValueError: no square matrix, or a cell of the last row is missing.
     Source: as `transfer`.
     """
-    _check(matrix, lambda t, i, size: t == size - 1)
-    return overall_performance(matrix)
+    return overall_performance(_check(matrix, lambda t, i, size: t == size - 1))
 
 
-def _check(matrix, needs):
-    """The number of tasks; ValueError unless the matrix is square and has the cells it needs."""
+def _check(matrix: PartialMatrix, needs: Callable[[int, int, int], bool]) -> Matrix:
+    """The matrix; ValueError unless it is square and has the cells it needs."""
     size, widths = len(matrix), [len(row) for row in matrix]
     if not size or widths != [size] * size:
         raise ValueError(
@@ -149,10 +160,11 @@ def _check(matrix, needs):
                     f"matrix[{t}][{i}] must be a score, got {score}: evaluate task {i} after "
                     f"task {t} as well (counted from 0)"
                 )
-    return size
+    # But for cells that are not needed.
+    return cast(Matrix, matrix)
 
 
-def majority_accuracy(examples):
+def majority_accuracy(examples: Sequence[Example]) -> float:
     """Percent that always answering the most frequent answer of the examples would score."""
     counts = Counter(example.answer for example in examples)
     return 100 * max(counts.values()) / len(examples)

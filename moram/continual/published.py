@@ -44,9 +44,9 @@ class XtailRow(NamedTuple):
 class XtailDatasets(NamedTuple):
     """A method on X-TAIL, percent for each dataset. The first has no transfer: None."""
 
-    transfer: tuple
-    average: tuple
-    last: tuple
+    transfer: tuple[float | None, ...]
+    average: tuple[float, ...]
+    last: tuple[float, ...]
 
 
 # backbone: method: row

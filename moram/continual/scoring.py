@@ -1,19 +1,20 @@
 """What training and scoring of texts share: what begins one, and the logits of its answer."""
 
+from typing import TYPE_CHECKING
+
 import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
 
 
-def beginning(tokenizer):
+def beginning(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The tokens that a tokenizer itself puts before a text: often one, often none.
 
     Models that were trained with a beginning-of-text token (Gemma, Llama 3) need it.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-    Returns:
-        list of token ids.
     """
     # A tokenizer may end texts, too: what stands before one tells the two apart.
     if not list(tokenizer("", add_special_tokens=True).input_ids):
@@ -25,12 +26,12 @@ def beginning(tokenizer):
     return next((whole[:s] for s in starts if whole[s : s + len(alone)] == alone), [])
 
 
-def without_beginning(ids, begin):
+def without_beginning(ids: list[int], begin: list[int]) -> list[int]:
     """The tokens of a text that may begin as the tokenizer would let it begin."""
     return ids[len(begin) :] if begin and ids[: len(begin)] == begin else ids
 
 
-def answer_logits(model, input_ids, attention_mask, tail):
+def answer_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, tail: int) -> Tensor:
     """Logits that predict the last `tail` positions [B, tail, V]; the others are not computed.
 
     Args:

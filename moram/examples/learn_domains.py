@@ -3,18 +3,21 @@
 python -m moram.examples.learn_domains
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
 import moram
 
-SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 VISION = SMALL | {"num_attention_heads": 2, "image_size": 16, "patch_size": 8}
 TEXT = SMALL | {"num_attention_heads": 2, "vocab_size": 64, "max_position_embeddings": 8}
 TEXT |= {"eos_token_id": 63, "bos_token_id": 1}
 
 
-def domain(first, generator, shots=8):
+def domain(first: int, generator: torch.Generator, shots: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     """Noisy images [4 shots, 3, 16, 16] of four classes, their labels, the classes' prompts."""
     patterns = torch.randn(4, 3, 16, 16, generator=generator)
     labels = torch.arange(4).repeat(shots)
@@ -24,7 +27,7 @@ def domain(first, generator, shots=8):
     return images, labels, prompts
 
 
-def main(steps=40):
+def main(steps: int = 40) -> list[list[float]]:
     """Learn both domains; returns R[t][i], the percent right on domain i after domain t."""
     torch.manual_seed(0)
     model = CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=16))

@@ -3,17 +3,25 @@
 python -m moram.examples.look_at_atoms
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import moram
 from moram.inspection import inspect_atoms, token_atoms
 
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 64}
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "vocab_size": 64,
+}
 TOYS = {"up": torch.arange(1, 33).repeat(4, 1), "down": torch.arange(63, 31, -1).repeat(4, 1)}
 
 
-def main(steps=30, protect=0.95):
+def main(steps: int = 30, protect: float | None = 0.95) -> Tensor:
     """Learn two tasks and look; returns percent of the weight [input's task][atoms' task]."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, initializer_range=0.3, **SIZES))

@@ -8,7 +8,7 @@ import torch
 from moram_kernels import SelfActivation, available_backends, retrieve
 
 
-def main(tokens=32, width=64, frozen=24, current=8):
+def main(tokens: int = 32, width: int = 64, frozen: int = 24, current: int = 8) -> dict[str, float]:
     """Read with every backend that runs here; returns its largest relative error, by name.
 
     Args:

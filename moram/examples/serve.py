@@ -5,16 +5,22 @@ python -m moram.examples.serve
 
 import copy
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import moram
 
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 64}
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "vocab_size": 64,
+}
 
 
-def main(steps=60):
+def main(steps: int = 60) -> list[list[int]]:
     """Learn to count, save, load, continue a prompt; returns what both models wrote."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, initializer_range=0.3, **SIZES))
@@ -35,7 +41,8 @@ def main(steps=60):
     written = []
     for each in (model, fresh):
         # Atoms whose score is below the threshold write nothing in eval mode.
-        out = each.eval().generate(
+        # transformers types `generate` for a protocol that its own models do not meet.
+        out = each.eval().generate(  # pyright: ignore[reportAttributeAccessIssue]
             prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False
         )
         written.append(out[0].tolist())

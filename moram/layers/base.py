@@ -1,7 +1,10 @@
 """What every adapter shares: its tensors are saved without those of the module that it wraps."""
 
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, cast
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..draw import changes_parameters
 
@@ -10,8 +13,8 @@ class Calls:
     """Whether an adapter was called. An object of its own: setting it costs a forward nothing, and
     torch.compile sets it without a guard."""
 
-    def __init__(self):
-        self.seen = False
+    def __init__(self) -> None:
+        self.seen: bool = False
 
 
 class Adapter(nn.Module):
@@ -21,19 +24,19 @@ class Adapter(nn.Module):
         base_layer: the module to wrap.
     """
 
-    def __init__(self, base_layer):
+    def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        self.base_layer = base_layer.requires_grad_(False)
+        self.base_layer: nn.Module = base_layer.requires_grad_(False)
         # Every forward sets `seen`.
-        self.calls = Calls()
+        self.calls: Calls = Calls()
 
-    def adapter_state(self):
+    def adapter_state(self) -> dict[str, Tensor]:
         """Every tensor of the adapter, by name, without those of the base."""
         state = self.state_dict()
         return {name: t for name, t in state.items() if not name.startswith("base_layer.")}
 
     @changes_parameters
-    def load_adapter_state(self, state):
+    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `adapter_state` gave, also of an adapter that has grown since.
 
         Raises:
@@ -65,54 +68,68 @@ class AdapterLinear(Adapter):
         TypeError: base_layer is no Linear, or one whose call does not go through its module.
     """
 
-    def __init__(self, base_layer):
+    # Or what acts like one.
+    base_layer: nn.Linear
+
+    def __init__(self, base_layer: nn.Module) -> None:
         problem = why_not_linear(base_layer)
         if problem:
             raise TypeError(f"base_layer must be a Linear: {problem}")
         super().__init__(base_layer)
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        base = self.base_layer
+        self.in_features: int = base.in_features
+        self.out_features: int = base.out_features
 
     @property
-    def weight(self):
+    def weight(self) -> Tensor:
         """The base weight, as the base stores it."""
         return self.base_layer.weight
 
     @property
-    def bias(self):
+    def bias(self) -> Tensor | None:
         """The base bias or None."""
         return self.base_layer.bias
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-def device_of(linear):
+class OffloadHook(Protocol):
+    """What is used of accelerate's hook that brings the weights of a module."""
+
+    execution_device: torch.device | str | int
+    weights_map: Mapping[str, Tensor]
+    place_submodules: bool
+
+
+def device_of(linear: nn.Linear) -> torch.device:
     """Where a Linear computes: where its weight is, or where accelerate brings it if offloaded."""
     hook = _offload_hook(linear)
     return linear.weight.device if hook is None else torch.device(hook.execution_device)
 
 
-def stored_weight(linear):
+def stored_weight(linear: nn.Module) -> Tensor:
     """The weight of a Linear or of an adapter's, also of one that accelerate has offloaded."""
-    linear = getattr(linear, "base_layer", linear)
-    hook = _offload_hook(linear)
-    return linear.weight if hook is None else hook.weights_map["weight"]
+    base = cast(nn.Linear, getattr(linear, "base_layer", linear))
+    hook = _offload_hook(base)
+    return base.weight if hook is None else hook.weights_map["weight"]
 
 
-def _offload_hook(linear):
+def _offload_hook(linear: nn.Linear) -> OffloadHook | None:
     """The hook that holds a Linear's weight while it is on the meta device, or None."""
     return next(offload_hooks(linear), None) if linear.weight.is_meta else None
 
 
-def offload_hooks(module):
+def offload_hooks(module: nn.Module) -> Iterator[OffloadHook]:
     """The hooks by which accelerate brings a module's weights when it is called."""
     hook = getattr(module, "_hf_hook", None)
-    for each in (hook, *getattr(hook, "hooks", ())):
+    hooks: list[Any] = [hook, *getattr(hook, "hooks", ())]
+    for each in hooks:
         if getattr(each, "weights_map", None) is not None:
             yield each
 
 
-def why_not_linear(module):
+def why_not_linear(module: object) -> str | None:
     """Why a module cannot be wrapped, one sentence, or None if it can."""
     kind = type(module).__name__
     if isinstance(module, AdapterLinear):

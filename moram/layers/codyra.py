@@ -1,8 +1,10 @@
 """LoRA whose ranks have learnable gates, so that those of no use can be dropped."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ..draw import changes_parameters
 from .lora import LoRALinear
@@ -21,21 +23,34 @@ class CoDyRALinear(LoRALinear):
     Cost: 2 M (r + K) (D + O) FLOPs.
     """
 
-    def __init__(self, base_layer, rank, alpha=None, *, generator=None, **more):
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    frozen_A: Tensor
+    frozen_B: Tensor
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        rank: int,
+        alpha: float | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        **more: Any,
+    ) -> None:
         super().__init__(base_layer, rank, alpha, generator=generator, **more)
-        self.gate = nn.Parameter(self._new_gate(rank, generator))
+        self.gate: nn.Parameter = nn.Parameter(self._new_gate(rank, generator))
         self.register_buffer("frozen_A", self.lora_A.new_empty(0, self.in_features))
         self.register_buffer("frozen_B", self.lora_B.new_empty(self.out_features, 0))
 
     @torch.no_grad()
-    def shrink(self, amount):
+    def shrink(self, amount: float) -> None:
         """Soft threshold of the gates: towards zero by amount, those within amount become zero."""
         size = self.gate.abs()
         shrunk = self.gate.sign() * (size - amount)
         self.gate.copy_(torch.where(size > amount, shrunk, torch.zeros_like(shrunk)))
 
     @changes_parameters
-    def merge(self):
+    def merge(self) -> None:
         """Keep the current ranks whose gate is not zero, drop the others; outputs stay."""
         kept = self.gate.detach() != 0
         up = self.lora_B.detach() * (self.gate.detach() * self.scale)
@@ -44,13 +59,13 @@ class CoDyRALinear(LoRALinear):
         self._set_current(self.lora_A.detach()[:0], up[:, :0], self.gate.detach()[:0])
 
     @changes_parameters
-    def renew(self, rank, generator=None):
+    def renew(self, rank: int, generator: torch.Generator | None = None) -> None:
         """Start a task with fresh ranks: A drawn anew, B zero, gates standard normal."""
         down = self.new_down(rank, generator)
         up = self.lora_B.new_zeros(self.out_features, rank)
         self._set_current(down, up, self._new_gate(rank, generator))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         self.calls.seen = True
         base = self.base_layer(x)
         update = None
@@ -63,12 +78,12 @@ class CoDyRALinear(LoRALinear):
             update = kept if update is None else update + kept
         return base if update is None else base + update.to(base.dtype)
 
-    def _new_gate(self, rank, generator):
+    def _new_gate(self, rank: int, generator: torch.Generator | None) -> Tensor:
         like = self.lora_A
         device = like.device if generator is None else generator.device
         gate = torch.empty(rank, dtype=like.dtype, device=device)
         return gate.normal_(generator=generator).to(like.device)
 
-    def _set_current(self, down, up, gate):
+    def _set_current(self, down: Tensor, up: Tensor, gate: Tensor) -> None:
         self.lora_A, self.lora_B = nn.Parameter(down.clone()), nn.Parameter(up.clone())
         self.gate = nn.Parameter(gate.clone())

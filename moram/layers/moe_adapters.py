@@ -1,8 +1,11 @@
 """Bottleneck experts beside the MLP of a transformer block, behind one router per task."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..config import check_count
 from ..draw import changes_parameters, draw_rows
@@ -43,26 +46,43 @@ class MoEAdapterMLP(Adapter):
     Cost: 4 B T top_k W D FLOPs: only chosen experts are computed.
     """
 
+    down: nn.Parameter
+    down_bias: nn.Parameter
+    up: nn.Parameter
+    up_bias: nn.Parameter
+    frozen_down: Tensor
+    frozen_down_bias: Tensor
+    frozen_up: Tensor
+    frozen_up_bias: Tensor
+    router: nn.Parameter
+    noise: nn.Parameter
+    routers: Tensor
+    counts: Tensor
+    frozen: Tensor
+
     def __init__(
         self,
-        base_layer,
-        features,
+        base_layer: nn.Module,
+        features: int,
         *,
-        experts=22,
-        top_k=2,
-        width=64,
-        scale=0.1,
-        dropout=0.1,
-        dtype=torch.float32,
-        generator=None,
-    ):
+        experts: int = 22,
+        top_k: int = 2,
+        width: int = 64,
+        scale: float = 0.1,
+        dropout: float = 0.1,
+        dtype: torch.dtype = torch.float32,
+        generator: torch.Generator | None = None,
+    ) -> None:
         for name, value in (("experts", experts), ("top_k", top_k), ("width", width)):
             check_count(name, value, 1)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         super().__init__(base_layer)
-        self.top_k, self.scale, self.dropout = min(top_k, experts), scale, dropout
-        self.task, self._residual = -1, None
+        self.top_k: int = min(top_k, experts)
+        self.scale: float = scale
+        self.dropout: float = dropout
+        self.task: int = -1
+        self._residual: Tensor | None = None
         device = next((p.device for p in base_layer.parameters()), None)
         like = torch.empty(0, dtype=dtype, device=device)
         shapes = ((width, features), (width,), (features, width), (features,))
@@ -80,30 +100,30 @@ class MoEAdapterMLP(Adapter):
         self._note_frozen()
 
     @property
-    def num_routers(self):
+    def num_routers(self) -> int:
         """Tasks that have a router, the current one included."""
         return len(self.routers) + len(self.router)
 
     @property
-    def c_fc(self):
+    def c_fc(self) -> nn.Module:
         """The base's first Linear, which open_clip's block asks for its dtype."""
-        return self.base_layer.c_fc
+        return self.base_layer.get_submodule("c_fc")
 
-    def listen(self, norm):
+    def listen(self, norm: nn.Module) -> RemovableHandle:
         """Note what enters the norm before this MLP. Returns the hook's handle."""
         return norm.register_forward_pre_hook(self._note_residual)
 
-    def _note_residual(self, norm, args):
+    def _note_residual(self, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
         self._residual = args[0]
 
-    def use(self, task):
+    def use(self, task: int) -> None:
         """Put a task's router in use; -1 = none."""
         if not -1 <= task < self.num_routers:
             raise ValueError(f"task must be in -1..{self.num_routers - 1}, got {task}")
         self.task = task
 
     @changes_parameters
-    def grow(self):
+    def grow(self) -> None:
         """Start a task: freeze the current router, put a new one in use, and count anew."""
         self.routers = torch.cat([self.routers, self.router.detach()])
         fresh = self.router.new_zeros(1, *self.router.shape[1:])
@@ -112,7 +132,7 @@ class MoEAdapterMLP(Adapter):
         self.use(self.num_routers - 1)
 
     @changes_parameters
-    def freeze(self, n):
+    def freeze(self, n: int) -> None:
         """Freeze the n experts most used by this task, of those that still learn.
 
         An expert that the task has never used stays free; of equally used ones the first freezes.
@@ -129,21 +149,21 @@ class MoEAdapterMLP(Adapter):
         self.frozen = mask
         self._note_frozen()
 
-    def load_adapter_state(self, state):
+    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
         super().load_adapter_state(state)
         self._note_frozen()
         self.use(self.num_routers - 1)
 
-    def _note_frozen(self):
+    def _note_frozen(self) -> None:
         # On the host, so that no forward pass waits for the device to read it.
         self._is_frozen = self.frozen.tolist()
 
-    def _rows(self, name):
+    def _rows(self, name: str) -> list[Tensor]:
         """One tensor of every expert, in the experts' order."""
         free, held = (iter(getattr(self, n).unbind()) for n in (name, f"frozen_{name}"))
         return [next(held if is_frozen else free) for is_frozen in self._is_frozen]
 
-    def gate(self, x):
+    def gate(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Gates of the chosen experts and their places, [B, top_k] each, for tokens 0 [B, D]."""
         is_current = self.task == len(self.routers)
         logits = x @ (self.router[0] if is_current else self.routers[self.task])
@@ -156,7 +176,7 @@ class MoEAdapterMLP(Adapter):
             self.counts = self.counts + used
         return top.softmax(-1), chosen
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         self.calls.seen = True
         residual, self._residual = self._residual, None
         base = self.base_layer(x)
@@ -168,7 +188,7 @@ class MoEAdapterMLP(Adapter):
             )
         return base + self._update(residual.to(self.up.dtype)).to(base.dtype)
 
-    def _update(self, h):
+    def _update(self, h: Tensor) -> Tensor:
         gates, chosen = self.gate(h[:, 0])
         experts = list(zip(*(self._rows(name) for name in PARTS), strict=True))
         update = torch.zeros_like(h)
@@ -183,6 +203,6 @@ class MoEAdapterMLP(Adapter):
             update.index_add_(0, rows, written.to(update.dtype))
         return update
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         experts, free = len(self._is_frozen), len(self.down)
         return f"experts={experts}, free={free}, top_k={self.top_k}, routers={self.num_routers}"

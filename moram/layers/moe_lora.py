@@ -1,8 +1,10 @@
 """LoRA experts behind a router: the conventional mixture that MoRAM is compared with."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ..draw import changes_parameters, draw_rows
 from .base import AdapterLinear, device_of
@@ -29,19 +31,26 @@ class MoELoRALinear(AdapterLinear):
     Cost: 2 M N r (D + O) + 2 M N D FLOPs for N experts: all of them are computed.
     """
 
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    router: nn.Parameter
+    frozen_A: Tensor
+    frozen_B: Tensor
+    frozen_router: Tensor
+
     def __init__(
         self,
-        base_layer,
-        rank,
-        alpha=None,
+        base_layer: nn.Module,
+        rank: int,
+        alpha: float | None = None,
         *,
-        experts=1,
-        top_k=2,
-        freeze_router=False,
-        dropout=0.0,
-        dtype=torch.float32,
-        generator=None,
-    ):
+        experts: int = 1,
+        top_k: int = 2,
+        freeze_router: bool = False,
+        dropout: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+        generator: torch.Generator | None = None,
+    ) -> None:
         super().__init__(base_layer)
         if rank < 1 or experts < 1 or rank % experts:
             raise ValueError(f"experts must be >= 1 and divide rank={rank}, got {experts}")
@@ -49,12 +58,15 @@ class MoELoRALinear(AdapterLinear):
             raise ValueError(f"top_k must be >= 1, got {top_k}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-        self.scale = (2 * rank if alpha is None else alpha) / rank
-        self.top_k, self.freeze_router, self.dropout = top_k, freeze_router, dropout
+        self.scale: float = (2 * rank if alpha is None else alpha) / rank
+        self.top_k: int = top_k
+        self.freeze_router: bool = freeze_router
+        self.dropout: float = dropout
         # The gates of the last forward pass in training [..., N], with graph, if asked for.
-        self.keep_gates, self.gates = False, None
+        self.keep_gates: bool = False
+        self.gates: Tensor | None = None
         shape, wide = (experts, rank // experts), self.in_features
-        like = {"device": device_of(base_layer), "dtype": dtype}
+        like: dict[str, Any] = {"device": device_of(self.base_layer), "dtype": dtype}
         self.register_buffer("frozen_A", torch.empty(0, shape[1], wide, **like))
         self.register_buffer("frozen_B", torch.empty(0, self.out_features, shape[1], **like))
         self.register_buffer("frozen_router", torch.empty(0, wide, **like))
@@ -63,12 +75,12 @@ class MoELoRALinear(AdapterLinear):
         self.router = nn.Parameter(draw_rows((experts, wide), self.frozen_A, generator))
 
     @property
-    def num_experts(self):
+    def num_experts(self) -> int:
         """Frozen and current experts together."""
         return len(self.frozen_A) + len(self.lora_A)
 
     @changes_parameters
-    def grow(self, generator=None):
+    def grow(self, generator: torch.Generator | None = None) -> None:
         """Freeze the current experts and start the next task's: A drawn anew, B zero."""
         down, up, router = self.lora_A.detach(), self.lora_B.detach(), self.router.detach()
         self.frozen_A = torch.cat([self.frozen_A, down])
@@ -82,13 +94,13 @@ class MoELoRALinear(AdapterLinear):
             rows = torch.cat([router, rows])
         self.router = nn.Parameter(rows)
 
-    def gate(self, x):
+    def gate(self, x: Tensor) -> Tensor:
         """How much each expert writes for inputs [..., D]: [..., N], zero outside the top_k."""
         logits = F.linear(x, torch.cat([self.frozen_router, self.router]))
         top, chosen = logits.topk(min(self.top_k, logits.shape[-1]), -1)
         return torch.zeros_like(logits).scatter(-1, chosen, top.softmax(-1))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         self.calls.seen = True
         base = self.base_layer(x)
         x = x.to(self.lora_A.dtype)
@@ -103,7 +115,7 @@ class MoELoRALinear(AdapterLinear):
         return base + (update * self.scale).to(base.dtype)
 
 
-def _experts(x, gates, down, up):
+def _experts(x: Tensor, gates: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """sum_e gates_e up_e down_e x."""
     low = F.linear(x, down.flatten(0, 1)).unflatten(-1, down.shape[:2])
     return F.linear((low * gates.unsqueeze(-1)).flatten(-2), up.transpose(0, 1).flatten(1))

@@ -1,14 +1,18 @@
 """The MoRAM layer: a frozen Linear plus a bank of atoms that decide for themselves when to fire."""
 
+from collections.abc import Mapping
+from typing import Any, Self
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from moram_kernels import reference, retrieve, retrieve_linear
+from moram_kernels import SelfActivation, reference, retrieve, retrieve_linear
 
 from ..bank import AtomBank
 from ..config import MoRAMConfig
 from .base import AdapterLinear, device_of
+from .shared import SharedInput
 
 
 class MoRAMLinear(AdapterLinear):
@@ -25,21 +29,28 @@ class MoRAMLinear(AdapterLinear):
 
     def __init__(
         self,
-        in_features,
-        out_features,
-        bias=True,
-        config=None,
-        backend=None,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        config: MoRAMConfig | None = None,
+        backend: str | None = None,
         *,
-        device=None,
-        dtype=None,
-        generator=None,
-    ):
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
         base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         self._setup(base, config, backend, generator)
 
     @classmethod
-    def from_linear(cls, linear, config=None, backend=None, *, generator=None):
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        config: MoRAMConfig | None = None,
+        backend: str | None = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Self:
         """Wrap an existing Linear, also a quantised one, without copying it.
 
         Args:
@@ -49,38 +60,45 @@ class MoRAMLinear(AdapterLinear):
         layer._setup(linear, config, backend, generator)
         return layer
 
-    def _setup(self, base_layer, config, backend, generator):
+    def _setup(
+        self,
+        base_layer: nn.Module,
+        config: MoRAMConfig | None,
+        backend: str | None,
+        generator: torch.Generator | None,
+    ) -> None:
         super().__init__(base_layer)
         config = MoRAMConfig() if config is None else config
         if not isinstance(config, MoRAMConfig):
             raise TypeError(f"config must be a MoRAMConfig, got {type(config).__name__}")
         self.configure(config, backend)
         capacity = 8 * config.atoms_per_task if config.capacity is None else config.capacity
-        self.bank = AtomBank(
+        self.bank: AtomBank = AtomBank(
             self.in_features,
             self.out_features,
             capacity=capacity,
             value_scale=config.value_scale,
-            device=device_of(base_layer),
+            device=device_of(self.base_layer),
             dtype=getattr(torch, config.atom_dtype),
         )
         self.bank.append(config.atoms_per_task, generator)
         # Names of what was trained beside the adapters of the model, see `moram.beside`.
-        self.beside = frozenset()
+        self.beside: frozenset[str] = frozenset()
         # Set by `inject(.., share_inputs=True)`.
-        self.shared = None
+        self.shared: SharedInput | None = None
 
-    def configure(self, config, backend=None):
+    def configure(self, config: MoRAMConfig, backend: str | None = None) -> None:
         """Take over settings; the bank keeps its atoms."""
-        self.config = config
-        self.activation = config.activation
-        self.backend = config.backend if backend is None else backend
+        self.config: MoRAMConfig = config
+        self.activation: SelfActivation = config.activation
+        self.backend: str = config.backend if backend is None else backend
         if hasattr(self, "bank"):
             self.bank.value_scale = config.value_scale
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         self.calls.seen = True
-        bank, call = self.bank, {"training": self.training, "backend": self.backend}
+        bank = self.bank
+        call: dict[str, Any] = {"training": self.training, "backend": self.backend}
         call["precision"] = self.config.precision
         if torch.compiler.is_compiling():
             # Whole buffers and a count that is data: nothing to recompile when a task is added.
@@ -106,15 +124,15 @@ class MoRAMLinear(AdapterLinear):
             x = F.dropout(x, self.config.dropout, self.training)
         return retrieve(x, keys, values, self.activation, residual=base, **call)
 
-    def adapter_state(self):
+    def adapter_state(self) -> dict[str, Tensor]:
         # As many frozen rows as live ones say how many are live.
         return {name: t for name, t in super().adapter_state().items() if name != "bank.live"}
 
-    def load_adapter_state(self, state):
+    def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
         self.bank.load_state_dict({name.removeprefix("bank."): t for name, t in state.items()})
 
     @torch.no_grad()
-    def mixture_weights(self, x):
+    def mixture_weights(self, x: Tensor) -> Tensor:
         """The weight of every atom for inputs x [..., D], frozen first: [..., N], as in eval mode.
 
         For looking into a model; `forward` does not call it.
@@ -126,7 +144,7 @@ class MoRAMLinear(AdapterLinear):
         return reference.mixture_weights(norm_scores, selected, self.activation)
 
 
-def _is_plain(linear):
+def _is_plain(linear: nn.Module) -> bool:
     """Whether calling a Linear does nothing but x weight^T + bias."""
     if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:
         # Quantised Linears keep the class and change the weight's.

@@ -2,11 +2,22 @@
 
 import threading
 import weakref
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from moram_kernels.ops import version_of
 from moram_kernels.sharing import shared_scores
+
+from ..bank import AtomBank
+
+if TYPE_CHECKING:
+    from .moram import MoRAMLinear
+
+# By a layer's id, its scores and what its bank was.
+Waiting = dict[int, tuple[Tensor, tuple[object, ...]]]
 
 
 class SharedInput:
@@ -18,19 +29,19 @@ class SharedInput:
     different inputs only lose the sharing, which then turns itself off. Threads share nothing.
     """
 
-    def __init__(self, layers):
-        self.layers = tuple(layers)
-        self.enabled = True
+    def __init__(self, layers: Iterable["MoRAMLinear"]) -> None:
+        self.layers: tuple[MoRAMLinear, ...] = tuple(layers)
+        self.enabled: bool = True
         self._found = threading.local()
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {"layers": self.layers, "enabled": self.enabled}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["layers"])
         self.enabled = state["enabled"]
 
-    def scores(self, layer, x):
+    def scores(self, layer: "MoRAMLinear", x: Tensor) -> Tensor | None:
         """The scores of a layer's bank for x, or None."""
         if not self.enabled:
             return None
@@ -47,7 +58,7 @@ class SharedInput:
             self._found.state = (None, None, {})
         return scores if bank == _bank_version(layer.bank) else None
 
-    def _score(self, layer, x):
+    def _score(self, layer: "MoRAMLinear", x: Tensor) -> Waiting:
         found = shared_scores(
             x,
             [other.bank.segments() for other in self.layers],
@@ -56,7 +67,7 @@ class SharedInput:
             backend=layer.backend,
             precision=layer.config.precision,
         )
-        waiting = {}
+        waiting: Waiting = {}
         if found is not None:
             for other, scores in zip(self.layers, found, strict=True):
                 waiting[id(other)] = scores, _bank_version(other.bank)
@@ -64,7 +75,7 @@ class SharedInput:
         return waiting
 
 
-def _bank_version(bank):
+def _bank_version(bank: AtomBank) -> tuple[object, ...]:
     """What changes whenever the keys of a bank do."""
     keys = (bank.frozen_keys, bank.current_keys)
     found = ((id(t), t.shape[0], version_of(t)) for t in keys)

@@ -1,10 +1,13 @@
 """LoRA that keeps what earlier tasks learned as a frozen stack beside the current factors."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ..draw import changes_parameters
+from ..guard import Guard
 from .lora import LoRALinear
 
 
@@ -23,33 +26,45 @@ class StackedLoRALinear(LoRALinear):
     of the input.
     """
 
-    def __init__(self, base_layer, rank, alpha=None, *, separate=False, **more):
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    frozen_A: Tensor
+    frozen_B: Tensor
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        rank: int,
+        alpha: float | None = None,
+        *,
+        separate: bool = False,
+        **more: Any,
+    ) -> None:
         super().__init__(base_layer, rank, alpha, **more)
-        self.separate = separate
+        self.separate: bool = separate
         # The task whose factors act if they act alone; None = the current one.
-        self.selected = None
-        # A `Guard` or None.
-        self.guard = None
+        self.selected: int | None = None
+        self.guard: Guard | None = None
         self.register_buffer("frozen_A", self.lora_A.new_empty(0, *self.lora_A.shape))
         self.register_buffer("frozen_B", self.lora_B.new_empty(0, *self.lora_B.shape))
 
     @property
-    def num_frozen(self):
+    def num_frozen(self) -> int:
         """Earlier tasks whose factors are kept."""
         return self.frozen_A.shape[0]
 
-    def acting_A(self):
+    def acting_A(self) -> Tensor:
         """The current A as it acts, [rank, D]."""
         return self.lora_A if self.guard is None else self.guard.acting(self.lora_A)
 
     @torch.no_grad()
-    def fold(self):
+    def fold(self) -> None:
         """End the guard; the output stays what it was."""
         self.lora_A.copy_(self.acting_A())
         self.guard = None
 
     @changes_parameters
-    def grow(self, generator=None):
+    def grow(self, generator: torch.Generator | None = None) -> None:
         """Freeze the current factors and start the next task's: A drawn anew, B zero."""
         if self.guard is not None:
             self.fold()
@@ -59,7 +74,7 @@ class StackedLoRALinear(LoRALinear):
         self.lora_A = nn.Parameter(self.new_down(len(down), generator))
         self.lora_B = nn.Parameter(torch.zeros_like(up))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         self.calls.seen = True
         base = self.base_layer(x)
         x = self.dropped(x)

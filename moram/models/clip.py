@@ -5,20 +5,22 @@ Importing this imports neither library; loading a model imports the one that it 
 
 import pickle
 import zipfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from torch import Tensor, nn
 
 
 class Preprocess(NamedTuple):
     """What a CLIP expects of an image: side in pixels, mean and std of each channel."""
 
     size: int
-    mean: tuple
-    std: tuple
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 # OpenAI's, which nearly all CLIPs use.
@@ -34,44 +36,49 @@ class Clip:
         preprocess: `Preprocess`.
     """
 
-    def __init__(self, model, tokenize, preprocess):
-        self.model, self.tokenize, self.preprocess = model, tokenize, preprocess
+    def __init__(
+        self, model: nn.Module, tokenize: Callable[[list[str]], Tensor], preprocess: Preprocess
+    ) -> None:
+        # Of two libraries, which call their parts differently.
+        self.model: Any = model
+        self.tokenize: Callable[[list[str]], Tensor] = tokenize
+        self.preprocess: Preprocess = preprocess
         self._is_open_clip = hasattr(model, "encode_image")
 
     @property
-    def parameter(self):
+    def parameter(self) -> nn.Parameter:
         """Any parameter, for its device and dtype."""
         return self.model.logit_scale
 
     @property
-    def scale(self):
+    def scale(self) -> Tensor:
         """What similarities are multiplied by, a scalar tensor (100 in OpenAI's)."""
         return self.model.logit_scale.exp()
 
-    def tokens(self, prompts):
+    def tokens(self, prompts: Iterable[str]) -> Tensor:
         """Token ids [C, L] of some texts, on the model's device."""
         return self.tokenize(list(prompts)).to(self.parameter.device)
 
-    def encode_image(self, pixels):
+    def encode_image(self, pixels: Tensor) -> Tensor:
         """Unit features [B, E] of normalised images [B, 3, H, W]."""
         if self._is_open_clip:
             return self.model.encode_image(pixels, normalize=True)
         pooled = self.model.vision_model(pixel_values=pixels).pooler_output
         return F.normalize(self.model.visual_projection(pooled), dim=-1)
 
-    def encode_text(self, ids):
+    def encode_text(self, ids: Tensor) -> Tensor:
         """Unit features [C, E] of token ids [C, L]."""
         if self._is_open_clip:
             return self.model.encode_text(ids, normalize=True)
         pooled = self.model.text_model(input_ids=ids).pooler_output
         return F.normalize(self.model.text_projection(pooled), dim=-1)
 
-    def logits(self, images, texts):
+    def logits(self, images: Tensor, texts: Tensor) -> Tensor:
         """Scaled similarities [B, C] of unit features [B, E] and [C, E]."""
         return self.scale * images @ texts.T
 
 
-def load_clip(backbone, pretrained="auto", device="cpu"):
+def load_clip(backbone: str, pretrained: str = "auto", device: torch.device | str = "cpu") -> Clip:
     """A CLIP in float32 and eval mode.
 
     Args:
@@ -103,7 +110,7 @@ def load_clip(backbone, pretrained="auto", device="cpu"):
     return _load_open_clip(backbone, pretrained, brings_own, device)
 
 
-def _check_names(backbone, pretrained):
+def _check_names(backbone: str, pretrained: str) -> None:
     import open_clip
 
     names = open_clip.list_models()
@@ -121,7 +128,9 @@ def _check_names(backbone, pretrained):
         )
 
 
-def _load_open_clip(backbone, pretrained, brings_own, device):
+def _load_open_clip(
+    backbone: str, pretrained: str, brings_own: bool, device: torch.device | str
+) -> Clip:
     import open_clip
 
     source = None
@@ -129,7 +138,11 @@ def _load_open_clip(backbone, pretrained, brings_own, device):
         source = "openai" if pretrained == "auto" else pretrained
     # OpenAI's weights were trained with QuickGELU, whichever way they come.
     quick = source is not None and "openai" in Path(source).name.lower()
-    more = {"force_quick_gelu": quick, "load_weights": pretrained != "random", "device": device}
+    more: dict[str, Any] = {
+        "force_quick_gelu": quick,
+        "load_weights": pretrained != "random",
+        "device": device,
+    }
     try:
         script = _read_script(source)
         if script is not None:
@@ -150,7 +163,7 @@ def _load_open_clip(backbone, pretrained, brings_own, device):
     return Clip(model.eval(), open_clip.get_tokenizer(backbone), preprocess)
 
 
-def _read_script(source):
+def _read_script(source: str | None) -> dict[str, Tensor] | None:
     """The weights in a TorchScript archive, in float32; None if the file is none."""
     if source is None or not Path(source).is_file() or not zipfile.is_zipfile(source):
         return None
@@ -162,17 +175,19 @@ def _read_script(source):
     return {name: t.float() for name, t in state.items() if name not in sizes}
 
 
-def _load_hugging_face(name, device):
+def _load_hugging_face(name: str, device: torch.device | str) -> Clip:
     from transformers import AutoConfig, AutoTokenizer, CLIPModel
 
     config = AutoConfig.from_pretrained(name)
     if config.model_type != "clip":
         raise ValueError(f"{name} must hold a CLIP, got a model of type {config.model_type!r}")
-    model = CLIPModel.from_pretrained(name, dtype=torch.float32).to(device)
+    model = CLIPModel.from_pretrained(name, dtype=torch.float32)
+    # transformers decorates `to` with what hides its parameters.
+    model = model.to(device)  # pyright: ignore[reportArgumentType]
     tokenizer = AutoTokenizer.from_pretrained(name)
     length = config.text_config.max_position_embeddings
 
-    def tokenize(texts):
+    def tokenize(texts: list[str]) -> Tensor:
         return tokenizer(
             texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         ).input_ids

@@ -1,5 +1,7 @@
 """Recognises task heads that no pretraining has touched. A leaf."""
 
+from collections.abc import Container
+
 import torch
 from torch import nn
 
@@ -7,7 +9,7 @@ from torch import nn
 _NAMES = ("head", "heads", "fc", "score", "classifier", "classification_head", "qa_outputs")
 
 
-def fresh_heads(model, adapted=()):
+def fresh_heads(model: nn.Module, adapted: Container[nn.Module] = ()) -> tuple[str, ...]:
     """Paths of Linears that are heads and whose weights look as they were drawn.
 
     A head is named like one, or lies outside the backbone of a Hugging Face model; output
@@ -35,7 +37,7 @@ def fresh_heads(model, adapted=()):
 
 
 @torch.no_grad()
-def _looks_drawn(linear, spread):
+def _looks_drawn(linear: nn.Linear, spread: object) -> bool:
     """Whether weights have the spread of an initialisation, to four of its standard errors."""
     weight, bias = linear.weight, linear.bias
     if weight.is_meta or not weight.is_floating_point() or not weight.numel():

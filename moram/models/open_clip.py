@@ -5,9 +5,12 @@ calling the module, so nothing inside it can be adapted. `split_attention` swaps
 compute the same; `pack_attention` restores the packed ones bit for bit. open_clip is not imported.
 """
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 
 class SplitAttention(nn.Module):
@@ -24,15 +27,23 @@ class SplitAttention(nn.Module):
 
     # What `nn.TransformerEncoderLayer` looks at before it takes its fast path, which reads weights
     # and calls nothing. These say no, so that it calls this module and its own Linears.
-    in_proj_bias, _qkv_same_embed_dim = None, False
+    in_proj_bias: None = None
+    _qkv_same_embed_dim: bool = False
 
-    def __init__(self, packed):
+    q_proj: nn.Linear
+    k_proj: nn.Linear
+    v_proj: nn.Linear
+    out_proj: nn.Linear
+
+    def __init__(self, packed: nn.MultiheadAttention) -> None:
         super().__init__()
         problem = why_not_splittable(packed)
         if problem:
             raise ValueError(f"this nn.MultiheadAttention cannot be split: {problem}")
-        self.embed_dim, self.num_heads = packed.embed_dim, packed.num_heads
-        self.dropout, self.batch_first = packed.dropout, packed.batch_first
+        self.embed_dim: int = packed.embed_dim
+        self.num_heads: int = packed.num_heads
+        self.dropout: float = packed.dropout
+        self.batch_first: bool = packed.batch_first
         weights = packed.in_proj_weight.chunk(3)
         biases = (None,) * 3 if packed.in_proj_bias is None else packed.in_proj_bias.chunk(3)
         for name, weight, bias in zip(("q_proj", "k_proj", "v_proj"), weights, biases, strict=True):
@@ -43,15 +54,15 @@ class SplitAttention(nn.Module):
 
     def forward(
         self,
-        query,
-        key=None,
-        value=None,
-        key_padding_mask=None,
-        need_weights=False,
-        attn_mask=None,
-        average_attn_weights=True,
-        is_causal=False,
-    ):
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, None]:
         """Attention output and None, as `nn.MultiheadAttention` with need_weights=False.
 
         Args: as of `nn.MultiheadAttention`; key and value may be None for query and key.
@@ -85,12 +96,14 @@ class SplitAttention(nn.Module):
             out = out.transpose(0, 1)
         return out, None
 
-    def _heads(self, tensor):
+    def _heads(self, tensor: Tensor) -> Tensor:
         batch, tokens, width = tensor.shape
         heads = self.num_heads
         return tensor.view(batch, tokens, heads, width // heads).transpose(1, 2)
 
-    def _mask(self, attn_mask, key_padding_mask, like):
+    def _mask(
+        self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, like: Tensor
+    ) -> Tensor | None:
         """Both masks as one additive mask that broadcasts to [B, heads, T, T], or None."""
         mask = None
         if attn_mask is not None:
@@ -103,18 +116,19 @@ class SplitAttention(nn.Module):
         return mask
 
 
-def _additive(mask, like):
+def _additive(mask: Tensor, like: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         return mask.to(like.dtype)
     # nn.MultiheadAttention's boolean masks mark what is hidden.
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, float("-inf"))
 
 
-def _linear(weight, bias, trainable):
+def _linear(weight: Tensor, bias: Tensor | None, trainable: bool) -> nn.Linear:
     like = {"device": weight.device, "dtype": weight.dtype}
     linear = nn.utils.skip_init(
         nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None, **like
     )
+    assert isinstance(linear, nn.Linear)
     with torch.no_grad():
         linear.weight.copy_(weight)
         if bias is not None:
@@ -122,7 +136,7 @@ def _linear(weight, bias, trainable):
     return linear.requires_grad_(trainable)
 
 
-def why_not_splittable(packed):
+def why_not_splittable(packed: nn.MultiheadAttention) -> str | None:
     """Why an nn.MultiheadAttention cannot be split, a few words, or None."""
     if not packed._qkv_same_embed_dim:
         return "its keys or values have a width of their own (kdim, vdim)"
@@ -131,7 +145,7 @@ def why_not_splittable(packed):
     return None
 
 
-def split_attention(model, prefixes=("",)):
+def split_attention(model: nn.Module, prefixes: Iterable[str] = ("",)) -> list[str]:
     """Swap every splittable `nn.MultiheadAttention` below the prefixes for a `SplitAttention`.
 
     Returns:
@@ -145,7 +159,7 @@ def split_attention(model, prefixes=("",)):
     )
 
 
-def pack_attention(model):
+def pack_attention(model: nn.Module) -> list[str]:
     """Inverse of `split_attention`: the state dict is open_clip's again, bit for bit.
 
     Returns:
@@ -170,7 +184,7 @@ def pack_attention(model):
     return _swap(model, ("",), lambda m: isinstance(m, SplitAttention), _packed)
 
 
-def _packed(split):
+def _packed(split: SplitAttention) -> nn.MultiheadAttention:
     biased = split.q_proj.bias is not None
     weight = split.q_proj.weight
     packed = nn.MultiheadAttention(
@@ -193,10 +207,15 @@ def _packed(split):
     return packed.train(split.training)
 
 
-def _swap(model, prefixes, matches, build):
+def _swap(
+    model: nn.Module,
+    prefixes: Iterable[str],
+    matches: Callable[[nn.Module], bool],
+    build: Callable[[Any], nn.Module],
+) -> list[str]:
     if matches(model):
         raise ValueError(f"model must hold attention modules, got a {type(model).__name__} itself")
-    uses = {}
+    uses: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if matches(module):
             uses.setdefault(module, []).append(path)
@@ -212,14 +231,16 @@ def _swap(model, prefixes, matches, build):
     return swapped
 
 
-def settle_encoders(model):
+def settle_encoders(model: nn.Module) -> None:
     """Keep every `nn.TransformerEncoder` with split attention from nested tensors, which only the
     packed one takes, and let it use them again once packed."""
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder):
             is_split = any(isinstance(module, SplitAttention) for module in encoder.modules())
             if is_split and encoder.use_nested_tensor:
-                encoder.use_nested_tensor, encoder.used_nested_tensor = False, True
+                encoder.use_nested_tensor = False
+                # The stub of nn.Module lets set tensors and modules alone.
+                encoder.used_nested_tensor = True  # pyright: ignore[reportArgumentType]
             elif not is_split and getattr(encoder, "used_nested_tensor", False):
                 encoder.use_nested_tensor = True
                 del encoder.used_nested_tensor

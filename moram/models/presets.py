@@ -1,6 +1,9 @@
 """Which projections to adapt, per model family. A leaf: imports no model library."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+from torch import nn
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -33,7 +36,7 @@ class TargetPreset:
     towers: tuple[tuple[str, ...], ...] = ()
 
 
-def _language_presets():
+def _language_presets() -> Iterator[tuple[str, TargetPreset]]:
     # Multimodal Gemma 3 repeats the language model's names in its vision tower.
     exclude = {"gemma3": ("*vision_tower*", "*multi_modal_projector*")}
     for family in ("llama", "mistral", "gemma", "gemma2", "gemma3", "qwen2", "qwen3"):
@@ -63,14 +66,14 @@ PRESETS = {
     "open_clip-text": TargetPreset(_OPEN_CLIP, exclude=("visual.*",), split=_OPEN_CLIP_TEXT),
 }
 
-_MODEL_TYPES = {
+_MODEL_TYPES: dict[str | None, str] = {
     "gemma3_text": "gemma3",
     "clip_vision_model": "clip",
     "clip_text_model": "clip",
 }
 
 
-def find_preset(model):
+def find_preset(model: nn.Module) -> str:
     """The name of the preset for a model.
 
     Raises:

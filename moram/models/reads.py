@@ -31,7 +31,7 @@ _READ = (
 )
 
 
-def why_read(parent, name):
+def why_read(parent: nn.Module, name: str) -> str | None:
     """Why a projection of a module would not be called, one sentence, or None."""
     kind = type(parent).__name__
     if isinstance(parent, nn.TransformerEncoderLayer) and name in ("linear1", "linear2"):
@@ -50,7 +50,7 @@ def why_read(parent, name):
     return None
 
 
-def _has_fast_path(layer):
+def _has_fast_path(layer: nn.TransformerEncoderLayer) -> bool:
     """Whether an `nn.TransformerEncoderLayer` may read weights and call nothing."""
     attention = layer.self_attn
     return bool(

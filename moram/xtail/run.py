@@ -10,7 +10,7 @@ from ..harness.files import Results
 from ..harness.progress import Log
 from ..harness.run import Run, Stopped, versions
 from ..models.clip import Clip, load_clip
-from .domains import Domain, Split
+from .data.domains import Domain, Split
 from .images import ImageRows, ImageStore, TestImages, Transforms
 from .objective import ImageStage
 from .plan import XtailPlan

@@ -20,6 +20,7 @@ from torch import nn
 
 import moram
 from moram import adapters
+from moram import inputs as inputs_module
 from moram import sketch as sketches
 
 FORMS = {
@@ -146,8 +147,8 @@ def test_measuring_leaves_modes_and_the_random_state_alone():
 
 def test_bounded_passes_give_the_same_sketches(monkeypatch):
     calls, found = [], []
-    for size in (sketches.PASS_BYTES, 4 * 32 * 32, 1):
-        monkeypatch.setattr(sketches, "PASS_BYTES", size)
+    for size in (inputs_module.PASS_BYTES, 4 * 32 * 32, 1):
+        monkeypatch.setattr(inputs_module, "PASS_BYTES", size)
         model = llama(**PROTECT)
         model.register_forward_pre_hook(lambda *_: calls.append(1))
         before = len(calls)

@@ -13,6 +13,7 @@ from .accuracy import (
     letter_accuracy,
     prefix_accuracy,
 )
+from .common import Texts
 from .numeric import numeric_accuracy
 from .rouge import rouge_l
 from .sari import sari
@@ -32,6 +33,9 @@ __all__ = [
     "scorer_for",
 ]
 
+# From prompts, predictions and references, equally many, to a score in [0, 100].
+Score = Callable[[Texts, Texts, Texts], float]
+
 
 @dataclass(frozen=True)
 class Scorer:
@@ -39,16 +43,15 @@ class Scorer:
 
     Args:
         name: key in `SCORERS`.
-        function: (prompts, predictions, references) -> float in [0, 100]; equally many texts each.
         variant: what tables print.
     """
 
     name: str
-    function: Callable
+    function: Score
     variant: str
 
 
-def _of_pairs(function, **settings):
+def _of_pairs(function: Callable[..., float], **settings: str) -> Score:
     """The uniform signature for a score that does not look at the prompts."""
     return lambda prompts, predictions, references: function(predictions, references, **settings)
 
@@ -98,7 +101,7 @@ _VARIANTS = {
 }
 
 
-def scorer_for(task_name, *, rouge="rouge", similarity="difflib"):
+def scorer_for(task_name: str, *, rouge: str = "rouge", similarity: str = "difflib") -> Scorer:
     """The score of a task: its own for the eight of TRACE, else `prefix_accuracy`.
 
     Args:

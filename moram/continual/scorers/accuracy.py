@@ -7,10 +7,10 @@ All divide by the number of examples, and score 0 where the prediction or the go
 
 import re
 
-from .common import mean_percent
+from .common import Texts, mean_percent
 
 
-def prefix_accuracy(predictions, references):
+def prefix_accuracy(predictions: Texts, references: Texts) -> float:
     """Percent of predictions that begin with their gold answer, after leading white space.
 
     "60" is right for the gold answer "6": nothing is asked of what follows. Case counts.
@@ -27,7 +27,7 @@ def prefix_accuracy(predictions, references):
     return mean_percent(lambda p, r: p.strip().startswith(r), predictions, references)
 
 
-def exact_accuracy(predictions, references):
+def exact_accuracy(predictions: Texts, references: Texts) -> float:
     """Percent of predictions that are their gold answer, character for character.
 
     Args:
@@ -41,7 +41,7 @@ def exact_accuracy(predictions, references):
     return mean_percent(lambda p, r: p == r, predictions, references)
 
 
-def letter_accuracy(predictions, references, labels="ABC"):
+def letter_accuracy(predictions: Texts, references: Texts, labels: str = "ABC") -> float:
     """Percent of predictions whose letter is the gold answer.
 
     The letter is the first label that stands alone as a word, in upper or lower case (so the
@@ -69,7 +69,7 @@ def letter_accuracy(predictions, references, labels="ABC"):
     return prefix_accuracy(letters_of, references)
 
 
-def _letter(prediction, letters, alone):
+def _letter(prediction: str, letters: list[str], alone: re.Pattern[str]) -> str:
     """The letter a prediction chooses, or the stripped prediction."""
     text = prediction.strip()
     if match := alone.search(text):
@@ -77,7 +77,7 @@ def _letter(prediction, letters, alone):
     return next((c.upper() for c in text if c.upper() in letters), text)
 
 
-def first_letter_accuracy(predictions, references):
+def first_letter_accuracy(predictions: Texts, references: Texts) -> float:
     """Percent of predictions whose first character, white space aside, is that of the gold answer.
 
     For answers that are a letter and then an explanation. No letter is searched for: "Answer: B"

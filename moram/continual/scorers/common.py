@@ -3,8 +3,12 @@
 Nothing here knows a task or a metric.
 """
 
+from collections.abc import Callable, Hashable, Sequence, Sized
 
-def check_counts(**texts):
+Texts = Sequence[str]
+
+
+def check_counts(**texts: Sized) -> None:
     """Refuse lists of texts that are empty or not equally long.
 
     Raises:
@@ -16,7 +20,9 @@ def check_counts(**texts):
         raise ValueError(f"{names} must be equally many, at least one, got {got}")
 
 
-def mean_percent(score, predictions, references):
+def mean_percent(
+    score: Callable[[str, str], float], predictions: Texts, references: Texts
+) -> float:
     """Mean of score(prediction, reference) over all pairs, in percent.
 
     As in TRACE, a pair of which one text is empty scores 0 and still counts.
@@ -34,7 +40,7 @@ def mean_percent(score, predictions, references):
     return 100 * sum(score(p, r) for p, r in pairs if p and r) / len(references)
 
 
-def lcs_rows(first, second):
+def lcs_rows(first: Sequence[Hashable], second: Sequence[Hashable]) -> list[int]:
     """Rows of the table T of longest common subsequences, as differences.
 
     T[i][j] is the length for the first i items of `first` and the first j of `second`. Neighbours
@@ -48,7 +54,7 @@ def lcs_rows(first, second):
     Source: Hyyrö, "Bit-parallel LCS-length computation revisited", AWOCA 2004.
     Cost: len(first) operations on integers of len(second) bits.
     """
-    places = {}
+    places: dict[Hashable, int] = {}
     for j, item in enumerate(second):
         places[item] = places.get(item, 0) | 1 << j
     full = (1 << len(second)) - 1
@@ -60,7 +66,7 @@ def lcs_rows(first, second):
     return rows
 
 
-def lcs_length(first, second):
+def lcs_length(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
     """Length of a longest common subsequence.
 
     Args:

@@ -3,7 +3,7 @@
 import math
 import re
 
-from .common import mean_percent
+from .common import Texts, mean_percent
 
 # A comma between groups of three digits separates thousands; elsewhere it ends the number.
 _WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
@@ -18,7 +18,7 @@ _PART = rf"\s*(?:\{{\s*({_SIGN}?{_DECIMAL})\s*\}}|(\d))"
 _LATEX = re.compile(rf"(\d*) ?\\[dt]?frac{_PART}{_PART}")
 
 
-def numeric_accuracy(predictions, references, variant="values"):
+def numeric_accuracy(predictions: Texts, references: Texts, variant: str = "values") -> float:
     r"""Percent of predictions whose number is the gold one; words are compared in lower case.
 
     The answer of a prediction is what stands in its last \boxed{}; without one, its last number;
@@ -50,7 +50,7 @@ def numeric_accuracy(predictions, references, variant="values"):
         raise ValueError(f"variant must be one of {', '.join(_RULES)}, got {variant!r}")
     answer_of, value_of = _RULES[variant]
 
-    def is_right(prediction, reference):
+    def is_right(prediction: str, reference: str) -> bool:
         answer, number = answer_of(prediction)
         if not answer or not _plain(reference):
             return False
@@ -64,7 +64,7 @@ def numeric_accuracy(predictions, references, variant="values"):
     return mean_percent(is_right, predictions, references)
 
 
-def _answer(prediction):
+def _answer(prediction: str) -> tuple[str, str]:
     """What a prediction answers: as text, and the part of it that may be a number."""
     boxed = _last_box(prediction)
     if boxed:
@@ -73,7 +73,7 @@ def _answer(prediction):
     return _plain(prediction), numbers[-1] if numbers else ""
 
 
-def _value(text):
+def _value(text: str) -> float | None:
     """A number or a fraction as float, or None for any other text."""
     match = _VALUE.fullmatch(_without_latex(text))
     if match is None:
@@ -88,10 +88,10 @@ def _value(text):
     return value if sign in ("", "+") else -value
 
 
-def _without_latex(text):
+def _without_latex(text: str) -> str:
     r"""The text with 1/2 for \frac{1}{2}, and 2 1/2 for 2\frac{1}{2}."""
 
-    def slashed(match):
+    def slashed(match: re.Match[str]) -> str:
         whole, *parts = match.groups()
         above, below = (part for part in parts if part)
         return f"{whole} {above}/{below}".lstrip()
@@ -99,7 +99,7 @@ def _without_latex(text):
     return _LATEX.sub(slashed, text)
 
 
-def _published_answer(prediction):
+def _published_answer(prediction: str) -> tuple[str, str]:
     """`_answer` by the published rule: the text is that of the number."""
     boxed = _last_box(prediction)
     if boxed:
@@ -109,7 +109,7 @@ def _published_answer(prediction):
     return answer, answer
 
 
-def _published_value(text):
+def _published_value(text: str) -> float | None:
     """A number as float, or None for any other text."""
     text = _plain(text)
     return _float(text) if _PUBLISHED.fullmatch(text) else None
@@ -118,11 +118,11 @@ def _published_value(text):
 _RULES = {"values": (_answer, _value), "published": (_published_answer, _published_value)}
 
 
-def _float(text):
+def _float(text: str) -> float:
     return float(text.replace(",", ""))
 
 
-def _last_box(text):
+def _last_box(text: str) -> str:
     r"""What stands in the last \boxed{}, with the braces in it balanced, or "" without one."""
     _, found, rest = text.rpartition("\\boxed{")
     if not found:
@@ -135,7 +135,7 @@ def _last_box(text):
     return rest
 
 
-def _bare(text):
+def _bare(text: str) -> str:
     """An answer without units, signs and names around it."""
     text = re.sub(r"\\text\s*\{[^{}]*\}$", "", text.strip()) or text
     text = re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text)
@@ -144,6 +144,6 @@ def _bare(text):
     return re.sub(r"^[A-Za-z]\s*=\s*", "", text)
 
 
-def _plain(text):
+def _plain(text: str) -> str:
     """An answer without what does not change its value, as text to compare."""
     return re.sub(r"(\d)\.0+$", r"\1", re.sub(r"\s", "", _bare(text)))

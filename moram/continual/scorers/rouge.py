@@ -2,12 +2,12 @@
 
 import re
 
-from .common import lcs_length, lcs_rows, mean_percent
+from .common import Texts, lcs_length, lcs_rows, mean_percent
 
 VARIANTS = ("rouge", "rouge_score")
 
 
-def rouge_l(predictions, references, variant="rouge"):
+def rouge_l(predictions: Texts, references: Texts, variant: str = "rouge") -> float:
     """Mean ROUGE-L F over pairs of texts, in percent.
 
     "rouge", what TRACE reports: a text is cut into sentences at every ".", and compared as sets of
@@ -39,7 +39,7 @@ def rouge_l(predictions, references, variant="rouge"):
     return mean_percent(score, predictions, references)
 
 
-def _summary_level(prediction, reference):
+def _summary_level(prediction: str, reference: str) -> float:
     """F of sets of words, `rouge` 1.0.1."""
     predicted, expected = _sentences(prediction), _sentences(reference)
     if not predicted or not expected:
@@ -53,12 +53,12 @@ def _summary_level(prediction, reference):
     return 2 * precision * recall / (precision + recall + 1e-8)
 
 
-def _sentences(text):
+def _sentences(text: str) -> list[list[str]]:
     """Lists of words. A piece of white space alone is kept, and has one word, the empty one."""
     return [" ".join(piece.split()).split(" ") for piece in text.split(".") if piece]
 
 
-def _lcs_words(expected, predicted):
+def _lcs_words(expected: list[str], predicted: list[str]) -> set[str]:
     """The set of words of one LCS, found backwards from the end of both.
 
     Of two ways, the table T decides: up (drop the expected word) if T[i-1][j] > T[i][j-1], else
@@ -78,7 +78,7 @@ def _lcs_words(expected, predicted):
     return words
 
 
-def _whole_text(prediction, reference):
+def _whole_text(prediction: str, reference: str) -> float:
     """F of one LCS of the whole texts, `rouge-score`."""
     predicted, expected = (re.findall("[a-z0-9]+", t.lower()) for t in (prediction, reference))
     length = lcs_length(expected, predicted)

@@ -3,15 +3,19 @@
 import re
 import string
 from collections import Counter
+from collections.abc import Sequence
 
-from .common import check_counts
+from .common import Texts, check_counts
 
 # Every ASCII sign but these stands alone; ' stays in its word, and the others depend on digits.
 _ALONE = re.compile("([ " + re.escape("".join(set(string.punctuation) - set("',-."))) + "])")
 _ENTITIES = (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"))
 
+# How often each n-gram occurs.
+Grams = Counter[tuple[str, ...]]
 
-def sari(sources, predictions, references):
+
+def sari(sources: Texts, predictions: Texts, references: Sequence[str | Texts]) -> float:
     """Mean SARI over the examples, 0 to 100.
 
     For n = 1 to 4, the n-grams of lower-case tokens that a prediction keeps (F), adds (F) and
@@ -41,7 +45,7 @@ def sari(sources, predictions, references):
     return 100 * total / len(predictions)
 
 
-def tokens(text):
+def tokens(text: str) -> list[str]:
     """Lower-case tokens by mteval's 13a: ASCII signs apart, points and commas not in numbers.
 
     Args:
@@ -59,11 +63,11 @@ def tokens(text):
     return text.split() or [""]
 
 
-def _example(source, prediction, references):
+def _example(source: list[str], prediction: list[str], references: list[list[str]]) -> float:
     """Mean of keep, delete and add over the lengths of n-grams, in [0, 1]."""
     total = 0
     for n in range(1, 5):
-        expected = Counter()
+        expected: Grams = Counter()
         for reference in references:
             expected += _ngrams(reference, n)
         before, after = _ngrams(source, n), _ngrams(prediction, n)
@@ -75,12 +79,11 @@ def _example(source, prediction, references):
     return total / 12
 
 
-def _ngrams(words, n):
-    """How often each n-gram occurs."""
+def _ngrams(words: list[str], n: int) -> Grams:
     return Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
 
 
-def _keep(source, prediction, expected):
+def _keep(source: Grams, prediction: Grams, expected: Grams) -> float:
     """F of the n-grams kept."""
     kept, should = source & prediction, source & expected
     good = kept & expected
@@ -89,23 +92,23 @@ def _keep(source, prediction, expected):
     return _harmonic(precision, recall)
 
 
-def _delete(source, prediction, expected):
+def _delete(source: Grams, prediction: Grams, expected: Grams) -> float:
     """Precision of the n-grams deleted."""
     deleted = source - prediction
     good = deleted - expected
     return _ratio(sum(count / deleted[gram] for gram, count in good.items()), len(deleted))
 
 
-def _add(source, prediction, expected):
+def _add(source: Grams, prediction: Grams, expected: Grams) -> float:
     """F of the n-grams added; how often does not matter."""
     added, should = set(prediction) - set(source), set(expected) - set(source)
     good = len(added & should)
     return _harmonic(_ratio(good, len(added)), _ratio(good, len(should)))
 
 
-def _ratio(part, whole):
+def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 1
 
 
-def _harmonic(precision, recall):
+def _harmonic(precision: float, recall: float) -> float:
     return 2 * precision * recall / (precision + recall) if precision or recall else 0

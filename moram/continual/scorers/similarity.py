@@ -3,13 +3,13 @@
 import re
 from difflib import SequenceMatcher
 
-from .common import check_counts, lcs_length
+from .common import Texts, check_counts, lcs_length
 
 VARIANTS = ("difflib", "rapidfuzz")
 _WITH_VALUE = re.compile(r"<(?:NUM|STR|CHAR)_LIT:(.*?)>", re.DOTALL)
 
 
-def edit_similarity(predictions, references, variant="difflib"):
+def edit_similarity(predictions: Texts, references: Texts, variant: str = "difflib") -> float:
     """Mean similarity of code, 0 to 100, each pair rounded to an integer as `fuzz.ratio` does.
 
     Before, Py150's placeholders are replaced on both sides: <NUM_LIT> by 0, <STR_LIT> and
@@ -47,19 +47,19 @@ def edit_similarity(predictions, references, variant="difflib"):
     return total / len(references)
 
 
-def _clean(code):
+def _clean(code: str) -> str:
     """Code without Py150's placeholders."""
     for placeholder, value in (("<NUM_LIT>", "0"), ("<STR_LIT>", ""), ("<CHAR_LIT>", "")):
         code = code.replace(placeholder, value)
     return _WITH_VALUE.sub(r"\1", code)
 
 
-def _difflib_ratio(first, second):
+def _difflib_ratio(first: str, second: str) -> float:
     """Ratcliff and Obershelp's similarity, in [0, 1]."""
     return SequenceMatcher(None, first, second).ratio()
 
 
-def _subsequence_ratio(first, second):
+def _subsequence_ratio(first: str, second: str) -> float:
     """Similarity by insertions and deletions, in [0, 1]."""
     both = len(first) + len(second)
     # In rapidfuzz's order of operations, so that halves round as they do there.
