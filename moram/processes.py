@@ -16,10 +16,13 @@ class Processes:
 
     The model needs no wrapping, so a bank may grow between steps. Every process must hold the
     same parameters and see the same effective batches, of which it takes every world-th row.
+
+    Args:
+        together: with the others; False = as if it were alone.
     """
 
-    def __init__(self) -> None:
-        together = dist.is_available() and dist.is_initialized()
+    def __init__(self, together: bool = True) -> None:
+        together = together and dist.is_available() and dist.is_initialized()
         self.rank: int = dist.get_rank() if together else 0
         self.world: int = dist.get_world_size() if together else 1
 
@@ -31,10 +34,6 @@ class Processes:
     def share(self, rows: Sequence[T]) -> Sequence[T]:
         """The part of a sequence that this process works on."""
         return rows[self.rank :: self.world]
-
-    def places(self, count: int) -> Tensor:
-        """Which of so many rows are this process's, int64."""
-        return torch.arange(self.rank, count, self.world)
 
     def sum(self, tensors: Iterable[Tensor]) -> None:
         """Add up tensors of equal dtype over all processes, in place, in one message."""
@@ -62,7 +61,7 @@ class Processes:
         """The rows [count, ...] of all processes, undoing `share`; this one's own have a graph."""
         if self.world == 1:
             return rows
-        places = self.places(count).to(rows.device)
+        places = torch.arange(self.rank, count, self.world, device=rows.device)
         others = rows.new_zeros(count, *rows.shape[1:])
         others[places] = rows.detach()
         self.sum([others])

@@ -257,8 +257,8 @@ def test_every_folder_is_on_the_map_of_rooms():
     listed = set(re.findall(r"^\| `(\S+)/` \|", rooms, re.MULTILINE))
     inits = tracked("moram*/**/__init__.py", "moram*/__init__.py")
     packages = {name_of(path.parent) for path in inits}
-    tests = {name_of(path.parent) for path in tracked("tests/*/**/test_*.py")}
-    measured = {name_of(path.parent) for path in tracked("benchmarks/*.py", "benchmarks/*/*.py")}
+    tests = {name_of(path.parent) for path in tracked("tests/*/test_*.py")}
+    measured = {name_of(path.parent) for path in tracked("benchmarks/*.py")}
     assert listed == packages | tests | measured | {"benchmarks/results"}
 
 

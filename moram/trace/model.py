@@ -6,6 +6,7 @@ from pathlib import Path
 from ..inject import adapters
 from ..layers import AdapterLinear
 from ..models.smollm2 import fetch_weights, pick_dtype
+from ..processes import Processes
 from .prefix import check_layers
 
 SMOLLM2 = "smollm2"
@@ -25,7 +26,9 @@ def load(settings, device, log):
 
     logging.disable_progress_bar()
     name = settings.model
-    folder = fetch_weights(None, log) if name == SMOLLM2 else name
+    folder = name
+    if name == SMOLLM2:
+        folder = Processes().first_then_others(lambda: fetch_weights(None, log))
     # What looks like a folder is not looked for on the hub.
     is_path = name.startswith((".", "/", "~")) or Path(name).is_dir()
     if is_path and not (Path(name) / "config.json").is_file():

@@ -152,6 +152,9 @@ class ImageRows:
         text_loss, label_smoothing: see `moram.xtail.objective.contrastive`.
     """
 
+    # See `TaskTrainer`.
+    joint = True
+
     def __init__(
         self,
         clip: Clip,
@@ -178,12 +181,13 @@ class ImageRows:
         """What the loss of a step is divided by: it is a mean already."""
         return 1
 
-    def pixels(self, rows: Rows) -> Tensor:
-        """Normalised crops [B, 3, S, S], drawn from torch's global generator."""
+    def pixels(self, rows: Rows, share: slice = slice(None)) -> Tensor:
+        """Normalised crops [B, 3, S, S], drawn from torch's global generator; for all rows, also
+        where those of a share alone are made."""
         images = self.store.load(self.split, rows)
         # Drawn in order: threads would draw in any.
         pairs = [(image, self.transforms.draw_box(image)) for image in images]
-        cropped = list(self.store.map(lambda pair: self.transforms.crop(*pair), pairs))
+        cropped = list(self.store.map(lambda pair: self.transforms.crop(*pair), pairs[share]))
         return self.transforms.pixels(cropped, self.clip.parameter)
 
     def texts(self) -> Tensor:

@@ -7,11 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..methods.train import Stage, TrainSettings
+from ..processes import Processes
 from .images import ImageRows
+
+ALONE = Processes(together=False)
 
 
 def contrastive(
-    model: nn.Module, data: ImageRows, rows: Tensor, per_example: bool = False
+    model: nn.Module,
+    data: ImageRows,
+    rows: Tensor,
+    per_example: bool = False,
+    processes: Processes = ALONE,
 ) -> tuple[Tensor, int, int]:
     """The published loss of a batch, without the features of earlier tasks' prompts.
 
@@ -27,12 +34,19 @@ def contrastive(
     Args:
         model: the model, whose parameters are trained. data: of the task. rows: of the batch.
         per_example: not used; the loss is one of the whole batch.
+        processes: share the images out; losses and gradients of all add up to those of one.
     Returns:
-        (loss, 1, images).
+        (loss, 1, images of this process).
     Source: Lu et al., ICML 2026, arXiv 2506.21035 (the X-TAIL runs).
     """
     clip = data.clip
-    images, texts = clip.encode_image(data.pixels(rows)), data.texts()
+    share = slice(processes.rank, None, processes.world)
+    count = len(rows[share])
+    with processes.drawing_alike():
+        pixels = data.pixels(rows, share) if count else None
+    images = None if pixels is None else clip.encode_image(pixels)
+    texts = processes.part(data.texts())
+    images = processes.whole(texts[:0].detach() if images is None else images, len(rows))
     labels = data.labels[rows].to(images.device)
     logits = clip.logits(images, texts)
     loss = F.cross_entropy(logits, labels, label_smoothing=data.label_smoothing)
@@ -40,7 +54,7 @@ def contrastive(
         over_batch = logits.T.log_softmax(1)
         own = over_batch[labels, torch.arange(len(labels), device=labels.device)]
         loss = loss - own.sum() / (data.offset + data.count)
-    return loss, 1, len(labels)
+    return loss - loss.detach() * (1 - 1 / processes.world), 1, count
 
 
 class ImageStage(Stage):

@@ -1,5 +1,6 @@
 """A run over image domains: train, score on all datasets, write."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -68,9 +69,13 @@ class XtailRun(Run):
         clip: Clip | None = None,
     ) -> None:
         device = None if settings.device == "auto" else torch.device(settings.device)
+        # What a launcher of several processes sets.
+        if "RANK" in os.environ:
+            from accelerate import PartialState
+
+            on_cpu = not torch.cuda.is_available() if device is None else device.type == "cpu"
+            device = PartialState(cpu=on_cpu).device
         super().__init__(settings, log, stop, device)
-        if self.processes.world > 1:
-            raise ValueError(f"moram xtail runs in one process, got {self.processes.world}")
         self.given = clip
         # After which stage `classify` was made.
         self.classified: int | str | None = None
@@ -85,7 +90,8 @@ class XtailRun(Run):
         if clip is None:
             backbone = self.settings.backbone
             if backbone == SMALL_BACKBONE:
-                backbone = f"local-dir:{small_clip(log=self.log)}"
+                made = self.processes.first_then_others(lambda: small_clip(log=self.log))
+                backbone = f"local-dir:{made}"
             # Random weights, where they are asked for, are those of the seed: a run may go on.
             torch.manual_seed(self.settings.seed)
             clip = load_clip(backbone, self.settings.pretrained, self.device)
@@ -195,10 +201,11 @@ class XtailRun(Run):
             # Once for all datasets: encoding the prompts is a large part of scoring.
             self.classify = self.method.classifier(self.clip, self.prompt_ids)
             self.classified = number
-        images, answers = self.test[i], []
-        for batch in images.batches(self.settings.eval_batch):
-            answers += self.classify(batch).argmax(1).tolist()
-            self.progress.answered(len(batch))
+        images, found = self.test[i], []
+        for batch in self.processes.share(list(images.batches(self.settings.eval_batch))):
+            found.append(self.classify(batch).argmax(1).tolist())
+            self.progress.answered(len(batch) * self.processes.world)
+        answers = [answer for batch in self.processes.gather(found) for answer in batch]
         truth = (images.labels + self.plan.offsets[i]).tolist()
         right = sum(a == b for a, b in zip(answers, truth, strict=True))
         score = {"score": 100 * right / len(truth), "metric": "accuracy over all classes"}
@@ -221,6 +228,7 @@ class XtailRun(Run):
             "unscored": self.plan.unscored,
             "trained_with_steps": self.method.has_steps,
             "needs_task_id": self.method.needs_task_id,
+            "processes": self.processes.world,
             "versions": versions("open_clip", "transformers", "sklearn"),
         }
 
