@@ -30,7 +30,7 @@ _ORDERS = {
 SUITES = {"trace": (0,), "standard": (1, 2, 3), "large": (4, 5, 6)}
 
 
-def tasks_of(suite, order=None):
+def tasks_of(suite: str, order: int | None = None) -> tuple[str, ...]:
     """The tasks of a suite, in an order.
 
     Args:
