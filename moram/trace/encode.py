@@ -14,7 +14,7 @@ the tokenizer puts it there. A text that begins so already gets no second one.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -37,6 +37,9 @@ Batch = tuple[Tensor, Tensor, Tensor]
 
 class Batches(Protocol):
     """`Rows` or `CachedRows`."""
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self: ...
 
     def __len__(self) -> int: ...
 
@@ -103,14 +106,14 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: TraceSettings) -> None:
         self.tokenizer, self.settings = tokenizer, settings
-        self.eos = tokenizer.eos_token_id
-        if self.eos is None:
+        eos, bos = special_id(tokenizer, "eos"), special_id(tokenizer, "bos")
+        if eos is None:
             raise ValueError("the tokenizer has no end-of-text token")
-        self.bos = self.eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        self.eos, self.bos = eos, eos if bos is None else bos
         # What each prompt begins with, also one that is cut.
         self.begin = beginning(tokenizer) if settings.labels == "joined" else []
         # The published choice: unknown, else end, else beginning of text.
-        options = (tokenizer.pad_token_id, tokenizer.unk_token_id, self.eos)
+        options = (special_id(tokenizer, "pad"), special_id(tokenizer, "unk"), eos)
         self.pad = next(token for token in options if token is not None)
 
     def tokens(self, text: str) -> list[int]:
@@ -164,7 +167,7 @@ class Encoder:
         begin = beginning(self.tokenizer)
         if not begin:
             return task
-        text = self.tokenizer.decode(begin)
+        text = decoded(self.tokenizer, begin)
         return Task(
             task.name,
             *(
@@ -211,6 +214,20 @@ class Encoder:
         if len(ids) < length:
             ids = self._begun(ids)
         return ids, min(count, len(ids) - 1)
+
+
+def special_id(
+    tokenizer: PreTrainedTokenizerBase, name: Literal["bos", "eos", "pad", "unk"]
+) -> int | None:
+    """The id of a special token, or None where the tokenizer has none."""
+    return getattr(tokenizer, f"{name}_token_id")
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int] | Tensor, **settings: bool) -> str:
+    """The text of one list of tokens."""
+    text = tokenizer.decode(ids, **settings)
+    assert isinstance(text, str)
+    return text
 
 
 def _spaced(prompt: str, answer: str) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..inject import adapters
 from ..layers import AdapterLinear
@@ -16,15 +17,19 @@ from .prefix import check_layers
 from .settings import TraceSettings
 
 if TYPE_CHECKING:
-    from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from ..harness.progress import Log
 
-    class LanguageModel(PreTrainedModel, GenerationMixin):
-        """What `load` returns; its parts differ from family to family."""
+    class LanguageModel(nn.Module):
+        """A causal language model of transformers, as far as it is used here."""
 
+        config: Any
+        generation_config: Any
         model: Any
         is_sharded: bool
+        generate: Callable[..., Tensor]
+        gradient_checkpointing_enable: Callable[..., None]
 
 
 SMOLLM2 = "smollm2"
@@ -64,9 +69,10 @@ def load(
     attention = "eager" if device.type == "cpu" else "sdpa"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        found = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation=attention, **more
         )
+        model = cast("LanguageModel", found)
     except SafetensorError as error:
         raise ValueError(f"the weights in {folder} cannot be read: {error}") from error
     if settings.quantize:

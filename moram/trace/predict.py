@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..continual.scoring import IGNORED, answer_logits
 from ..processes import Processes
-from .encode import Batches, Rows, by_length
+from .encode import Batches, Rows, by_length, decoded, special_id
 from .settings import TraceSettings
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _penalty(penalty: float, mask: Tensor) -> LogitsProcessorList:
 def _stops(model: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     own = getattr(model.generation_config, "eos_token_id", None)
     own = own if isinstance(own, list) else [own]
-    return sorted({t for t in (*own, tokenizer.eos_token_id) if t is not None})
+    return sorted({t for t in (*own, special_id(tokenizer, "eos")) if t is not None})
 
 
 @torch.no_grad()
@@ -133,7 +133,7 @@ def forced(
             found, wanted = found[known], wanted[known]
             wrong = found.ne(wanted).nonzero()
             end = len(found) if not len(wrong) else int(wrong[0]) + 1
-            answers.append((row, tokenizer.decode(found[:end], **_AS_WRITTEN)))
+            answers.append((row, decoded(tokenizer, found[:end], **_AS_WRITTEN)))
         step(len(part) * processes.world)
     found = dict(processes.gather(answers))
     return [found[row] for row in range(len(rows))]

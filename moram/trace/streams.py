@@ -9,7 +9,7 @@ from ..continual import load_stream
 from ..continual.data import Task
 from ..harness.progress import Bar
 from ..methods.base import Method
-from .encode import Encoder, Rows
+from .encode import Batches, Encoder, Rows
 from .prefix import CachedRows, Prefix
 from .settings import HELD_OUT, TraceSettings
 
@@ -77,7 +77,7 @@ class StreamRows:
                 test.append(encoder.scored(task.name, pairs))
             else:
                 test.append(encoder.prompts(task.name, prompts))
-        self.train: Sequence[Rows] | Sequence[CachedRows] = train
+        self.train: Sequence[Batches] = train
         self.test: Sequence[Rows | CachedRows] = test
         if settings.cache_prefix:
             prefix = Prefix(model, settings.first_layer)

@@ -22,7 +22,7 @@ from ...harness.run import CONFIG, RESULTS
 from ...harness.settings import EXAMPLES
 from ...harness.tables import markdown
 from ...inspection import AtomReport, FiredAtom, find_adapter, inspect_atoms, token_atoms
-from ..encode import Batch, Encoder, by_length
+from ..encode import Batch, Encoder, by_length, decoded
 from ..model import load
 from ..settings import SPLITS, TraceSettings
 
@@ -97,7 +97,7 @@ def inspect_run(
     lines = _lines(report, found)
     if read is not None:
         view = token_atoms(model, read, path, learned)
-        tokens = [tokenizer.decode([token]) for token in read.tolist()]
+        tokens = [decoded(tokenizer, [token]) for token in read.tolist()]
         found["text"] = [
             {"token": token, "atoms": [[a.task, a.index, round(a.weight, 4)] for a in atoms]}
             for token, atoms in zip(tokens, view, strict=True)
