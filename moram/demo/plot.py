@@ -1,12 +1,22 @@
 """The demo's results as one picture."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from .report import ADDITION
 
+if TYPE_CHECKING:
+    from ..harness.files import Results
 
-def plot_results(results, path):
+
+def plot_results(results: Results, path: str | Path) -> None:
     """Write a PNG: both matrices, the first task over time, and which atoms fire for which task."""
     figure = Figure(figsize=(11, 8), layout="constrained")
     FigureCanvasAgg(figure)
@@ -22,7 +32,9 @@ def plot_results(results, path):
     figure.savefig(path, dpi=110)
 
 
-def _draw_matrix(axis, name, matrix, tasks):
+def _draw_matrix(
+    axis: Axes, name: str, matrix: Sequence[Sequence[float | None]], tasks: Sequence[str]
+) -> None:
     # A task that was not learned yet has no score.
     scores = [[float("nan") if value is None else value for value in row] for row in matrix]
     axis.imshow(scores, vmin=0, vmax=100, cmap="viridis", aspect="auto")
@@ -47,7 +59,7 @@ def _draw_matrix(axis, name, matrix, tasks):
     axis.set_xlabel("tested on")
 
 
-def _draw_first_task(axis, results):
+def _draw_first_task(axis: Axes, results: Results) -> None:
     tasks = results["tasks"]
     for name, run in results["methods"].items():
         axis.plot([row[0] for row in run["matrix"]], marker="o", label=name)
@@ -59,7 +71,7 @@ def _draw_first_task(axis, results):
     axis.legend()
 
 
-def _draw_firing(axis, results, figure):
+def _draw_firing(axis: Axes, results: Results, figure: Figure) -> None:
     tasks, firing = results["tasks"], results["firing"]
     rows, share = firing["weights"], firing["share"]
     image = axis.imshow(rows, cmap="magma", aspect="auto", interpolation="nearest")

@@ -1,6 +1,14 @@
 """The demo's results as text."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from ..continual.metrics import backward_transfer, forgetting, overall_performance, plasticity
+
+if TYPE_CHECKING:
+    from ..harness.files import Results
 
 LEARNED = 20
 ADDITION = (
@@ -9,7 +17,7 @@ ADDITION = (
 )
 
 
-def format_report(results):
+def format_report(results: Results) -> str:
     """Both accuracy matrices and what follows from them, ready to print."""
     lines = []
     for name, run in results["methods"].items():
@@ -32,7 +40,7 @@ def format_report(results):
     return "\n".join(lines)
 
 
-def _matrix(results, matrix):
+def _matrix(results: Results, matrix: Sequence[Sequence[float]]) -> list[str]:
     tasks = results["tasks"]
     width = max(len(task) for task in (*tasks, "majority class")) + 8
     rows = [
@@ -48,12 +56,12 @@ def _matrix(results, matrix):
     ]
 
 
-def _cell(value):
+def _cell(value: float | None) -> str:
     """A score; a task that was not learned yet has none."""
     return "-" if value is None else f"{value:.1f}"
 
 
-def _summary(results):
+def _summary(results: Results) -> list[str]:
     columns = (
         ("overall performance", lambda run: f"{overall_performance(run['matrix']):.1f}"),
         ("backward transfer", lambda run: f"{backward_transfer(run['matrix']):+.1f}"),

@@ -1,21 +1,33 @@
 """The demo: runs of `moram trace` over the shipped tasks, a reload that proves them, a picture."""
 
+from __future__ import annotations
+
 import json
 import shutil
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ..config import check_count
 from ..continual import load_stream
 from ..inspection import inspect_atoms
 from ..models.smollm2 import NAME, fetch_weights, pick_dtype
 from .report import format_report
+
+if TYPE_CHECKING:
+    from ..harness.files import Results
+    from ..harness.progress import Log
+    from ..trace.encode import Encoder
+    from ..trace.settings import TraceSettings
+    from ..trace.streams import Cached
 
 DATA = Path(__file__).with_name("data")
 TASKS = ("topic", "feeling", "purpose")
@@ -60,7 +72,7 @@ class DemoSettings:
     dtype: str = "auto"
 
 
-def run_demo(settings, log=print):
+def run_demo(settings: DemoSettings, log: Log = print) -> Results:
     """Run the demo and return its results, as written to out/results.json.
 
     A run that was stopped goes on; one that is finished starts anew.
@@ -90,10 +102,10 @@ def run_demo(settings, log=print):
     threads = settings.threads or torch.get_num_threads()
     plans = {method: replace(plan, **_padding(dtype)) for method, plan in plans.items()}
     log(f"model: {name}, {dtype}, {threads} CPU threads")
-    results = {"model": name, "tasks": list(settings.tasks), "methods": {}}
+    results: Results = {"model": name, "tasks": list(settings.tasks), "methods": {}}
     plain = {k: v for k, v in vars(settings).items() if not isinstance(v, Path)}
     results["settings"] = plain | {"dtype": str(dtype), "threads": threads}
-    cached = {}
+    cached: Cached = {}
     for method, found in _learn(plans, cached, threads, log).items():
         results["methods"][found["name"]] = {
             "matrix": found["matrix"],
@@ -121,11 +133,11 @@ def run_demo(settings, log=print):
     return results
 
 
-def _trace_settings(settings, method):
+def _trace_settings(settings: DemoSettings, method: str) -> TraceSettings:
     """The settings of one method's run, but for the model's folder."""
     from ..trace.settings import make_settings
 
-    changes = {
+    changes: dict[str, Any] = {
         "model": "none",
         "data": str(settings.data),
         "tasks": tuple(settings.tasks),
@@ -148,12 +160,14 @@ def _trace_settings(settings, method):
     return make_settings("demo", method=method, changes=[changes])
 
 
-def _padding(dtype):
+def _padding(dtype: torch.dtype) -> dict[str, int]:
     """Padding costs work; in bfloat16, a CPU compiles a kernel for every length."""
     return {"pad_multiple": 16 if dtype is torch.bfloat16 else 1}
 
 
-def _learn(plans, cached, threads, log):
+def _learn(
+    plans: dict[str, TraceSettings], cached: Cached, threads: int, log: Log
+) -> dict[str, Results]:
     """The results of both runs, by method.
 
     On a CPU they run side by side with half of the threads each: the products of one step are too
@@ -189,7 +203,7 @@ def _learn(plans, cached, threads, log):
     return {first: json.loads(text), second: found}
 
 
-def _learn_beside(plan, path):
+def _learn_beside(plan: TraceSettings, path: Path) -> None:
     """What another process does; it writes its results."""
     from ..trace.run import run_trace
 
@@ -198,18 +212,18 @@ def _learn_beside(plan, path):
     run_trace(plan, cached=torch.load(path))
 
 
-def _start_anew(folder):
+def _start_anew(folder: Path) -> None:
     results = folder / "results.json"
     if results.is_file() and json.loads(results.read_text(encoding="utf-8")).get("complete"):
         shutil.rmtree(folder)
 
 
-def _write(results, out):
+def _write(results: Mapping[str, Any], out: Path) -> None:
     text = json.dumps(results, indent=1) + "\n"
     (out / "results.json").write_text(text, encoding="utf-8")
 
 
-def firing(model, encoder, settings):
+def firing(model: nn.Module, encoder: Encoder, settings: DemoSettings) -> dict[str, Any]:
     """Which atoms write for which task: mean mixture weights over a few test examples of each.
 
     Returns:

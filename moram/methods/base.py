@@ -1,12 +1,22 @@
 """The hooks of a method: what it does around and inside the training of each task."""
 
+from __future__ import annotations
+
 import inspect
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import reduce
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
 
 import torch
+from torch import Tensor, nn
 
 from ..inject import adapters
 from ..layers import Adapter
+
+if TYPE_CHECKING:
+    from ..continual.data import Task
+    from ..models.clip import Clip
+    from .train import Stage
 
 # What `Method.needs` may be, and what messages call it.
 MODELS = {"language": "language models", "clip": "CLIP models"}
@@ -24,7 +34,35 @@ class Step(NamedTuple):
     number: int
     total: int
     per_epoch: int
-    loss: torch.Tensor
+    loss: Tensor
+
+
+class Images(Protocol):
+    """A batch of images to classify."""
+
+    def pixels(self) -> Tensor:
+        """Normalised images [B, 3, H, W]."""
+        ...
+
+    def features(self) -> Tensor:
+        """Their unit features [B, E], kept by the caller for methods with has_frozen_features."""
+        ...
+
+
+# From images to a score for each class [B, C].
+Classifier = Callable[[Images], Tensor]
+
+
+class ImageStage(Protocol):
+    """What methods for CLIP read of a stage: `moram.xtail.objective.ImageStage`."""
+
+    clip: Clip
+    offset: int
+    count: int
+
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+    def features(self, size: int) -> Iterator[tuple[Tensor, Tensor]]: ...
 
 
 class Method:
@@ -34,17 +72,19 @@ class Method:
     attributes (and names it in `state_dict`) or in its adapters, whose tensors are saved anyway.
     """
 
-    name = ""
+    name: str = ""
     # Whether the model must be told, at inference, which task an input belongs to.
     needs_task_id = False
     # A key of MODELS where a method is for such models alone.
-    needs = None
+    needs: str | None = None
     # Whether tasks are trained step by step, or learned in `end_task` alone.
     has_steps = True
     # Whether no method hook ever changes what the model computes from an image.
     has_frozen_features = False
     # Settings of a run that change no result of other methods, but do change this one's.
     tied: frozenset[str] = frozenset()
+    # What a method draws from, where it draws.
+    generator: torch.Generator
 
     @classmethod
     def accepted(cls) -> tuple[str, ...]:
@@ -66,10 +106,10 @@ class Method:
         """This method from plain settings, some of `accepted`."""
         return cls(**arguments)
 
-    def setup(self, model):
+    def setup(self, model: nn.Module) -> None:
         """Prepare the model, once: put the adapters in, freeze the rest."""
 
-    def stages(self, count):
+    def stages(self, count: int) -> list[tuple[int, ...]]:
         """Which tasks' training data each stage of learning sees; by default one task a stage.
 
         Args:
@@ -79,64 +119,62 @@ class Method:
         """
         return [(index,) for index in range(count)]
 
-    def begin_task(self, model, index, stage):
+    def begin_task(self, model: nn.Module, index: int, stage: Stage) -> None:
         """Called before training task `index`; the trainable parameters are read after it.
 
         Args:
-            stage: `moram.methods.train.Stage`, the task's training data.
+            stage: the task's training data.
         """
 
-    def auxiliary(self, model):
+    def auxiliary(self, model: nn.Module) -> Tensor | None:
         """A loss from the last forward pass of a micro-batch (a scalar with graph), or None."""
 
-    def penalty(self, model, step):
+    def penalty(self, model: nn.Module, step: Step) -> Tensor | None:
         """A loss on the parameters (a scalar with graph), once per optimiser step, or None."""
 
-    def before_step(self, model, step):
+    def before_step(self, model: nn.Module, step: Step) -> None:
         """Called with all gradients in place, before they are clipped and applied."""
 
-    def after_step(self, model, step):
+    def after_step(self, model: nn.Module, step: Step) -> None:
         """Called after the optimiser changed the parameters."""
 
-    def end_task(self, model, index, stage):
+    def end_task(self, model: nn.Module, index: int, stage: Stage) -> None:
         """Called after training task `index`; the arguments are those of `begin_task`."""
 
-    def select(self, model, index):
+    def select(self, model: nn.Module, index: int) -> None:
         """Called before task `index` is scored; only methods with needs_task_id may use it."""
 
-    def prompts(self, task, count):
+    def prompts(self, task: Task, count: Callable[[str], int]) -> list[str] | None:
         """The prompts to score a task with, or None for the task's own.
 
         Args:
-            task: a `Task`. count: function from text to its number of tokens.
+            count: function from text to its number of tokens.
         """
 
-    def classifier(self, clip, prompts):
+    def classifier(self, clip: Clip, prompts: Tensor) -> Classifier:
         """How a CLIP model classifies images, after the tasks so far.
 
         Args:
-            clip: `moram.models.clip.Clip`, in eval mode and without gradients.
+            clip: in eval mode and without gradients.
             prompts: token ids [C, L] of the classes of all tasks, also of those to come.
         Returns:
-            A function from a batch of images to a score for each class [B, C]. The batch has
-            `pixels()`, normalised images [B, 3, H, W], and `features()`, their unit features
-            [B, E], which the caller keeps for methods with has_frozen_features.
+            A function from a batch of images to a score for each class [B, C].
         """
         texts = clip.encode_text(prompts)
         return lambda images: clip.logits(images.features(), texts)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """What must be remembered besides the adapters' tensors: nested dicts of tensors, numbers
         and lists."""
         generator = getattr(self, "generator", None)
         return {} if generator is None else {"generator": generator.get_state()}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`."""
         if "generator" in state:
             self.generator.set_state(state["generator"])
 
-    def written_bytes(self, model, count):
+    def written_bytes(self, model: nn.Module, count: int) -> int:
         """About how many bytes a run over `count` tasks writes at once, before it begins.
 
         Here for methods that train: a state with the adapters of all tasks and the optimiser's two
@@ -145,7 +183,7 @@ class Method:
         trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         return trained * (3 * count + 4)
 
-    def stored_bytes(self, model):
+    def stored_bytes(self, model: nn.Module) -> int:
         """Bytes to keep besides the base model in order to go on learning: the adapters' tensors
         and whatever `state_dict` holds."""
         held = [t for a in adapters(model, Adapter).values() for t in a.adapter_state().values()]
@@ -153,8 +191,13 @@ class Method:
         return sum(t.numel() * t.element_size() for t in held)
 
 
-def _tensors(state):
-    if isinstance(state, torch.Tensor):
+def total(terms: Iterable[Tensor]) -> Tensor:
+    """The sum of at least one tensor, added up in order."""
+    return reduce(torch.add, terms)
+
+
+def _tensors(state: Any) -> list[Tensor]:
+    if isinstance(state, Tensor):
         return [state]
     if isinstance(state, dict):
         state = state.values()

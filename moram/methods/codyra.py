@@ -2,14 +2,18 @@
 
 from typing import Unpack
 
+from torch import nn
+
 from ..layers import CoDyRALinear
+from .base import Step
 from .lora import LoRAArguments, LoRAMethod
+from .train import Stage
 
 # The grid of thresholds that the authors step through.
 GRID = 50
 
 
-class CoDyRA(LoRAMethod):
+class CoDyRA(LoRAMethod[CoDyRALinear]):
     """LoRA with a learnable gate per rank, sparse through a growing soft threshold.
 
     After each optimiser step g <- 1(|g| > kappa) (g - sign(g) kappa), as published; the authors'
@@ -36,10 +40,10 @@ class CoDyRA(LoRAMethod):
     def __init__(
         self,
         *,
-        max_kappa=0.005,
-        dense_iters=0.5,
+        max_kappa: float = 0.005,
+        dense_iters: float = 0.5,
         **lora: Unpack[LoRAArguments],
-    ):
+    ) -> None:
         super().__init__(**lora)
         if max_kappa < 0 or not 0 <= dense_iters <= 1:
             raise ValueError(
@@ -48,7 +52,7 @@ class CoDyRA(LoRAMethod):
             )
         self.max_kappa, self.dense_iters = max_kappa, dense_iters
 
-    def kappa(self, number, total):
+    def kappa(self, number: int, total: int) -> float:
         """The threshold after step `number` (from 0) of `total`."""
         dense = int(self.dense_iters * total)
         if number < dense:
@@ -56,21 +60,21 @@ class CoDyRA(LoRAMethod):
         place = (number - dense) * GRID // (total - dense)
         return self.max_kappa * place / (GRID - 1)
 
-    def begin_task(self, model, index, stage):
+    def begin_task(self, model: nn.Module, index: int, stage: Stage) -> None:
         for layer in self.layers(model).values():
             if not len(layer.gate):
                 layer.renew(self.rank, self.generator)
 
-    def after_step(self, model, step):
+    def after_step(self, model: nn.Module, step: Step) -> None:
         kappa = self.kappa(step.number, step.total)
         if kappa:
             for layer in self.layers(model).values():
                 layer.shrink(kappa)
 
-    def end_task(self, model, index, stage):
+    def end_task(self, model: nn.Module, index: int, stage: Stage) -> None:
         for layer in self.layers(model).values():
             layer.merge()
 
-    def kept_ranks(self, model):
+    def kept_ranks(self, model: nn.Module) -> dict[str, int]:
         """How many ranks of all finished tasks are kept, by path."""
         return {path: len(layer.frozen_A) for path, layer in self.layers(model).items()}

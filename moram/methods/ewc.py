@@ -1,13 +1,18 @@
 """EWC on LoRA: parameters that earlier tasks need are held where those tasks left them."""
 
-from typing import Unpack
+from collections.abc import Mapping
+from typing import Any, Unpack
 
 import torch
+from torch import Tensor, nn
 
+from ..layers import LoRALinear
+from .base import Step, total
 from .lora import LoRAArguments, LoRAMethod
+from .train import Stage
 
 
-class EWC(LoRAMethod):
+class EWC(LoRAMethod[LoRALinear]):
     """One continuing LoRA with  0.5 * lam * sum F (theta - theta*)^2  over A and B of all modules.
 
     On images, F is of the loss from images to prompts: one image alone has no other.
@@ -35,35 +40,37 @@ class EWC(LoRAMethod):
     """
 
     name = "EWC"
+    layer = LoRALinear
 
     def __init__(
         self,
         *,
-        lam=400.0,
-        gamma=1.0,
-        fisher_examples=None,
+        lam: float = 400.0,
+        gamma: float = 1.0,
+        fisher_examples: int | None = None,
         **lora: Unpack[LoRAArguments],
-    ):
+    ) -> None:
         super().__init__(**lora)
         if lam < 0 or not 0 <= gamma <= 1:
             raise ValueError(f"lam must be >= 0 and gamma in [0, 1], got {lam} and {gamma}")
         if fisher_examples is not None and fisher_examples < 1:
             raise ValueError(f"fisher_examples must be >= 1 or None, got {fisher_examples}")
         self.lam, self.gamma, self.fisher_examples = lam, gamma, fisher_examples
-        self.fisher, self.anchor = {}, {}
+        self.fisher: dict[str, Tensor] = {}
+        self.anchor: dict[str, Tensor] = {}
 
-    def penalty(self, model, step):
+    def penalty(self, model: nn.Module, step: Step) -> Tensor | None:
         if not self.fisher:
             return None
-        total = 0.0
+        terms = []
         for name, parameter in self._parameters(model).items():
             for held in (self.fisher, self.anchor):
                 # After a restart they may still lie on the CPU.
                 held[name] = held[name].to(parameter.device)
-            total = total + (self.fisher[name] * (parameter - self.anchor[name]).square()).sum()
-        return 0.5 * self.lam * total
+            terms.append((self.fisher[name] * (parameter - self.anchor[name]).square()).sum())
+        return 0.5 * self.lam * total(terms)
 
-    def end_task(self, model, index, stage):
+    def end_task(self, model: nn.Module, index: int, stage: Stage) -> None:
         parameters = self._parameters(model)
         fresh = {name: torch.zeros_like(p) for name, p in parameters.items()}
         count = 0
@@ -81,12 +88,12 @@ class EWC(LoRAMethod):
             )
             self.anchor[name] = parameter.detach().clone()
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"fisher": dict(self.fisher), "anchor": dict(self.anchor)}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self.fisher, self.anchor = dict(state["fisher"]), dict(state["anchor"])
 
-    def _parameters(self, model):
+    def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
         return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -4,11 +4,14 @@ from typing import Unpack
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
+from ..layers import LoRALinear
+from .base import Step, total
 from .lora import LoRAArguments, LoRAMethod
 
 
-class HiDeLoRA(LoRAMethod):
+class HiDeLoRA(LoRAMethod[LoRALinear]):
     """One continuing LoRA with  contrast * sum over modules of CE(A A^T / temperature, identity).
 
     Each row of A should be like itself and unlike the others; CE is the mean over the rows.
@@ -26,14 +29,15 @@ class HiDeLoRA(LoRAMethod):
     """
 
     name = "HiDe-LoRA"
+    layer = LoRALinear
 
     def __init__(
         self,
         *,
-        contrast=0.5,
-        temperature=0.8,
+        contrast: float = 0.5,
+        temperature: float = 0.8,
         **lora: Unpack[LoRAArguments],
-    ):
+    ) -> None:
         super().__init__(**lora)
         if contrast < 0 or temperature <= 0:
             raise ValueError(
@@ -41,9 +45,9 @@ class HiDeLoRA(LoRAMethod):
             )
         self.contrast, self.temperature = contrast, temperature
 
-    def penalty(self, model, step):
-        total = 0.0
+    def penalty(self, model: nn.Module, step: Step) -> Tensor | None:
+        terms = []
         for layer in self.layers(model).values():
             rows = torch.arange(len(layer.lora_A), device=layer.lora_A.device)
-            total = total + F.cross_entropy(layer.lora_A @ layer.lora_A.T / self.temperature, rows)
-        return self.contrast * total
+            terms.append(F.cross_entropy(layer.lora_A @ layer.lora_A.T / self.temperature, rows))
+        return self.contrast * total(terms)

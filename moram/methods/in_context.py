@@ -1,10 +1,12 @@
 """In-context learning: demonstrations in the prompt instead of training ("FIX" of TRACE)."""
 
 import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
 from ..config import check_count
+from ..continual.data import Example, Task
 from .zero_shot import ZeroShot
 
 SOURCES = ("train", "test")
@@ -65,21 +67,26 @@ class InContext(ZeroShot):
     needs = "language"
 
     def __init__(
-        self, demonstrations=6, max_length=3584, source="train", seed=0, instructions=None
-    ):
+        self,
+        demonstrations: int = 6,
+        max_length: int = 3584,
+        source: str = "train",
+        seed: int = 0,
+        instructions: Mapping[str, str] | None = None,
+    ) -> None:
         check_count("demonstrations", demonstrations, 1)
         check_count("max_length", max_length, 1)
         if source not in SOURCES:
             raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
         self.demonstrations, self.max_length = demonstrations, max_length
         self.source, self.seed = source, seed
-        self.instructions = INSTRUCTIONS | (instructions or {})
+        self.instructions = {**INSTRUCTIONS, **(instructions or {})}
 
-    def prompts(self, task, count):
+    def prompts(self, task: Task, count: Callable[[str], int]) -> list[str]:
         """One prompt for each test example of a task, in order.
 
         Args:
-            task: `Task`. count: function from text to its number of tokens.
+            count: function from text to its number of tokens.
         """
         if task.name in WITHOUT:
             return [example.prompt for example in task.test]
@@ -97,9 +104,11 @@ class InContext(ZeroShot):
             found.append(f"{head}{shown}{lead}{query.prompt.removeprefix(instruction)}")
         return found
 
-    def _pool(self, task, instruction, count, used):
+    def _pool(
+        self, task: Task, instruction: str, count: Callable[[str], int], used: int
+    ) -> list[Example]:
         """The examples short enough to be shown, in an order drawn by seed and name."""
-        examples = getattr(task, self.source)
+        examples: Sequence[Example] = getattr(task, self.source)
         room = (self.max_length - used) / (2 * self.demonstrations)
         seed = self.seed * 2**32 + zlib.crc32(task.name.encode())
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
@@ -110,8 +119,9 @@ class InContext(ZeroShot):
             if count(example.prompt.removeprefix(instruction)) + count(example.answer) <= room
         ]
 
-    def _choose(self, pool, query, per_answer):
-        chosen, used = [], {}
+    def _choose(self, pool: Iterable[Example], query: Example, per_answer: int) -> list[Example]:
+        chosen: list[Example] = []
+        used: dict[str, int] = {}
         for example in pool:
             if len(chosen) == self.demonstrations:
                 break

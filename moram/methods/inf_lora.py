@@ -1,19 +1,21 @@
 """InfLoRA: each task learns in its inputs' main directions, outside those of earlier tasks."""
 
-from typing import Unpack
+from collections.abc import Mapping
+from typing import Any, Unpack
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers import StackedLoRALinear
 from ..sketch import Inputs
 from .lora import LoRAArguments, LoRAMethod
+from .train import Stage
 
 # Of the trace: smaller eigenvalues are rounding.
 TINY = 1e-6
 
 
-class InfLoRA(LoRAMethod):
+class InfLoRA(LoRAMethod[StackedLoRALinear]):
     """A new LoRA per task beside the frozen earlier ones, all summed; A is computed, B trained.
 
     With C = mean x x^T over all of the task's inputs to a layer, M [k, D] the orthonormal rows that
@@ -44,28 +46,29 @@ class InfLoRA(LoRAMethod):
     def __init__(
         self,
         *,
-        epsilon=0.95,
-        end=1.0,
+        epsilon: float = 0.95,
+        end: float = 1.0,
         **lora: Unpack[LoRAArguments],
-    ):
+    ) -> None:
         super().__init__(**lora)
         if not 0 < epsilon <= end <= 1:
             raise ValueError(f"epsilon and end must be in (0, 1], in order, got {epsilon}, {end}")
         self.epsilon, self.end = epsilon, end
         # By the first path of those that read one input.
-        self.memories, self.count = {}, 1
+        self.memories: dict[str, DualMemory] = {}
+        self.count = 1
 
-    def setup(self, model):
+    def setup(self, model: nn.Module) -> None:
         super().setup(model)
         for layer in self.layers(model).values():
             layer.lora_A.requires_grad_(False)
 
-    def stages(self, count):
+    def stages(self, count: int) -> list[tuple[int, ...]]:
         self.count = count
         return super().stages(count)
 
     @torch.no_grad()
-    def begin_task(self, model, index, stage):
+    def begin_task(self, model: nn.Module, index: int, stage: Stage) -> None:
         layers = self.layers(model)
         inputs = Inputs(model, layers, stage.pass_over)
         down = {}
@@ -80,19 +83,19 @@ class InfLoRA(LoRAMethod):
             layer.lora_A = nn.Parameter(rows.clone(), requires_grad=False)
 
     @torch.no_grad()
-    def end_task(self, model, index, stage):
+    def end_task(self, model: nn.Module, index: int, stage: Stage) -> None:
         energy = self.epsilon + (self.end - self.epsilon) * index / self.count
         for first, moment in Inputs(model, self.layers(model), stage.pass_over).moments():
             self.memories[first] = self._memory(first, moment).with_moment(moment, energy)
 
-    def _memory(self, path, moment):
+    def _memory(self, path: str, moment: Tensor) -> "DualMemory":
         return self.memories.get(path) or DualMemory(moment.new_zeros(0, len(moment)), False)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         held = {path: [m.rows, m.is_outside] for path, m in self.memories.items()}
         return super().state_dict() | {"memories": held}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self.memories = {path: DualMemory(*parts) for path, parts in state["memories"].items()}
 
@@ -104,10 +107,10 @@ class DualMemory:
         rows: orthonormal [k, D]. is_outside: whether they span what lies outside the subspace.
     """
 
-    def __init__(self, rows, is_outside):
+    def __init__(self, rows: Tensor, is_outside: bool) -> None:
         self.rows, self.is_outside = rows, is_outside
 
-    def outside(self, moment):
+    def outside(self, moment: Tensor) -> tuple[Tensor, Tensor]:
         """The eigenvalues [D] of what a moment [D, D] has outside the subspace, in descending
         order, and their eigenvectors [D, D]."""
         rows = self.rows.to(moment)
@@ -117,7 +120,7 @@ class DualMemory:
         values, vectors = torch.linalg.eigh(project @ moment @ project)
         return values.flip(0), vectors.flip(1)
 
-    def with_moment(self, moment, energy):
+    def with_moment(self, moment: Tensor, energy: float) -> "DualMemory":
         """The subspace with the fewest more directions that make it hold that part of a moment."""
         values, vectors = self.outside(moment)
         total = moment.trace()
@@ -130,6 +133,6 @@ class DualMemory:
         return DualMemory(complement(rows) if is_outside else rows, is_outside)
 
 
-def complement(rows):
+def complement(rows: Tensor) -> Tensor:
     """Orthonormal rows [D - k, D] outside those of [k, D]."""
     return torch.linalg.qr(rows.T, mode="complete").Q[:, len(rows) :].T.contiguous()

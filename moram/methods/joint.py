@@ -1,9 +1,10 @@
 """One LoRA on the data of all tasks at once: no stream, an upper bound."""
 
+from ..layers import LoRALinear
 from .lora import LoRAMethod
 
 
-class JointLoRA(LoRAMethod):
+class JointLoRA(LoRAMethod[LoRALinear]):
     """One LoRA, one stage that sees every task's training data.
 
     Needs no task id. Stores one LoRA, but needs all data together.
@@ -13,6 +14,7 @@ class JointLoRA(LoRAMethod):
     """
 
     name = "joint LoRA"
+    layer = LoRALinear
 
-    def stages(self, count):
+    def stages(self, count: int) -> list[tuple[int, ...]]:
         return [tuple(range(count))]

@@ -1,14 +1,17 @@
 """Sequential LoRA: one adapter that goes on learning, the baseline without any protection."""
 
-from collections.abc import Iterable
-from typing import TypedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, TypedDict, TypeVar, cast
 
 import torch
+from torch import nn
 
 from ..config import check_count
 from ..inject import adapters, inject_with
-from ..layers import LoRALinear
+from ..layers import AdapterLinear, LoRALinear
 from .base import Method
+
+L = TypeVar("L", bound=AdapterLinear)
 
 
 class LoRAArguments(TypedDict, total=False):
@@ -16,13 +19,13 @@ class LoRAArguments(TypedDict, total=False):
 
     rank: int
     alpha: float | None
-    targets: str | Iterable[str]
-    exclude: str | Iterable[str]
+    targets: str | Sequence[str]
+    exclude: Iterable[str]
     seed: int
     dropout: float
 
 
-class LoRAMethod(Method):
+class LoRAMethod(Method, Generic[L]):
     """What all methods on LoRA share: their settings, and putting the layers in.
 
     Args:
@@ -33,14 +36,14 @@ class LoRAMethod(Method):
         dropout: probability of dropping an input feature before A sees it, in training.
     """
 
-    layer = LoRALinear
+    layer: type[L]
 
     def __init__(
         self,
         rank: int = 8,
         alpha: float | None = None,
-        targets: str | Iterable[str] = "auto",
-        exclude: str | Iterable[str] = (),
+        targets: str | Sequence[str] = "auto",
+        exclude: Iterable[str] = (),
         seed: int = 0,
         dropout: float = 0.0,
     ) -> None:
@@ -49,20 +52,22 @@ class LoRAMethod(Method):
         self.dropout = dropout
         self.generator = torch.Generator().manual_seed(seed)
 
-    def setup(self, model):
+    def setup(self, model: nn.Module) -> None:
         inject_with(model, self.targets, self.exclude, self.wrap)
 
-    def wrap(self, linear, **settings):
+    def wrap(self, linear: nn.Module, **settings: Any) -> L:
         """The layer to put around a Linear."""
         settings |= {"dropout": self.dropout, "generator": self.generator}
-        return self.layer(linear, self.rank, self.alpha, **settings)
+        # Each kind of layer has settings of its own.
+        make = cast(Callable[..., L], self.layer)
+        return make(linear, self.rank, self.alpha, **settings)
 
-    def layers(self, model):
+    def layers(self, model: nn.Module) -> dict[str, L]:
         """This method's layers by path, in the order of the model."""
         return adapters(model, self.layer)
 
 
-class SequentialLoRA(LoRAMethod):
+class SequentialLoRA(LoRAMethod[LoRALinear]):
     """One LoRA trained on task after task; nothing is frozen between them.
 
     Needs no task id. Stores one LoRA, whatever the number of tasks.
@@ -73,3 +78,4 @@ class SequentialLoRA(LoRAMethod):
     """
 
     name = "sequential LoRA"
+    layer = LoRALinear

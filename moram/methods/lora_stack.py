@@ -1,16 +1,20 @@
 """One LoRA a task, all summed: what O-LoRA is without its penalty, and what can be protected."""
 
+from collections.abc import Mapping
 from functools import partial
-from typing import Unpack
+from typing import Any, Unpack
+
+from torch import nn
 
 from ..config import MoRAMConfig
 from ..guard import Fresh, Guard, guards
 from ..layers import StackedLoRALinear
-from ..sketch import Inputs, pack_sketches, remember, unpack_sketches
+from ..sketch import Inputs, InputSketch, pack_sketches, remember, unpack_sketches
 from .lora import LoRAArguments, LoRAMethod
+from .train import Stage
 
 
-class LoRAStack(LoRAMethod):
+class LoRAStack(LoRAMethod[StackedLoRALinear]):
     """A new LoRA per task beside the frozen earlier ones; all of them act, weighted alike.
 
     With `protect` set it is this project's addition, that of `moram.task`, for LoRA: the rows of a
@@ -28,12 +32,12 @@ class LoRAStack(LoRAMethod):
     def __init__(
         self,
         *,
-        protect=None,
-        protect_size=256,
-        protect_examples=80,
-        protect_strength=0.5,
+        protect: float | None = None,
+        protect_size: int = 256,
+        protect_examples: int = 80,
+        protect_strength: float = 0.5,
         **lora: Unpack[LoRAArguments],
-    ):
+    ) -> None:
         super().__init__(**lora)
         # Its checks are theirs.
         MoRAMConfig(
@@ -44,18 +48,14 @@ class LoRAStack(LoRAMethod):
         )
         self.protect, self.protect_size = protect, protect_size
         self.protect_examples, self.protect_strength = protect_examples, protect_strength
-        self.sketches = {}
+        self.sketches: dict[str, InputSketch] = {}
+        self.name = "LoRA stack" if protect is None else "LoRA stack, protected"
 
-    @property
-    def name(self):
-        """The name that tables show."""
-        return "LoRA stack" if self.protect is None else "LoRA stack, protected"
-
-    def setup(self, model):
+    def setup(self, model: nn.Module) -> None:
         super().setup(model)
         self.model = model
 
-    def begin_task(self, model, index, stage):
+    def begin_task(self, model: nn.Module, index: int, stage: Stage) -> None:
         if not index:
             return
         layers, fresh = self.layers(model), {}
@@ -68,19 +68,19 @@ class LoRAStack(LoRAMethod):
         for path, guard in guards(fresh, self._inputs(model, stage)).items() if fresh else ():
             layers[path].guard = guard
 
-    def end_task(self, model, index, stage):
+    def end_task(self, model: nn.Module, index: int, stage: Stage) -> None:
         for layer in self.layers(model).values():
             layer.fold()
         if self.protect is not None:
             inputs = self._inputs(model, stage)
             self.sketches = remember(self.sketches, inputs, self.protect_size)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         held = {path: layer.guard for path, layer in self.layers(self.model).items()}
         held = {path: list(guard) for path, guard in held.items() if guard is not None}
         return super().state_dict() | pack_sketches(self.sketches) | {"guards": held}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self.sketches = unpack_sketches(state, self.protect_size)
         for path, layer in self.layers(self.model).items():
@@ -89,6 +89,6 @@ class LoRAStack(LoRAMethod):
             if held is not None:
                 layer.guard = Guard(held[0].to(layer.lora_A.device), held[1])
 
-    def _inputs(self, model, stage):
+    def _inputs(self, model: nn.Module, stage: Stage) -> Inputs:
         run = partial(stage.pass_over, self.protect_examples)
         return Inputs(model, self.layers(model), run)

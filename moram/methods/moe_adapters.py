@@ -1,12 +1,17 @@
 """MoE-Adapters: shared experts, a router per task, and a selector that finds the task."""
 
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import check_count
 from ..inject import adapters
 from ..layers.moe_adapters import MoEAdapterMLP
-from .base import Method
+from ..models.clip import Clip
+from .base import Classifier, Images, ImageStage, Method
 from .selector import TaskSelector, load_alexnet
 
 # The parts of open_clip's and Hugging Face's CLIP that encode images, and those that encode texts.
@@ -62,22 +67,22 @@ class MoEAdapters(Method):
 
     def __init__(
         self,
-        experts=22,
-        top_k=2,
-        width=64,
-        scale=0.1,
-        dropout=0.1,
-        freeze=2,
-        seed=0,
-        selection="image",
-        selector_features="clip",
-        alexnet=None,
-        selector_width=100,
-        selector_steps=300,
-        selector_lr=0.003,
-        threshold=None,
-        quantile=0.95,
-    ):
+        experts: int = 22,
+        top_k: int = 2,
+        width: int = 64,
+        scale: float = 0.1,
+        dropout: float = 0.1,
+        freeze: int = 2,
+        seed: int = 0,
+        selection: str = "image",
+        selector_features: str = "clip",
+        alexnet: str | Path | None = None,
+        selector_width: int = 100,
+        selector_steps: int = 300,
+        selector_lr: float = 0.003,
+        threshold: float | None = None,
+        quantile: float = 0.95,
+    ) -> None:
         for key, value in (("experts", experts), ("top_k", top_k), ("width", width)):
             check_count(key, value, 1)
         check_count("freeze", freeze, 0)
@@ -96,7 +101,7 @@ class MoEAdapters(Method):
                 'alexnet must be a file of weights with selector_features="alexnet", and None '
                 f"without, got {alexnet!r} with {selector_features!r}"
             )
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "experts": experts,
             "top_k": top_k,
             "width": width,
@@ -117,7 +122,7 @@ class MoEAdapters(Method):
             bounded=alexnet is not None,
         )
 
-    def setup(self, model):
+    def setup(self, model: nn.Module) -> None:
         blocks = find_blocks(model)
         model.requires_grad_(False)
         for block, norm in blocks:
@@ -126,11 +131,11 @@ class MoEAdapters(Method):
             layer.listen(norm)
             block.mlp = layer.train(block.mlp.training)
 
-    def layers(self, model):
+    def layers(self, model: nn.Module) -> dict[str, MoEAdapterMLP]:
         """This method's layers by path, in the order of the model."""
         return adapters(model, MoEAdapterMLP)
 
-    def begin_task(self, model, index, stage):
+    def begin_task(self, model: nn.Module, index: int, stage: ImageStage) -> None:
         if self.alexnet is not None and stage.clip.preprocess.size < ALEXNET_SIDE:
             raise ValueError(
                 f'selector_features="alexnet" needs images of {ALEXNET_SIDE} pixels, this CLIP '
@@ -139,7 +144,7 @@ class MoEAdapters(Method):
         for layer in self.layers(model).values():
             layer.grow()
 
-    def end_task(self, model, index, stage):
+    def end_task(self, model: nn.Module, index: int, stage: ImageStage) -> None:
         for layer in self.layers(model).values():
             layer.freeze(self.freeze)
         was_training = model.training
@@ -152,14 +157,14 @@ class MoEAdapters(Method):
         model.train(was_training)
         self.selector.learn(torch.cat(features), self.generator)
 
-    def classifier(self, clip, prompts):
+    def classifier(self, clip: Clip, prompts: Tensor) -> Classifier:
         """Each image's similarities with the texts, both encoded for the task it is given to."""
         texts = {
             task: self._with_task(clip.model, task, clip.encode_text, prompts)
             for task in range(-1, len(self.selector))
         }
 
-        def classify(images):
+        def classify(images: Images) -> Tensor:
             pixels = images.pixels()
             features = self._encode(clip, -1, pixels)
             inputs = self._selector_input(pixels, features)
@@ -172,16 +177,18 @@ class MoEAdapters(Method):
 
         return classify
 
-    def _selector_input(self, pixels, features):
+    def _selector_input(self, pixels: Tensor, features: Tensor) -> Tensor:
         """What the selector reads of some images, float32 [B, E]."""
         if self.alexnet is None:
             return features.float()
         return self.alexnet.to(pixels.device)(pixels.float()).flatten(1).sigmoid()
 
-    def _encode(self, clip, task, pixels):
+    def _encode(self, clip: Clip, task: int, pixels: Tensor) -> Tensor:
         return self._with_task(clip.model, task, clip.encode_image, pixels)
 
-    def _with_task(self, model, task, function, argument):
+    def _with_task(
+        self, model: nn.Module, task: int, function: Callable[[Tensor], Tensor], argument: Tensor
+    ) -> Tensor:
         """function(argument) with the router of a task, -1 = the original model."""
         layers = self.layers(model).values()
         before = [layer.task for layer in layers]
@@ -193,15 +200,15 @@ class MoEAdapters(Method):
             for layer, earlier in zip(layers, before, strict=True):
                 layer.use(earlier)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"selector": self.selector.state_dict()}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self.selector.load_state_dict(state["selector"])
 
 
-def find_blocks(model):
+def find_blocks(model: nn.Module) -> list[tuple[Any, nn.LayerNorm]]:
     """The transformer blocks of a CLIP's two encoders, each with the norm before its MLP.
 
     Raises:
@@ -229,7 +236,7 @@ def find_blocks(model):
     return found
 
 
-def _why_refused(block):
+def _why_refused(block: Any) -> str | None:
     if isinstance(block.mlp, MoEAdapterMLP):
         return "it has some already"
     if not isinstance(getattr(block, "ls_2", nn.Identity()), nn.Identity):

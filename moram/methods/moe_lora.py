@@ -1,12 +1,17 @@
 """Conventional mixture of LoRA experts: a trained router, new experts for each task."""
 
-from typing import Unpack
+from collections.abc import Iterable, Mapping
+from typing import Any, Unpack
+
+from torch import Tensor, nn
 
 from ..layers import MoELoRALinear
+from .base import Step, total
 from .lora import LoRAArguments, LoRAMethod
+from .train import Stage
 
 
-class MoELoRA(LoRAMethod):
+class MoELoRA(LoRAMethod[MoELoRALinear]):
     """`experts` new LoRA experts per task of rank / experts each, earlier ones frozen, one router.
 
     auxiliary = balance * mean over modules and examples of cv^2, the squared coefficient of
@@ -36,12 +41,12 @@ class MoELoRA(LoRAMethod):
     def __init__(
         self,
         *,
-        experts=1,
-        top_k=2,
-        balance=0.01,
-        freeze_router=False,
+        experts: int = 1,
+        top_k: int = 2,
+        balance: float = 0.01,
+        freeze_router: bool = False,
         **lora: Unpack[LoRAArguments],
-    ):
+    ) -> None:
         super().__init__(**lora)
         if experts < 1 or self.rank % experts:
             raise ValueError(f"experts must be >= 1 and divide rank={self.rank}, got {experts}")
@@ -51,48 +56,48 @@ class MoELoRA(LoRAMethod):
             )
         self.experts, self.top_k, self.balance = experts, top_k, balance
         self.freeze_router = freeze_router
-        self._mask = None
+        self._mask: Tensor | None = None
 
-    def setup(self, model):
+    def setup(self, model: nn.Module) -> None:
         super().setup(model)
         for layer in self.layers(model).values():
             layer.keep_gates = self.balance > 0
         if self.balance:
             model.register_forward_pre_hook(self._note_mask, with_kwargs=True)
 
-    def wrap(self, linear):
+    def wrap(self, linear: nn.Module) -> MoELoRALinear:
         return super().wrap(
             linear, experts=self.experts, top_k=self.top_k, freeze_router=self.freeze_router
         )
 
-    def begin_task(self, model, index, stage):
+    def begin_task(self, model: nn.Module, index: int, stage: Stage) -> None:
         if index:
             for layer in self.layers(model).values():
                 layer.grow(self.generator)
 
-    def auxiliary(self, model):
+    def auxiliary(self, model: nn.Module) -> Tensor | None:
         layers = self.layers(model).values()
         gates = [layer.gates for layer in layers if layer.gates is not None]
         self._forget(layers)
         # A single expert is always balanced.
         if not gates or gates[0].shape[-1] == 1:
             return None
-        return self.balance * sum(imbalance(g, self._mask) for g in gates) / len(gates)
+        return self.balance * total(imbalance(g, self._mask) for g in gates) / len(gates)
 
-    def after_step(self, model, step):
+    def after_step(self, model: nn.Module, step: Step) -> None:
         self._forget(self.layers(model).values())
         self._mask = None
 
-    def _note_mask(self, model, args, kwargs):
+    def _note_mask(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         self._mask = kwargs.get("attention_mask")
 
-    def _forget(self, layers):
+    def _forget(self, layers: Iterable[MoELoRALinear]) -> None:
         """Drop the gates, and the graph they hold."""
         for layer in layers:
             layer.gates = None
 
 
-def imbalance(gates, mask=None):
+def imbalance(gates: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean over examples of cv^2 of the experts' importance.
 
     Args:

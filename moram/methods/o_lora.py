@@ -2,11 +2,15 @@
 
 from typing import Unpack
 
+from torch import Tensor, nn
+
 from ..layers import StackedLoRALinear
+from .base import Step, total
 from .lora import LoRAArguments, LoRAMethod
+from .train import Stage
 
 
-class OLoRA(LoRAMethod):
+class OLoRA(LoRAMethod[StackedLoRALinear]):
     """A new LoRA per task beside the frozen earlier ones; all of them act, weighted alike.
 
     penalty = lambda1 * sum over modules and earlier tasks t of sum |A_t A^T|
@@ -29,21 +33,21 @@ class OLoRA(LoRAMethod):
     def __init__(
         self,
         *,
-        lambda1=0.5,
-        lambda2=0.0,
+        lambda1: float = 0.5,
+        lambda2: float = 0.0,
         **lora: Unpack[LoRAArguments],
-    ):
+    ) -> None:
         super().__init__(**lora)
         if lambda1 < 0 or lambda2 < 0:
             raise ValueError(f"lambda1 and lambda2 must be >= 0, got {lambda1} and {lambda2}")
         self.lambda1, self.lambda2 = lambda1, lambda2
 
-    def begin_task(self, model, index, stage):
+    def begin_task(self, model: nn.Module, index: int, stage: Stage) -> None:
         if index:
             for layer in self.layers(model).values():
                 layer.grow(self.generator)
 
-    def penalty(self, model, step):
+    def penalty(self, model: nn.Module, step: Step) -> Tensor | None:
         terms = []
         for layer in self.layers(model).values():
             if self.lambda1 and layer.num_frozen:
@@ -51,4 +55,4 @@ class OLoRA(LoRAMethod):
                 terms.append(self.lambda1 * overlap.abs().sum())
             if self.lambda2:
                 terms.append(self.lambda2 * (layer.lora_A.norm() + layer.lora_B.norm()))
-        return sum(terms) if terms else None
+        return total(terms) if terms else None

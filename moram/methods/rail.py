@@ -5,17 +5,23 @@ features), with the fusion that both share. Adapters and training steps do not o
 """
 
 import math
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Real
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..config import check_count
-from .base import Method
+from ..models.clip import Clip
+from .base import Classifier, Images, ImageStage, Method
 
 DTYPES = ("float64", "float32")
 # Images read at once by the dual form, which learns from all of them together.
 READ = 128
+# From features [B, E] to scores [B, learned classes].
+Regression = Callable[[Tensor], Tensor]
 
 
 class _RAIL(Method):
@@ -25,40 +31,43 @@ class _RAIL(Method):
     has_steps = False
     has_frozen_features = True
 
-    def __init__(self, ridge, fusion, dtype):
+    def __init__(self, ridge: float, fusion: float, dtype: str) -> None:
         _check_positive("ridge", ridge)
         _check_number("fusion", fusion)
         if not 0 <= fusion <= 1:
             raise ValueError(f"fusion must be in [0, 1], got {fusion}")
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        self.ridge, self.fusion, self.dtype = ridge, fusion, getattr(torch, dtype)
+        self.ridge, self.fusion = ridge, fusion
+        self.dtype: torch.dtype = getattr(torch, dtype)
         # What the regression multiplies its inputs with: [width or N, learned classes].
-        self.coefficients = None
+        self.coefficients: Tensor | None = None
         self.learned = 0
 
-    def setup(self, model):
+    def setup(self, model: nn.Module) -> None:
         model.requires_grad_(False)
 
-    def classifier(self, clip, prompts):
+    def classifier(self, clip: Clip, prompts: Tensor) -> Classifier:
         """The fused scores of `fuse`; before the first task, zero-shot's."""
         if not self.learned:
             return super().classifier(clip, prompts)
         texts = clip.encode_text(prompts)
         regression = self._regression(texts.shape[1], texts.device)
 
-        def classify(images):
+        def classify(images: Images) -> Tensor:
             features = images.features()
             logits = clip.logits(features, texts)
             return fuse(logits, regression(features.to(self.dtype)), self.fusion)
 
         return classify
 
-    def _regression(self, size, device):
+    def _regression(self, size: int, device: torch.device) -> Regression:
         """A function from features [B, size] to regression scores [B, learned classes]."""
         raise NotImplementedError
 
-    def _examples(self, stage, size, device):
+    def _examples(
+        self, stage: ImageStage, size: int, device: torch.device
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (features [B, E], labels [B] in the union of all classes) of a stage."""
         if stage.offset != self.learned:
             raise ValueError(
@@ -106,16 +115,24 @@ class RAILPrimal(_RAIL):
 
     name = "RAIL-Primal"
 
-    def __init__(self, width=15000, ridge=0.1, fusion=0.8, batch=128, seed=0, dtype="float64"):
+    def __init__(
+        self,
+        width: int = 15000,
+        ridge: float = 0.1,
+        fusion: float = 0.8,
+        batch: int = 128,
+        seed: int = 0,
+        dtype: str = "float64",
+    ) -> None:
         super().__init__(ridge, fusion, dtype)
         check_count("width", width, 1)
         check_count("batch", batch, 1)
         check_count("seed", seed, 0)
         self.width, self.batch, self.seed = width, batch, seed
-        self.inverse = None
+        self.inverse: Tensor | None = None
 
     @torch.no_grad()
-    def end_task(self, model, index, stage):
+    def end_task(self, model: nn.Module, index: int, stage: ImageStage) -> None:
         device = next(model.parameters()).device
         # Copies, so that a state taken before stays as it was, and a task is learned or is not.
         inverse, coefficients = self._grown(stage.count, device)
@@ -127,34 +144,35 @@ class RAILPrimal(_RAIL):
             _absorb(inverse, coefficients, inputs, F.one_hot(labels, total).to(self.dtype))
         self.inverse, self.coefficients, self.learned = inverse, coefficients, total
 
-    def written_bytes(self, model, count):
+    def written_bytes(self, model: nn.Module, count: int) -> int:
         # A state and the one that it replaces.
         return 2 * self.width**2 * self.dtype.itemsize
 
-    def _grown(self, count, device):
+    def _grown(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Copies of R, and of W with columns of zeros for `count` new classes."""
-        if self.inverse is None:
+        if self.inverse is None or self.coefficients is None:
             inverse = torch.eye(self.width, dtype=self.dtype, device=device).div_(self.ridge)
             return inverse, inverse.new_zeros(self.width, count)
         return self.inverse.to(device, copy=True), F.pad(self.coefficients.to(device), (0, count))
 
-    def _hidden(self, size, device):
+    def _hidden(self, size: int, device: torch.device) -> Tensor:
         """The random layer [size, width]; drawn in float64, so that dtype only rounds it."""
         generator = torch.Generator().manual_seed(self.seed)
         bound = 1 / math.sqrt(size)
         hidden = torch.empty(size, self.width, dtype=torch.float64)
         return hidden.uniform_(-bound, bound, generator=generator).to(device, self.dtype)
 
-    def _regression(self, size, device):
+    def _regression(self, size: int, device: torch.device) -> Regression:
+        assert self.coefficients is not None
         hidden, coefficients = self._hidden(size, device), self.coefficients.to(device)
         return lambda features: (features @ hidden).relu() @ coefficients
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         if self.inverse is None:
             return {}
         return {"seed": self.seed, "inverse": self.inverse, "coefficients": self.coefficients}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`.
 
         Raises:
@@ -169,10 +187,10 @@ class RAILPrimal(_RAIL):
                     f"width {found[0]}, seed {found[1]} and {found[2]}"
                 )
         self.inverse, self.coefficients = inverse, state.get("coefficients")
-        self.learned = 0 if inverse is None else self.coefficients.shape[1]
+        self.learned = 0 if self.coefficients is None else self.coefficients.shape[1]
 
 
-def _absorb(inverse, coefficients, inputs, targets):
+def _absorb(inverse: Tensor, coefficients: Tensor, inputs: Tensor, targets: Tensor) -> None:
     """One step of the recursion, in place: inputs [B, width], targets [B, C]."""
     product = inputs @ inverse
     system = product @ inputs.T
@@ -210,60 +228,68 @@ class RAILDual(_RAIL):
 
     name = "RAIL-Dual"
 
-    def __init__(self, gamma=0.1, ridge=0.001, fusion=0.8, dtype="float64"):
+    def __init__(
+        self,
+        gamma: float = 0.1,
+        ridge: float = 0.001,
+        fusion: float = 0.8,
+        dtype: str = "float64",
+    ) -> None:
         super().__init__(ridge, fusion, dtype)
         _check_positive("gamma", gamma)
         self.gamma = gamma
-        self.features = self.labels = None
+        self.features: Tensor | None = None
+        self.labels: Tensor | None = None
 
     @torch.no_grad()
-    def end_task(self, model, index, stage):
+    def end_task(self, model: nn.Module, index: int, stage: ImageStage) -> None:
         device = next(model.parameters()).device
         parts = list(self._examples(stage, READ, device))
-        if self.learned:
+        if self.features is not None and self.labels is not None:
             parts.insert(0, (self.features.to(device), self.labels.to(device)))
         features, labels = (torch.cat(part) for part in zip(*parts, strict=True))
         learned = stage.offset + stage.count
         self.coefficients = self._solve(features, labels, learned)
         self.features, self.labels, self.learned = features, labels, learned
 
-    def _solve(self, features, labels, learned):
+    def _solve(self, features: Tensor, labels: Tensor, learned: int) -> Tensor:
         # Held by no name, the system is freed before the solver copies its factor.
         factor = torch.linalg.cholesky(self._system(features.to(self.dtype)))
         return torch.cholesky_solve(F.one_hot(labels, learned).to(self.dtype), factor)
 
-    def _system(self, features):
+    def _system(self, features: Tensor) -> Tensor:
         """K + ridge I of all stored features."""
         kernel = self._kernel(features, features)
         kernel.diagonal().add_(self.ridge)
         return kernel
 
-    def _kernel(self, x, y):
+    def _kernel(self, x: Tensor, y: Tensor) -> Tensor:
         """K [B, N] of rows x [B, E] and y [N, E], in a single buffer."""
         kernel = (x @ y.T).mul_(-2)
         kernel.add_(x.square().sum(1)[:, None]).add_(y.square().sum(1))
         return kernel.clamp_min_(0).mul_(-self.gamma).exp_()
 
-    def _regression(self, size, device):
+    def _regression(self, size: int, device: torch.device) -> Regression:
+        assert self.features is not None and self.labels is not None
         memory = self.features.to(device)
         if self.coefficients is None:
             self.coefficients = self._solve(memory, self.labels.to(device), self.learned)
         memory, coefficients = memory.to(self.dtype), self.coefficients.to(device)
         return lambda features: self._kernel(features, memory) @ coefficients
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         if not self.learned:
             return {}
         return {"learned": self.learned, "features": self.features, "labels": self.labels}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.learned = state.get("learned", 0)
         self.features, self.labels = state.get("features"), state.get("labels")
         # Solved when it is needed, on the device that needs it.
         self.coefficients = None
 
 
-def fuse(logits, regression, fusion):
+def fuse(logits: Tensor, regression: Tensor, fusion: float) -> Tensor:
     """Scores from CLIP's and the regression's, which leave zero-shot's answers outside alone.
 
     Where zero-shot's answer is a learned class, the learned classes score (1 - fusion) softmax of
@@ -292,12 +318,12 @@ def fuse(logits, regression, fusion):
     return torch.where(is_learned, fused, logits)
 
 
-def _check_number(name, value):
+def _check_number(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
-def _check_positive(name, value):
+def _check_positive(name: str, value: float) -> None:
     _check_number(name, value)
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be finite and > 0, got {value}")

@@ -3,9 +3,13 @@
 Also the AlexNet whose features the published selector reads.
 """
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import check_count
 from ..draw import draw_rows
@@ -47,8 +51,14 @@ class TaskSelector:
     """
 
     def __init__(
-        self, width=100, steps=300, lr=0.003, threshold=None, quantile=0.95, bounded=False
-    ):
+        self,
+        width: int = 100,
+        steps: int = 300,
+        lr: float = 0.003,
+        threshold: float | None = None,
+        quantile: float = 0.95,
+        bounded: bool = False,
+    ) -> None:
         check_count("selector_width", width, 1)
         check_count("selector_steps", steps, 1)
         if not 0 < lr < float("inf"):
@@ -59,12 +69,12 @@ class TaskSelector:
             raise ValueError(f"quantile must be in (0, 1], got {quantile}")
         self.width, self.steps, self.lr = width, steps, lr
         self.threshold, self.quantile, self.bounded = threshold, quantile, bounded
-        self.tasks = []
+        self.tasks: list[dict[str, Tensor]] = []
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.tasks)
 
-    def learn(self, features, generator):
+    def learn(self, features: Tensor, generator: torch.Generator) -> None:
         """Add a task.
 
         Args:
@@ -81,7 +91,7 @@ class TaskSelector:
         task["threshold"] = self._errors(task, held).quantile(self.quantile)
         self.tasks.append(task)
 
-    def _fit(self, features, generator):
+    def _fit(self, features: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """The tensors of a new task's autoencoder."""
         size = features.shape[1]
         mean, spread = features.new_zeros(size), features.new_ones(())
@@ -113,7 +123,7 @@ class TaskSelector:
             adam.step()
         return {name: tensor.detach() for name, tensor in task.items()}
 
-    def _errors(self, task, features):
+    def _errors(self, task: Mapping[str, Tensor], features: Tensor) -> Tensor:
         inputs = (features - task["mean"]) / task["spread"]
         hidden = F.relu(F.linear(inputs, task["encoder"], task["encoder_bias"]))
         output = F.linear(hidden, task["decoder"], task["decoder_bias"])
@@ -121,7 +131,7 @@ class TaskSelector:
         return (inputs - output).square().mean(1) * task["spread"].square()
 
     @torch.no_grad()
-    def errors(self, features):
+    def errors(self, features: Tensor) -> Tensor:
         """Every task's error on every image, [B, T] of features [B, E]."""
         found = [
             self._errors({name: t.to(features) for name, t in task.items()}, features)
@@ -129,7 +139,7 @@ class TaskSelector:
         ]
         return torch.stack(found, 1) if found else features.new_empty(len(features), 0)
 
-    def select(self, features, whole_batch=False):
+    def select(self, features: Tensor, whole_batch: bool = False) -> Tensor:
         """Task indices [B] of features [B, E]; -1 = none.
 
         Args:
@@ -149,16 +159,16 @@ class TaskSelector:
             limits = torch.full_like(lowest, self.threshold)
         return chosen.masked_fill(lowest > limits, -1)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """The tensors of every task."""
         return {"tasks": [dict(task) for task in self.tasks]}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`."""
         self.tasks = [dict(task) for task in state["tasks"]]
 
 
-def load_alexnet(file):
+def load_alexnet(file: str | Path) -> nn.Module:
     """AlexNet's last convolution before its ReLU, as a frozen module.
 
     From [B, 3, 224, 224] to [B, 256, 13, 13]. Built here, so torchvision is not needed.

@@ -1,10 +1,13 @@
 """One LoRA per task, chosen by the task's id: no forgetting, an upper bound."""
 
+from torch import nn
+
 from ..layers import StackedLoRALinear
 from .lora import LoRAMethod
+from .train import Stage
 
 
-class TaskLoRA(LoRAMethod):
+class TaskLoRA(LoRAMethod[StackedLoRALinear]):
     """A LoRA of its own for each task, frozen when the task ends.
 
     Inference needs the task id (`select`), which the other methods are not told. Until it is given
@@ -19,15 +22,15 @@ class TaskLoRA(LoRAMethod):
     needs_task_id = True
     layer = StackedLoRALinear
 
-    def wrap(self, linear):
+    def wrap(self, linear: nn.Module) -> StackedLoRALinear:
         return super().wrap(linear, separate=True)
 
-    def begin_task(self, model, index, stage):
+    def begin_task(self, model: nn.Module, index: int, stage: Stage) -> None:
         for layer in self.layers(model).values():
             layer.selected = None
             if index:
                 layer.grow(self.generator)
 
-    def select(self, model, index):
+    def select(self, model: nn.Module, index: int) -> None:
         for layer in self.layers(model).values():
             layer.selected = index

@@ -1,18 +1,37 @@
 """The one loop that trains them all: one task, step by step, with a method's hooks."""
 
 import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..config import check_count
 from ..continual.scoring import IGNORED, answer_logits
 from ..processes import Processes
-from .base import Step
+from .base import Method, Step
 
 SCHEDULES = ("linear", "constant", "cosine")
 AVERAGES = ("token", "example")
+# From a model, data, rows and maybe per_example to what `summed_loss` returns.
+Objective = Callable[..., tuple[Tensor, int, int]]
+
+
+class Data(Protocol):
+    """A task's training examples, besides what the objective reads of them."""
+
+    def __len__(self) -> int: ...
+
+    def num_labels(self, rows: Tensor) -> int: ...
+
+
+class TokenData(Data, Protocol):
+    """What `summed_loss` reads: token ids, mask and labels, each [B, L], of some examples."""
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -50,7 +69,7 @@ class TrainSettings:
     warmup: int = 0
     iterations: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
             check_count(name, getattr(self, name), 1)
         check_count("warmup", self.warmup, 0)
@@ -69,12 +88,12 @@ class TrainSettings:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
 
-    def per_epoch(self, examples):
+    def per_epoch(self, examples: int) -> int:
         """Optimiser steps of one epoch over that many examples."""
         whole, rest = divmod(examples, self.batch_size)
         return whole + (rest > 0 and not self.drop_last)
 
-    def steps(self, examples):
+    def steps(self, examples: int) -> int:
         """Optimiser steps for a task of that many examples."""
         per_epoch = self.per_epoch(examples)
         if self.iterations is not None:
@@ -86,16 +105,22 @@ class Stage:
     """A task's training data, for hooks that pass over it once more.
 
     Args:
-        model: the model. data: has `len` and what the objective reads:
-            `batch(rows)` for the default.
-        settings: `TrainSettings`. objective: as `summed_loss`.
+        data: `TokenData` for the default objective. objective: as `summed_loss`.
     """
 
-    def __init__(self, model, data, settings, objective=None):
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        settings: TrainSettings,
+        objective: Objective | None = None,
+    ) -> None:
         self.model, self.data, self.settings = model, data, settings
-        self.objective = summed_loss if objective is None else objective
+        self.objective: Objective = summed_loss if objective is None else objective
 
-    def losses(self, limit=None, size=None):
+    def losses(
+        self, limit: int | None = None, size: int | None = None
+    ) -> Iterator[tuple[Tensor, int]]:
         """Yield (mean cross-entropy over a batch's answer tokens, examples) without shuffling.
 
         Dropout is off. The graph of each loss is the caller's to use; under `torch.no_grad` it is
@@ -114,12 +139,12 @@ class Stage:
             yield loss / max(1, tokens), len(rows)
         self.model.train(was_training)
 
-    def pass_over(self, limit=None):
+    def pass_over(self, limit: int | None = None) -> None:
         """Run the model on what `losses` passes over, for what hooks on its modules see."""
         for _ in self.losses(limit):
             pass
 
-    def rows(self, count):
+    def rows(self, count: int) -> Tensor:
         """Which examples `losses` passes over, if it is to be so many: the first."""
         return torch.arange(count)
 
@@ -129,22 +154,31 @@ class TaskTrainer:
 
     Args:
         model, method: the method's `begin_task` was called.
-        data: has `len`, `num_labels(rows)` and what the objective reads. Where `joint` is true, a
-            batch has one loss that is no sum over its rows: the objective gets whole batches and
-            `processes`, among which it shares the rows out itself.
-        settings: `TrainSettings`.
+        data: `TokenData` for the default objective. Where `joint` is true, a batch has one loss
+            that is no sum over its rows: the objective gets whole batches and `processes`, among
+            which it shares the rows out itself.
+        settings: of the task.
         index: the task's place in the stream.
-        processes: `Processes`; None = this one alone.
+        processes: None = this one alone.
         objective: as `summed_loss`, the default.
     Raises:
         ValueError: there are not enough examples for a step, or nothing to train.
     """
 
-    def __init__(self, model, method, data, settings, index, processes=None, objective=None):
+    def __init__(
+        self,
+        model: nn.Module,
+        method: Method,
+        data: Data,
+        settings: TrainSettings,
+        index: int,
+        processes: Processes | None = None,
+        objective: Objective | None = None,
+    ) -> None:
         self.model, self.method, self.data, self.settings = model, method, data, settings
         self.index = index
-        self.joint = getattr(data, "joint", False)
-        self.objective = summed_loss if objective is None else objective
+        self.joint: bool = getattr(data, "joint", False)
+        self.objective: Objective = summed_loss if objective is None else objective
         self.processes = Processes() if processes is None else processes
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
@@ -159,7 +193,9 @@ class TaskTrainer:
             self.parameters, lr=settings.lr, betas=settings.betas, weight_decay=0.0
         )
 
-    def run(self, on_step=lambda trainer, loss: None):
+    def run(
+        self, on_step: Callable[["TaskTrainer", float], object] = lambda trainer, loss: None
+    ) -> None:
         """Train to the end of the task.
 
         Args:
@@ -172,16 +208,16 @@ class TaskTrainer:
             on_step(self, loss)
         self.model.eval()
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """Where training stands, besides the model's and the method's own state."""
         return {"done": self.done, "optimizer": self.optimizer.state_dict()}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`."""
         self.done = state["done"]
         self.optimizer.load_state_dict(state["optimizer"])
 
-    def rows(self, number):
+    def rows(self, number: int) -> Tensor:
         """The examples of a step; every epoch has an order of its own."""
         settings, per_epoch = self.settings, self.settings.per_epoch(len(self.data))
         epoch, place = divmod(number, per_epoch)
@@ -189,7 +225,7 @@ class TaskTrainer:
         order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(seed))
         return order[place * settings.batch_size :][: settings.batch_size]
 
-    def _step(self):
+    def _step(self) -> float:
         settings, rows = self.settings, self.rows(self.done)
         # Seeded by the step alone, so that a run that goes on draws the same dropout.
         seed = (settings.seed * 1000 + self.index) * 1_000_003 + self.done
@@ -229,23 +265,23 @@ class TaskTrainer:
         self.optimizer.zero_grad()
         return loss.item()
 
-    def _objective(self, rows, per_example=False):
+    def _objective(self, rows: Tensor, per_example: bool = False) -> tuple[Tensor, int, int]:
         more = {"processes": self.processes} if self.joint else {}
         return self.objective(self.model, self.data, rows, per_example, **more)
 
-    def _parts(self, rows):
+    def _parts(self, rows: Tensor) -> list[Tensor | None]:
         """This process's micro-batches of a step; None is a pass for the other processes' sake."""
         if self.joint:
             return [rows]
         size = self.settings.micro_batch or len(rows)
         mine = self.processes.share(rows)
-        parts = list(mine.split(size)) if len(mine) else []
+        parts: list[Tensor | None] = list(mine.split(size)) if len(mine) else []
         if getattr(self.model, "is_sharded", False):
             most = -(-len(rows) // self.processes.world)
             parts += [None] * (-(-most // size) - len(parts))
         return parts
 
-    def _rate(self, number):
+    def _rate(self, number: int) -> float:
         """The rate of a step as a part of the peak."""
         if self.settings.schedule == "constant":
             return 1.0
@@ -259,7 +295,9 @@ class TaskTrainer:
         return min((number + 1) / warmup, (self.total - number) / max(1, self.total - warmup))
 
 
-def summed_loss(model, data, rows, per_example=False):
+def summed_loss(
+    model: nn.Module, data: TokenData, rows: Tensor, per_example: bool = False
+) -> tuple[Tensor, int, int]:
     """Cross-entropy summed over the answer tokens of some examples.
 
     Args:

@@ -2,11 +2,16 @@
 
 import math
 import statistics
-from typing import NamedTuple, Unpack
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Unpack
 
 import torch
+from torch import Tensor, nn
 
+from ..layers import LoRALinear
+from .base import Step, total
 from .lora import LoRAArguments, LoRAMethod
+from .train import Stage
 
 FAVOURS = ("near", "distant")
 
@@ -18,12 +23,12 @@ class Node(NamedTuple):
     children: two nodes, the more similar tasks first, or none.
     """
 
-    tasks: tuple
+    tasks: tuple[int, ...]
     median: float | None = None
-    children: tuple = ()
+    children: tuple["Node", ...] = ()
 
 
-class TreeLoRA(LoRAMethod):
+class TreeLoRA(LoRAMethod[LoRALinear]):
     """One continuing LoRA, regularised towards earlier tasks, module by module.
 
     The signal g of a module is its A, flattened; G_t is its mean over the steps of task t's last
@@ -56,14 +61,15 @@ class TreeLoRA(LoRAMethod):
     """
 
     name = "TreeLoRA"
+    layer = LoRALinear
 
     def __init__(
         self,
         *,
-        reg=0.5,
-        favour="near",
+        reg: float = 0.5,
+        favour: str = "near",
         **lora: Unpack[LoRAArguments],
-    ):
+    ) -> None:
         super().__init__(**lora)
         if reg < 0:
             raise ValueError(f"reg must be >= 0, got {reg}")
@@ -72,17 +78,19 @@ class TreeLoRA(LoRAMethod):
         self.reg, self.favour = reg, favour
         # G of each earlier task, a vector per module; the sum of this epoch's signals, and of how
         # many steps; visits and summed distances [earlier tasks, modules].
-        self.signals, self.sums, self.count = [], [], 0
+        self.signals: list[list[Tensor]] = []
+        self.sums: list[Tensor] = []
+        self.count = 0
         self.visits = self.distances = torch.zeros(0, 0, dtype=torch.float64)
-        self._root = None
+        self._root: Node | None = None
 
-    def begin_task(self, model, index, stage):
+    def begin_task(self, model: nn.Module, index: int, stage: Stage) -> None:
         shape = (len(self.signals), len(self.layers(model)))
         self.visits = torch.zeros(shape, dtype=torch.float64)
         self.distances = torch.zeros(shape, dtype=torch.float64)
         self.sums, self.count, self._root = [], 0, None
 
-    def penalty(self, model, step):
+    def penalty(self, model: nn.Module, step: Step) -> Tensor | None:
         signals = [layer.lora_A.flatten() for layer in self.layers(model).values()]
         place = step.number % step.per_epoch
         if place == 0:
@@ -101,15 +109,15 @@ class TreeLoRA(LoRAMethod):
             for module, (task, signal) in enumerate(zip(picks, signals, strict=True))
         ]
         self._note(picks, chosen)
-        inner = sum(signal @ target for signal, target in zip(signals, chosen, strict=True))
+        inner = total(signal @ target for signal, target in zip(signals, chosen, strict=True))
         ramp = self.reg * place / step.per_epoch
         return -ramp * step.loss.detach() * inner / (inner.detach().abs() + 1e-5)
 
-    def end_task(self, model, index, stage):
-        self.signals.append([total / self.count for total in self.sums])
+    def end_task(self, model: nn.Module, index: int, stage: Stage) -> None:
+        self.signals.append([held / self.count for held in self.sums])
         self.sums, self.count, self._root = [], 0, None
 
-    def pick(self, place, per_epoch):
+    def pick(self, place: int, per_epoch: int) -> list[int]:
         """The earlier task to regularise towards, one number a module."""
         scores = self.scores(place, per_epoch)
         scores = scores - scores.min()
@@ -118,30 +126,32 @@ class TreeLoRA(LoRAMethod):
             self._root = build_tree(differences(self.signals))
         for child in self._root.children:
             if first in child.tasks:
+                # What has children was split at a median.
+                assert self._root.median is not None
                 raised = min(max(self._root.median, 1.0), 1.5)
                 scores[list(child.tasks)] *= raised
         scores = scores / (scores.max() - scores.min() + 1e-5)
         return [self._draw(column) for column in scores.softmax(0).T]
 
-    def scores(self, place, per_epoch):
+    def scores(self, place: int, per_epoch: int) -> Tensor:
         """How much each earlier task is favoured for each module [tasks, modules]."""
         distance = self.distances / self.visits.clamp_min(1)
         bonus = math.sqrt(math.log(2 * per_epoch * (place + 1) * (place + 2)))
         bonus = bonus / (2 * self.visits + 1e-5).sqrt()
         return bonus - distance if self.favour == "near" else bonus + distance
 
-    def _draw(self, probabilities):
+    def _draw(self, probabilities: Tensor) -> int:
         return int(torch.multinomial(probabilities, 1, generator=self.generator))
 
-    def _note(self, picks, chosen):
+    def _note(self, picks: list[int], chosen: Iterable[Tensor]) -> None:
         """Count the picked tasks' visits and their distances from the running mean."""
         pairs = zip(self.sums, chosen, strict=True)
-        found = torch.stack([(total / self.count - g).abs().sum() for total, g in pairs])
+        found = torch.stack([(held / self.count - g).abs().sum() for held, g in pairs])
         modules = list(range(len(picks)))
         self.visits[picks, modules] += 1
         self.distances[picks, modules] += found.to("cpu", torch.float64)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {
             "signals": [list(task) for task in self.signals],
             "sums": list(self.sums),
@@ -150,7 +160,7 @@ class TreeLoRA(LoRAMethod):
             "distances": self.distances.clone(),
         }
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self.signals = [list(task) for task in state["signals"]]
         self.sums, self.count = list(state["sums"]), state["count"]
@@ -158,7 +168,7 @@ class TreeLoRA(LoRAMethod):
         self._root = None
 
 
-def differences(signals):
+def differences(signals: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
     """What each task added to the one before it: D_0 = G_0, D_t = G_t - G_(t-1).
 
     Args:
@@ -174,7 +184,9 @@ def differences(signals):
     ]
 
 
-def build_tree(steps, tasks=None, depth=0):
+def build_tree(
+    steps: Sequence[Sequence[Tensor]], tasks: Iterable[int] | None = None, depth: int = 0
+) -> Node:
     """Group tasks by how similar their steps are, one module deeper at each level.
 
     A task's similarity is the inner product of its step in module `depth` with the mean of the
@@ -183,8 +195,6 @@ def build_tree(steps, tasks=None, depth=0):
 
     Args:
         steps: [task][module] of vectors. tasks: numbers of the group; None = all.
-    Returns:
-        `Node`.
     """
     tasks = tuple(range(len(steps))) if tasks is None else tuple(tasks)
     if len(tasks) <= 1 or depth == len(steps[0]):

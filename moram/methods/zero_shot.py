@@ -1,5 +1,7 @@
 """The base model as it is: what everything else must beat."""
 
+from torch import nn
+
 from .base import Method
 
 
@@ -9,8 +11,8 @@ class ZeroShot(Method):
     name = "zero-shot"
     has_frozen_features = True
 
-    def setup(self, model):
+    def setup(self, model: nn.Module) -> None:
         model.requires_grad_(False)
 
-    def stages(self, count):
+    def stages(self, count: int) -> list[tuple[int, ...]]:
         return [()]

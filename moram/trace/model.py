@@ -1,22 +1,48 @@
 """The model of a run: loaded, quantised, sharded."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
 
 from ..inject import adapters
 from ..layers import AdapterLinear
 from ..models.smollm2 import fetch_weights, pick_dtype
 from ..processes import Processes
 from .prefix import check_layers
+from .settings import TraceSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..harness.progress import Log
+
+    class LanguageModel(nn.Module):
+        """A causal language model of transformers, as far as it is used here."""
+
+        config: Any
+        generation_config: Any
+        model: Any
+        is_sharded: bool
+        generate: Callable[..., Tensor]
+        gradient_checkpointing_enable: Callable[..., None]
+
 
 SMOLLM2 = "smollm2"
 
 
-def load(settings, device, log):
+def load(
+    settings: TraceSettings, device: torch.device, log: Log
+) -> tuple[LanguageModel, PreTrainedTokenizerBase]:
     """The base model in eval mode on the device, and its tokenizer.
 
     Args:
-        settings: `TraceSettings`. device: a torch device. log: called with lines of text.
+        settings: of the run. log: called with lines of text.
     Raises:
         OSError, ValueError: there is no such model, or the settings do not fit it.
     """
@@ -34,7 +60,7 @@ def load(settings, device, log):
     if is_path and not (Path(name) / "config.json").is_file():
         raise FileNotFoundError(f"model {name} is no folder with a config.json")
     dtype = pick_dtype(settings.dtype, device)
-    more = {}
+    more: dict[str, Any] = {}
     if settings.quantize:
         from transformers import BitsAndBytesConfig
 
@@ -46,9 +72,10 @@ def load(settings, device, log):
     attention = "eager" if device.type == "cpu" else "sdpa"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        found = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation=attention, **more
         )
+        model = cast("LanguageModel", found)
     except SafetensorError as error:
         raise ValueError(f"the weights in {folder} cannot be read: {error}") from error
     if settings.quantize:
@@ -56,7 +83,7 @@ def load(settings, device, log):
             # On CPUs with AVX512-BF16, bitsandbytes would repack the weights when the model is
             # first scored, and no gradient passes through repacked weights afterwards.
             if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
+                module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]
     else:
         model.to(device)
     if settings.gradient_checkpointing:
@@ -67,13 +94,13 @@ def load(settings, device, log):
     return model.eval(), tokenizer
 
 
-def excluded(settings):
+def excluded(settings: TraceSettings) -> tuple[str, ...]:
     """`exclude` for the methods: the setting's own, and the layers below first_layer."""
     below = [f"*layers.{layer}.*" for layer in range(settings.first_layer)]
     return (*settings.exclude, *below)
 
 
-def compile_parts(model):
+def compile_parts(model: LanguageModel) -> None:
     """Let torch.compile fuse what lies between the adapters: MLPs and norms, usually."""
     for layer in model.model.layers:
         for part in layer.children():
@@ -81,7 +108,7 @@ def compile_parts(model):
                 part.compile(dynamic=False)
 
 
-def shard(model):
+def shard(model: LanguageModel) -> None:
     """Share the base's parameters out over the processes (FSDP2); adapters stay whole everywhere.
 
     Their gradients are summed by the trainer, so banks may grow and methods may replace their
@@ -96,11 +123,11 @@ def shard(model):
     model.is_sharded = True
 
 
-def _own_parameters(adapter):
+def _own_parameters(adapter: nn.Module) -> list[nn.Parameter]:
     return [p for n, p in adapter.named_parameters() if not n.startswith("base_layer.")]
 
 
-def fit_context(model, settings, log):
+def fit_context(model: LanguageModel, settings: TraceSettings, log: Log) -> TraceSettings:
     """Settings whose prompts and answers fit the model's context.
 
     Returns:
@@ -110,7 +137,7 @@ def fit_context(model, settings, log):
         ValueError: they do not fit, and may not be cut or cannot be.
     """
     context = getattr(model.config, "max_position_embeddings", None)
-    limits = {}
+    limits: dict[str, int] = {}
     for task in settings.tasks:
         prompt, answer = settings.of("max_prompt", task), settings.max_answer
         if settings.of("decoding", task) == "generate":

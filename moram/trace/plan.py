@@ -1,12 +1,22 @@
 """What a run over language tasks will do: its tasks, method, scores and stages."""
 
-import hashlib
+from __future__ import annotations
 
-from ..continual.scorers import scorer_for
+import hashlib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from ..continual.data import Task
+from ..continual.scorers import Scorer, scorer_for
 from ..harness.plan import StreamPlan
+from ..harness.settings import StreamSettings
 from .model import excluded
 from .report import majority_row
+from .settings import TraceSettings
 from .streams import is_forced, read_stream
+
+if TYPE_CHECKING:
+    from ..harness.progress import Log
 
 
 class TracePlan(StreamPlan):
@@ -15,7 +25,12 @@ class TracePlan(StreamPlan):
     scorers: one a task. majority: what always giving a task's most frequent answer scores.
     """
 
-    def read(self, log):
+    settings: TraceSettings
+    stream: list[Task]
+    scorers: list[Scorer]
+    majority: list[float]
+
+    def read(self, log: Log) -> list[Task]:
         settings = self.settings
         stream = read_stream(settings)
         variants = {"rouge": settings.rouge, "similarity": settings.similarity}
@@ -24,14 +39,15 @@ class TracePlan(StreamPlan):
         return stream
 
     @property
-    def fingerprint(self):
+    def fingerprint(self) -> str:
         return hashlib.sha256(repr(self.stream).encode()).hexdigest()
 
     @classmethod
-    def arguments(cls, settings):
+    def arguments(cls, settings: StreamSettings) -> dict[str, Any]:
+        assert isinstance(settings, TraceSettings)
         return super().arguments(settings) | {"exclude": excluded(settings)}
 
-    def check(self):
+    def check(self) -> None:
         for task, scorer in zip(self.stream, self.scorers, strict=True):
             if is_forced(self.settings, task.name) and "accuracy" not in scorer.name:
                 raise ValueError(
@@ -39,6 +55,6 @@ class TracePlan(StreamPlan):
                 )
         super().check()
 
-    def scored(self, number):
+    def scored(self, number: int) -> Iterable[int]:
         whole = self.settings.full_matrix or len(self.stages) == 1
         return range(len(self.stream) if whole else number + 1)

@@ -5,13 +5,15 @@ kept, in the model's dtype, and a step runs layers f .. alone, in training and i
 pass. The numbers are those of the whole model, up to the rounding that other padding brings.
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..continual.scoring import answer_logits
-from .encode import Rows, by_length
+from .encode import Batch, Places, Rows, by_length
 
 FAMILIES = ("llama", "qwen2")
 
@@ -20,22 +22,22 @@ class CachedRows:
     """`Rows` whose batches hold hidden states [B, L, D] in the place of token ids.
 
     Args:
-        rows: `Rows`. states: one tensor [L_i, D] an example.
+        states: one tensor [L_i, D] an example.
     """
 
-    def __init__(self, rows, states):
+    def __init__(self, rows: Rows, states: list[Tensor]) -> None:
         self.rows, self.states = rows, states
 
     @classmethod
-    def join(cls, parts):
+    def join(cls, parts: Sequence[Self]) -> Self:
         """The examples of several `CachedRows` as one."""
         states = [state for part in parts for state in part.states]
         return cls(Rows.join([part.rows for part in parts]), states)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
-    def batch(self, rows):
+    def batch(self, rows: Places) -> Batch:
         """(hidden states, attention_mask, labels) of some examples."""
         _, mask, labels = self.rows.batch(rows)
         states = self.states[int(rows[0])]
@@ -45,11 +47,11 @@ class CachedRows:
             batch[place, -len(found) :] = found
         return batch, mask, labels
 
-    def length(self, row):
+    def length(self, row: int) -> int:
         """Tokens of an example."""
         return self.rows.length(row)
 
-    def num_labels(self, rows):
+    def num_labels(self, rows: Places) -> int:
         """Answer tokens of some examples together."""
         return self.rows.num_labels(rows)
 
@@ -64,7 +66,7 @@ class Prefix:
             few layers.
     """
 
-    def __init__(self, model, first_layer):
+    def __init__(self, model: nn.Module, first_layer: int) -> None:
         kind = getattr(model.config, "model_type", None)
         if kind not in FAMILIES or getattr(model.config, "use_sliding_window", False):
             raise ValueError(
@@ -74,14 +76,22 @@ class Prefix:
         if dropout:
             raise ValueError(f"cache_prefix needs a model without dropout, got {dropout}")
         check_layers(model, first_layer)
-        self.model, self.first = model, first_layer
+        # Of either family.
+        self.model: Any = model
+        self.first = first_layer
 
     @torch.no_grad()
-    def cache(self, rows, batch_size, step=lambda count: None):
+    def cache(
+        self,
+        rows: Rows,
+        batch_size: int,
+        step: Callable[[int], object] = lambda count: None,
+    ) -> list[Tensor]:
         """The states [L, D] of each example of `Rows`, for `CachedRows`; in eval mode."""
-        inner, states = self.model.model, [None] * len(rows)
+        inner = self.model.model
+        found: dict[int, Tensor] = {}
         device = next(self.model.parameters()).device
-        seen = []
+        seen: list[Tensor] = []
         hook = inner.layers[self.first].register_forward_pre_hook(
             lambda _, inputs, kwargs: seen.append(inputs[0] if inputs else kwargs["hidden_states"]),
             with_kwargs=True,
@@ -93,16 +103,17 @@ class Prefix:
                 ids, mask, _ = rows.batch(part)
                 inner(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
                 for state, row in zip(seen.pop(), part.tolist(), strict=True):
-                    states[row] = state[-len(rows.ids[row]) :].clone()
+                    found[row] = state[-len(rows.ids[row]) :].clone()
                 step(len(part))
         finally:
             inner.layers = whole
             hook.remove()
+        states = [found[row] for row in range(len(rows))]
         self._check(rows, CachedRows(rows, states))
         return states
 
     @contextmanager
-    def upper(self):
+    def upper(self) -> Iterator[None]:
         """Within it, the model runs layers first_layer .. alone, on hidden states."""
         inner = self.model.model
         whole = inner.layers
@@ -112,7 +123,7 @@ class Prefix:
         finally:
             inner.layers = whole
 
-    def _check(self, rows, cached):
+    def _check(self, rows: Rows, cached: CachedRows) -> None:
         part = [0]
         device = next(self.model.parameters()).device
         ids, mask, _ = (t.to(device) for t in rows.batch(part))
@@ -124,7 +135,7 @@ class Prefix:
             raise RuntimeError(f"the cached prefix changes the model's output by {error}")
 
 
-def check_layers(model, first_layer):
+def check_layers(model: nn.Module, first_layer: int) -> None:
     """Raise unless the model has a decoder layer of that index."""
     count = len(getattr(getattr(model, "model", None), "layers", ()))
     if not first_layer < max(1, count):

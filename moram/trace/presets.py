@@ -1,13 +1,19 @@
 """Named starting points: the published protocol, and one that fits a small model on a CPU."""
 
+from typing import Any
+
 from .protocol import PAPER_EPOCHS
 
 # The TRACE run of arXiv 2506.21035 (its released runner): sections on data, optimiser, decoding.
 # Rates and epochs of the baselines are those of the TreeLoRA code base, which compares them.
 _LONG_EPOCHS = dict(zip(PAPER_EPOCHS, (5, 3, 7, 5, 3, 5, 5, 7), strict=True))
 _EWC_EPOCHS = dict(zip(PAPER_EPOCHS, (1, 1, 5, 5, 1, 5, 5, 5), strict=True))
-_LORA = {"lr": 1e-4, "epochs": {**_LONG_EPOCHS, "*": 1}, "method_args": {"alpha": 32}}
-_PAPER = {
+_LORA: dict[str, Any] = {
+    "lr": 1e-4,
+    "epochs": {**_LONG_EPOCHS, "*": 1},
+    "method_args": {"alpha": 32},
+}
+_PAPER: dict[str, dict[str, Any]] = {
     "*": {
         "lr": 5e-4,
         "epochs": {**PAPER_EPOCHS, "*": 1},
@@ -37,7 +43,7 @@ _PAPER = {
     "in-context": {"max_prompt": {"MeetingBank": 4096, "*": 3584}},
 }
 
-_SMALL = {
+_SMALL: dict[str, dict[str, Any]] = {
     "*": {
         "model": "smollm2",
         "first_layer": 20,
@@ -73,7 +79,7 @@ _SMALL = {
 }
 
 # What `make demo` runs, on the three tasks shipped with it: minutes on two cores without AVX-512.
-_DEMO = {
+_DEMO: dict[str, dict[str, Any]] = {
     **_SMALL,
     "*": {
         **_SMALL["*"],

@@ -39,7 +39,7 @@ def origin_of(task: str) -> str:
     return ""
 
 
-def tasks_of(suite, order=None):
+def tasks_of(suite: str, order: int | None = None) -> tuple[str, ...]:
     """The tasks of a suite, in an order.
 
     Args:

@@ -1,10 +1,19 @@
 """Results of language tasks as numbers and tables."""
 
+from __future__ import annotations
+
 from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from ..continual import metrics
+from ..continual.data import Task
+from ..continual.scorers import Scorer
 from ..harness.report import Report
 from .settings import TraceSettings
+
+if TYPE_CHECKING:
+    from ..harness.files import Results
 
 
 class TraceReport(Report):
@@ -22,7 +31,7 @@ class TraceReport(Report):
         "forgetting": ("forgetting (from best)", metrics.forgetting),
     }
 
-    def before(self, runs):
+    def before(self, runs: list[Results]) -> list[list[str]]:
         """The majority class, and the untrained model where a run scored it."""
         untrained = [run for run in runs if run["untrained"]][:1]
         found = [("majority class", runs[0], "majority")]
@@ -33,10 +42,10 @@ class TraceReport(Report):
             rows.append([name, "", *(f"{row[task]:.1f}" for task in runs[0]["tasks"])])
         return rows
 
-    def more(self, run):
+    def more(self, run: Results) -> dict[str, str]:
         return {"task id": "yes" if run["needs_task_id"] else "no"}
 
-    def check_alike(self, runs):
+    def check_alike(self, runs: list[Results]) -> None:
         super().check_alike(runs)
         first = runs[0]
         for run in runs:
@@ -53,7 +62,7 @@ class TraceReport(Report):
                             f"for {task}"
                         )
 
-    def notes(self, runs):
+    def notes(self, runs: list[Results]) -> str:
         parts = zip(*(runs[0][key] for key in ("tasks", "metrics", "decoding")), strict=True)
         lines = [f"- {task}: {metric}, decoding {decoding}" for task, metric, decoding in parts]
         return "Scores in percent:\n\n" + "\n".join(lines)
@@ -62,7 +71,7 @@ class TraceReport(Report):
 REPORT = TraceReport()
 
 
-def majority_row(stream, scorers):
+def majority_row(stream: Sequence[Task], scorers: Iterable[Scorer]) -> list[float]:
     """What always giving a task's most frequent answer scores, by the task's own scorer."""
     row = []
     for task, scorer in zip(stream, scorers, strict=True):

@@ -1,14 +1,23 @@
 """The stream of a run: its examples, and their tokens as they are trained on and scored."""
 
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+from torch import Tensor, nn
 
 from ..continual import load_stream
 from ..continual.data import Task
+from ..harness.progress import Bar
+from ..methods.base import Method
+from .encode import Batches, Encoder, Rows
 from .prefix import CachedRows, Prefix
-from .settings import HELD_OUT
+from .settings import HELD_OUT, TraceSettings
+
+# Hidden states of the examples of a task, by what they were computed from.
+Cached = dict[Hashable, list[Tensor]]
 
 
-def read_stream(settings):
+def read_stream(settings: TraceSettings) -> list[Task]:
     """The tasks of a run, cut to its limits.
 
     Raises:
@@ -37,17 +46,27 @@ class StreamRows:
     alone.
 
     Args:
-        stream: list of `Task`. encoder: `Encoder`. method: `Method`, whose prompts are scored.
-        model: the model, in eval mode. settings: `TraceSettings`.
+        method: its prompts are scored. model: in eval mode.
         trained: whether anything is trained on.
-        cached: dict in which runs in one process share hidden states.
+        cached: in which runs in one process share hidden states.
         watch: function from a name and a number of examples to a `Bar` over them.
     """
 
-    def __init__(self, stream, encoder, method, model, settings, trained, cached, watch):
-        self.settings, self.cached, self.upper = settings, cached, nullcontext
-        self.train = [encoder.examples(task.name, task.train) for task in stream]
-        self.test = []
+    def __init__(
+        self,
+        stream: Sequence[Task],
+        encoder: Encoder,
+        method: Method,
+        model: nn.Module,
+        settings: TraceSettings,
+        trained: bool,
+        cached: Cached,
+        watch: Callable[[str, int], Bar],
+    ) -> None:
+        self.settings, self.cached = settings, cached
+        self.upper: Callable[[], AbstractContextManager] = nullcontext
+        train = [encoder.examples(task.name, task.train) for task in stream]
+        test: list[Rows] = []
         for task in stream:
             # Of several examples, the prompt of all together begins once.
             parts = encoder.without_beginnings(task)
@@ -55,21 +74,25 @@ class StreamRows:
             prompts = [e.prompt for e in task.test] if prompts is None else prompts
             if is_forced(settings, task.name):
                 pairs = [(p, e.answer) for p, e in zip(prompts, task.test, strict=True)]
-                self.test.append(encoder.scored(task.name, pairs))
+                test.append(encoder.scored(task.name, pairs))
             else:
-                self.test.append(encoder.prompts(task.name, prompts))
+                test.append(encoder.prompts(task.name, prompts))
+        self.train: Sequence[Batches] = train
+        self.test: Sequence[Rows | CachedRows] = test
         if settings.cache_prefix:
             prefix = Prefix(model, settings.first_layer)
             forced = [is_forced(settings, task.name) for task in stream]
-            parts = [rows for rows, wanted in zip(self.test, forced, strict=True) if wanted]
-            self._cache(prefix, [*self.train, *parts] if trained else parts, watch)
+            parts = [rows for rows, wanted in zip(test, forced, strict=True) if wanted]
+            self._cache(prefix, [*train, *parts] if trained else parts, watch)
             if trained:
-                self.train = [self._kept(rows) for rows in self.train]
-            pairs = zip(self.test, forced, strict=True)
+                self.train = [self._kept(rows) for rows in train]
+            pairs = zip(test, forced, strict=True)
             self.test = [self._kept(rows) if wanted else rows for rows, wanted in pairs]
             self.upper = prefix.upper
 
-    def _cache(self, prefix, parts, watch):
+    def _cache(
+        self, prefix: Prefix, parts: Iterable[Rows], watch: Callable[[str, int], Bar]
+    ) -> None:
         """Keep hidden states, but those of an earlier run that are of the same tokens."""
         new = {key: rows for rows in parts if (key := self._key(rows)) not in self.cached}
         if not new:
@@ -78,15 +101,15 @@ class StreamRows:
             for key, rows in new.items():
                 self.cached[key] = prefix.cache(rows, self.settings.eval_batch, bar.advance)
 
-    def _kept(self, rows):
+    def _kept(self, rows: Rows) -> CachedRows:
         return CachedRows(rows, self.cached[self._key(rows)])
 
-    def _key(self, rows):
+    def _key(self, rows: Rows) -> Hashable:
         settings = self.settings
         base = (settings.model, settings.dtype, settings.quantize, settings.first_layer)
         return (*base, tuple(map(tuple, rows.ids)))
 
 
-def is_forced(settings, task):
+def is_forced(settings: TraceSettings, task: str) -> bool:
     """Whether a task is scored in one pass over the true answers."""
     return settings.of("decoding", task) == "forced"

@@ -1,14 +1,27 @@
 """The picture of `moram inspect`. Draws an `AtomReport`, computes nothing of its own."""
 
+from __future__ import annotations
+
 import math
 import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ...inspection import AtomReport
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
-def draw_firing(report, path, file):
+def draw_firing(report: AtomReport, path: str, file: str | Path) -> None:
     """Draw which atoms fire for which task, and where in the model tasks are told apart.
 
     Args:
-        report: `AtomReport`, whose adapters have the same numbers of atoms of each task, no task
+        report: its adapters have the same numbers of atoms of each task, no task
             none. path: the adapter to draw by itself. file: PNG file to write.
     """
     # Drawn without pyplot, which keeps global state and may open windows.
@@ -32,15 +45,17 @@ def draw_firing(report, path, file):
     figure.savefig(file, dpi=110)
 
 
-def layer_grid(values):
+def layer_grid(
+    values: Mapping[str, float],
+) -> tuple[list[str], list[int | str], list[list[float]]]:
     """Numbers by path as a grid: what is left of the path without its layer, by layer.
 
     Args:
-        values: dict from path to number. The layer is the first number within the path.
+        values: by path. The layer is the first number within the path.
     Returns:
         (names, layers, rows): rows[name][layer], nan where the model has no such adapter.
     """
-    cells = {}
+    cells: dict[tuple[str, int | str], float] = {}
     for path, value in values.items():
         found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
         layer = int(found.group(1)) if found else "-"
@@ -51,7 +66,9 @@ def layer_grid(values):
     return names, layers, [[cells.get((n, layer), math.nan) for layer in layers] for n in names]
 
 
-def _draw_weights(figure, axis, report, weights, share, title):
+def _draw_weights(
+    figure: Figure, axis: Axes, report: AtomReport, weights: Tensor, share: Tensor, title: str
+) -> None:
     image = axis.imshow(
         weights.numpy(), vmin=0, cmap="magma", aspect="auto", interpolation="nearest"
     )

@@ -3,23 +3,31 @@
 The counting is `moram.inspection`, the picture `plot`.
 """
 
+from __future__ import annotations
+
 import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ... import checkpoint
 from ...config import check_count
 from ...continual import load_stream
-from ...continual.data import check_characters
+from ...continual.data import Task, check_characters
 from ...harness.files import read_json, write_json, write_text
 from ...harness.run import CONFIG, RESULTS
 from ...harness.settings import EXAMPLES
 from ...harness.tables import markdown
-from ...inspection import find_adapter, inspect_atoms, token_atoms
-from ..encode import Encoder, by_length
+from ...inspection import AtomReport, FiredAtom, find_adapter, inspect_atoms, token_atoms
+from ..encode import Batch, Encoder, by_length, decoded
 from ..model import load
 from ..settings import SPLITS, TraceSettings
+
+if TYPE_CHECKING:
+    from ...harness.progress import Log
 
 ADAPTERS = "adapters"
 # Adapters that the report names.
@@ -27,18 +35,18 @@ SHOWN = 5
 
 
 def inspect_run(
-    run,
+    run: str | Path,
     *,
-    data=None,
-    tasks=None,
-    split="test",
-    limit=32,
-    last=None,
-    adapter=None,
-    text=None,
-    out=None,
-    log=print,
-):
+    data: str | Path | None = None,
+    tasks: Iterable[str] | None = None,
+    split: str = "test",
+    limit: int = 32,
+    last: int | None = None,
+    adapter: str | None = None,
+    text: str | None = None,
+    out: str | Path | None = None,
+    log: Log = print,
+) -> dict[str, Any]:
     """Which atoms of a run's adapters fire for which task; writes inspect.json, .md and .png.
 
     The model reads what it reads when the run is scored: the prompts, and where decoding is
@@ -80,17 +88,16 @@ def inspect_run(
     if adapter is not None:
         find_adapter(model, adapter)
     encoder = Encoder(tokenizer, settings)
-    if text is not None:
-        read = _encode_text(encoder, names[0], text).to(device)
+    read = None if text is None else _encode_text(encoder, names[0], text).to(device)
     batches = {task.name: _batches(encoder, settings, task, limit) for task in stream}
     report = inspect_atoms(model, batches, learned, last=last)
     path = adapter or report.by_separation()[0]
     found = _summary(report) | {"run": str(run), "split": split, "limit": limit, "last": last}
     found |= {"adapter": path, "adapters": {p: _details(report, p) for p in report.paths}}
     lines = _lines(report, found)
-    if text is not None:
+    if read is not None:
         view = token_atoms(model, read, path, learned)
-        tokens = [tokenizer.decode([token]) for token in read.tolist()]
+        tokens = [decoded(tokenizer, [token]) for token in read.tolist()]
         found["text"] = [
             {"token": token, "atoms": [[a.task, a.index, round(a.weight, 4)] for a in atoms]}
             for token, atoms in zip(tokens, view, strict=True)
@@ -105,7 +112,7 @@ def inspect_run(
     return found
 
 
-def _read_settings(run):
+def _read_settings(run: Path) -> TraceSettings:
     """The settings of a finished run with atoms to look at."""
     saved = read_json(run / CONFIG)
     if saved is None:
@@ -119,7 +126,7 @@ def _read_settings(run):
     return TraceSettings(**{name: value for name, value in saved.items() if name != EXAMPLES})
 
 
-def _chosen(learned, tasks):
+def _chosen(learned: Sequence[str], tasks: Iterable[str] | None) -> tuple[str, ...]:
     """The tasks whose inputs are looked at."""
     names = tuple(learned if tasks is None else tasks)
     for name in names:
@@ -127,7 +134,7 @@ def _chosen(learned, tasks):
     return names
 
 
-def _among(argument, value, allowed):
+def _among(argument: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         close = difflib.get_close_matches(str(value), allowed, n=1)
         raise ValueError(
@@ -136,7 +143,7 @@ def _among(argument, value, allowed):
         )
 
 
-def _batches(encoder, settings, task, limit):
+def _batches(encoder: Encoder, settings: TraceSettings, task: Task, limit: int) -> Iterator[Batch]:
     """What the model reads of a task when it is scored, in batches of similar lengths."""
     examples = task.test[:limit]
     if settings.of("decoding", task.name) == "generate":
@@ -148,7 +155,7 @@ def _batches(encoder, settings, task, limit):
         yield rows.batch(order[start : start + settings.eval_batch])
 
 
-def _encode_text(encoder, task, text):
+def _encode_text(encoder: Encoder, task: str, text: str) -> Tensor:
     check_characters("text", text)
     ids = encoder.prompts(task, [text]).ids[0] if text.strip() else []
     if not ids:
@@ -156,7 +163,7 @@ def _encode_text(encoder, task, text):
     return torch.tensor(ids)
 
 
-def _summary(report):
+def _summary(report: AtomReport) -> dict[str, Any]:
     """Numbers over all adapters."""
     return {
         "inputs": list(report.inputs),
@@ -170,7 +177,7 @@ def _summary(report):
     }
 
 
-def _details(report, path):
+def _details(report: AtomReport, path: str) -> dict[str, Any]:
     """Numbers of one adapter."""
     return {
         "separation": round(report.separation(path), 4),
@@ -184,13 +191,13 @@ def _details(report, path):
     }
 
 
-def _rounded(values, digits):
+def _rounded(values: Tensor, digits: int) -> list[Any]:
     if values.dim() > 1:
         return [_rounded(row, digits) for row in values]
     return [round(value, digits) for value in values.tolist()]
 
 
-def _lines(report, found):
+def _lines(report: AtomReport, found: Mapping[str, Any]) -> list[str]:
     """The report as Markdown lines."""
     places = "all tokens" if found["last"] is None else f"the last {found['last']} tokens"
     head = (
@@ -223,7 +230,7 @@ def _lines(report, found):
     ]
 
 
-def _text_lines(path, tokens, view):
+def _text_lines(path: str, tokens: Iterable[str], view: Iterable[Iterable[FiredAtom]]) -> list[str]:
     """The view of a text, token by token, as Markdown lines."""
     # Of the weights themselves: those of inspect.json are rounded already.
     rows = [
