@@ -57,9 +57,10 @@ launches: $(VENV)/.dev ## of the interpreted tests: how many launches each path 
 opcheck: $(VENV)/.dev ## of the interpreted tests: torch.library.opcheck, determinism
 	$(INTERPRETED)/test_ops.py tests/interpreted/test_bits.py
 
-lint: $(VENV)/.dev ## ruff check and ruff format --check
+lint: $(VENV)/.dev ## ruff check, ruff format --check, and the types of both packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/.dev ## time the layers on this machine; ARGS goes to benchmarks/speed/throughput.py
 	$(BIN)/python benchmarks/speed/throughput.py $(ARGS)

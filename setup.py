@@ -66,6 +66,7 @@ setup(
             "pytest",
             "pytest-benchmark",
             "ruff",
+            "basedpyright",
         ],
     },
     entry_points={"console_scripts": ["moram=moram.cli:main"]},

@@ -45,7 +45,7 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def _add_demo_arguments(parser: ArgumentParser) -> None:
-    from .demo.run import DemoSettings
+    from .demo.settings import DemoSettings
 
     kinds = {"tasks": str, "data": Path, "out": Path, "cache": Path, "model": Path, "threads": int}
     notes = {
@@ -73,7 +73,8 @@ def _add_demo_arguments(parser: ArgumentParser) -> None:
 
 
 def _run_demo(arguments: Namespace, parser: ArgumentParser) -> int:
-    from .demo.run import DATA, TASKS, DemoSettings, run_demo
+    from .demo.run import run_demo
+    from .demo.settings import DATA, TASKS, DemoSettings
 
     values = {item.name: getattr(arguments, item.name) for item in fields(DemoSettings)}
     if values["tasks"] is None and values["data"] != DATA:

@@ -150,8 +150,9 @@ class Inputs:
             x, path = arguments[0], paths[adapter]
             if self._last is None or x is not self._last[0]:
                 mask = self._mask
-                whole = mask is None or mask.shape != x.shape[:-1]
-                rows = x.flatten(0, -2) if whole else x[mask.to(x.device)]
+                rows = x.flatten(0, -2)
+                if mask is not None and mask.shape == x.shape[:-1]:
+                    rows = x[mask.to(x.device)]
                 self._last = (x, path, rows)
             _, self.leader[path], rows = self._last
             note(path, rows)

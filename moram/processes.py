@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,13 @@ class Processes:
         """Whether this is the process that writes files."""
         return self.rank == 0
 
-    def share(self, rows: Sequence[T]) -> Sequence[T]:
+    @overload
+    def share(self, rows: Tensor) -> Tensor: ...
+
+    @overload
+    def share(self, rows: Sequence[T]) -> Sequence[T]: ...
+
+    def share(self, rows: Any) -> Any:
         """The part of a sequence that this process works on."""
         return rows[self.rank :: self.world]
 

@@ -19,7 +19,15 @@ CONFIG = moram.MoRAMConfig(atoms_per_task=8, top_k=8, protect=0.95)
 class Learner:
     """A causal language model with adapters. lr: at its peak. size: examples a step."""
 
-    def __init__(self, name: str, config=CONFIG, lr=3e-3, epochs=1, size=4, seed=0) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: moram.MoRAMConfig = CONFIG,
+        lr: float = 3e-3,
+        epochs: int = 1,
+        size: int = 4,
+        seed: int = 0,
+    ) -> None:
         self.lr, self.epochs, self.size, self.seed, self.tasks = lr, epochs, size, seed, 0
         self.tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
         self.tokenizer.pad_token = self.tokenizer.eos_token

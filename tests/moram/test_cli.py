@@ -23,7 +23,7 @@ except SystemExit as end:
 print([name for name in HEAVY if name in sys.modules])
 """
 LINES = [[], ["trace", "check-data"], ["xtail", "check-data"]]
-LINES += [[name] for name in COMMANDS if name != "demo"]
+LINES += [[name] for name in COMMANDS]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from moram import MoRAMConfig
 from moram.cli import main
-from moram.demo.run import DemoSettings
+from moram.demo.settings import DemoSettings
 from moram.harness.describe import describe, meanings
 from moram.methods import TrainSettings
 from moram.trace.settings import PRESETS, TraceSettings
