@@ -60,19 +60,25 @@ def guards(fresh: Mapping[str, Fresh], inputs: Inputs) -> dict[str, Guard]:
         `Guard` by path. With the gain, the root mean square of a fresh row's score on the new
         inputs is strength times the mean of the frozen ones', but it is at most `MAX_GAIN`.
     """
-    bases = {p: new.sketch.basis(new.energy).to(new.rows.device) for p, new in fresh.items()}
-    readers = {}
+    bases, owners, readers = {}, {}, {}
     for path, new in fresh.items():
-        rows = kept_out(new.rows.to(bases[path].dtype), bases[path])
-        readers[path] = torch.cat([new.frozen.to(rows), rows, bases[path]])
+        # Layers that read one input share a sketch: they share its directions, too.
+        owner = owners.setdefault((id(new.sketch), new.energy), path)
+        if owner == path:
+            bases[path] = new.sketch.basis(new.energy).to(new.rows.device)
+        basis = bases[path] = bases[owner]
+        rows = kept_out(new.rows.to(basis.dtype), basis)
+        readers[path] = torch.cat([new.frozen.to(rows), rows, *[basis] * (owner == path)])
     found, little = {}, {}
     measured = inputs.mean_squares(readers)
     for path, new in fresh.items():
         basis, (squares, energy) = bases[path], measured[path]
-        sizes = (len(new.frozen), len(new.rows), len(basis))
-        old, fresh_squares, inside = squares.split(sizes)
+        ends = len(new.frozen), len(new.frozen) + len(new.rows)
+        old, fresh_squares, inside = squares.tensor_split(ends)
         score = fresh_squares.sqrt().mean().clamp_min(1e-12)
         found[path] = Guard(basis, min(MAX_GAIN, float(new.strength * old.sqrt().mean() / score)))
+        if not len(inside):
+            continue
         left = max(0.0, float(1 - inside.sum() / energy.clamp_min(1e-30)))
         if left < MIN_LEFT:
             little[path] = f"{path} ({len(basis)} directions, {left:.2%})"

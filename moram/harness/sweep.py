@@ -99,17 +99,29 @@ def sweep(
         log: called with a line a run, and the table.
     Returns:
         Whether the tables were written.
+    Raises:
+        RuntimeError: runs failed; the others were done.
     """
-    index, count = share
+    (index, count), failed = share, []
     for name, settings in [own for own in runs if only in own[0]][index::count]:
         if is_finished(settings.out):
             continue
         start = time.perf_counter()
-        results = run(settings)
+        try:
+            results = run(settings)
+        except (OSError, RuntimeError, ValueError) as error:
+            # One of several processes cannot go on without the others.
+            if Processes().world > 1:
+                raise
+            failed.append(f"{name}: {error}")
+            log(f"{name} failed: {error}")
+            continue
         if Processes().is_first:
             found = ", ".join(f"{k} {value:.1f}" for k, value in results["summary"].items())
             log(f"{name}: {found or 'no summary'}; {time.perf_counter() - start:.0f} s")
             (Path(settings.out) / STATE).unlink(missing_ok=True)
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(runs)} runs failed; {failed[0]}")
     folders = [settings.out for _, settings in runs]
     if not Processes().is_first or not all(map(is_finished, folders)):
         return False

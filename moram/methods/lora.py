@@ -1,12 +1,12 @@
 """Sequential LoRA: one adapter that goes on learning, the baseline without any protection."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any, Generic, TypedDict, TypeVar, cast
 
 import torch
 from torch import nn
 
-from ..config import check_count
+from ..config import MoRAMConfig, check_count
 from ..inject import adapters, inject_with
 from ..layers import AdapterLinear, LoRALinear
 from .base import Method
@@ -19,8 +19,8 @@ class LoRAArguments(TypedDict, total=False):
 
     rank: int
     alpha: float | None
-    targets: str | Sequence[str]
-    exclude: Iterable[str]
+    targets: str | tuple[str, ...]
+    exclude: tuple[str, ...]
     seed: int
     dropout: float
 
@@ -42,13 +42,16 @@ class LoRAMethod(Method, Generic[L]):
         self,
         rank: int = 8,
         alpha: float | None = None,
-        targets: str | Sequence[str] = "auto",
-        exclude: Iterable[str] = (),
+        targets: str | tuple[str, ...] = "auto",
+        exclude: tuple[str, ...] = (),
         seed: int = 0,
         dropout: float = 0.0,
     ) -> None:
         check_count("rank", rank, 1)
-        self.rank, self.alpha, self.targets, self.exclude = rank, alpha, targets, exclude
+        self.rank, self.alpha = rank, alpha
+        # Its checks are theirs.
+        names = MoRAMConfig(targets=targets, exclude=exclude)
+        self.targets, self.exclude = names.targets, names.exclude
         self.dropout = dropout
         self.generator = torch.Generator().manual_seed(seed)
 

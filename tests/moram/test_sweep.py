@@ -81,6 +81,25 @@ def test_the_same_command_does_what_is_missing_and_goes_on_with_what_was_stopped
     assert one["matrix"] == other["matrix"]
 
 
+def test_a_run_that_fails_is_named_and_the_others_are_done(tmp_path):
+    work = Work(tmp_path / "out")
+    run = work.run
+
+    def fail_once(settings):
+        if settings.out.endswith(NAMES[1]):
+            raise ValueError("no such thing")
+        return run(settings)
+
+    work.run = fail_once
+    with pytest.raises(RuntimeError, match=f"1 of 4 runs failed; {NAMES[1]}: no such thing"):
+        work.sweep()
+    assert work.done == [name for name in NAMES if name != NAMES[1]]
+    assert f"{NAMES[1]} failed: no such thing" in work.said
+    assert not (tmp_path / "out" / "table.md").exists()
+    work.run = run
+    assert work.sweep() == ([NAMES[1]], True)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_shards_do_every_run_once_between_them(tmp_path, count):
     work = Work(tmp_path / "out", methods=("zero-shot", "joint"))

@@ -101,3 +101,9 @@ def test_moram_takes_flat_settings():
     assert (config.atoms_per_task, config.top_k, config.threshold) == (3, 3, 0.1)
     assert config.targets == ("q",)
     assert make_method("moram", rank=3, top_k=7).config.top_k == 7
+
+
+def test_one_text_is_no_list_of_names_to_leave_out():
+    for name in ("moram", "lora", "o-lora"):
+        with pytest.raises(TypeError, match="exclude must be a tuple"):
+            make_method(name, exclude="k_proj")
