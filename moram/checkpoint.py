@@ -229,7 +229,7 @@ def load(model: nn.Module, directory: str | Path) -> dict[str, Any]:
 
     def change() -> None:
         for path in about["layers"]:
-            adapter = model.get_submodule(actual[path])
+            adapter = unwrapped(model.get_submodule(actual[path]))
             assert isinstance(adapter, MoRAMLinear)
             adapter.configure(config)
             bank = adapter.bank.to(getattr(torch, config.atom_dtype))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .layers import MoRAMLinear
 from .sketch import InputSketch, pack_sketches
+from .wrappers import unwrapped
 
 
 def tensor_name(path: str, part: str) -> str:
@@ -55,7 +56,7 @@ def restore_protection(
     sketches = {}
     for path in about["layers"]:
         known = about.get("protection", {}).get(path, {})
-        adapter = model.get_submodule(actual[path])
+        adapter = unwrapped(model.get_submodule(actual[path]))
         assert isinstance(adapter, MoRAMLinear)
         bank = adapter.bank
         bank.sketch = None
