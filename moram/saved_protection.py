@@ -21,8 +21,8 @@ def write_protection(
 ) -> dict[str, dict[str, Any]]:
     """What is known of earlier inputs and the guards of an open task; adds to the tensors.
 
-    Layers that read one input share a sketch, which is written once: `of` names the layer that has
-    it.
+    Layers that read one input share a sketch and a guard's directions, which are written once: `of`
+    and `guard_of` name the layer that has them.
     """
     sketches = {p: a.bank.sketch for p, a in found.items() if a.bank.sketch is not None}
     packed, about = pack_sketches(sketches), {}
@@ -32,10 +32,14 @@ def write_protection(
         about[path] = {"of": owner, "size": sketch.size, "total": float(sketch.total)}
     for path, (rows, _) in packed["sketches"].items():
         tensors[tensor_name(path, "sketch")] = rows.to(dtype).cpu().contiguous()
+    owners: dict[int, str] = {}
     for path, adapter in found.items():
         guard = adapter.bank.guard
-        if guard is not None:
-            about.setdefault(path, {})["gain"] = guard.gain
+        if guard is None:
+            continue
+        owner = owners.setdefault(id(guard.basis), path)
+        about.setdefault(path, {}).update({"gain": guard.gain, "guard_of": owner})
+        if owner == path:
             tensors[tensor_name(path, "guard")] = guard.basis.cpu().contiguous()
     return about
 
@@ -68,7 +72,9 @@ def restore_protection(
                 sketches[owner] = InputSketch(known["size"], rows, total)
             bank.sketch = sketches[owner]
         if "gain" in known:
-            basis = tensors[tensor_name(path, "guard")].to(bank.current_keys.device)
+            # Older files keep one for each layer.
+            owner = known.get("guard_of", path)
+            basis = tensors[tensor_name(owner, "guard")].to(bank.current_keys.device)
             bank.guard_keys(basis, known["gain"])
 
 
@@ -78,7 +84,8 @@ def protection_shapes(
     """The shape that each tensor of protection must have, by its name in the file."""
     wanted = {}
     for path, known in about.get("protection", {}).items():
-        parts = (("sketch", known.get("of") == path), ("guard", "gain" in known))
+        has_guard = "gain" in known and known.get("guard_of", path) == path
+        parts = (("sketch", known.get("of") == path), ("guard", has_guard))
         for name in (tensor_name(path, part) for part, is_there in parts if is_there):
             rows = len(tensors[name]) if name in tensors else 0
             wanted[name] = (rows, about["layers"][path]["in_features"])

@@ -100,7 +100,7 @@ def test_an_example_is_short_and_says_how_it_is_run(path):
     text = path.read_text(encoding="utf-8")
     assert f"python -m moram.examples.{path.stem}" in ast.get_docstring(ast.parse(text))
     # The one that reads files and trains as the harness does is the longest.
-    assert len(text.splitlines()) <= (80 if path.stem == "learn_tasks" else 60)
+    assert len(text.splitlines()) <= (90 if path.stem == "learn_tasks" else 60)
 
 
 def test_an_example_uses_what_the_library_offers_alone():

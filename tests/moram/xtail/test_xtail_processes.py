@@ -44,7 +44,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path, method):
     alone = losses(tmp_path / "alone")
     torch.testing.assert_close(losses(tmp_path / "two"), alone, rtol=1e-3, atol=1e-4)
     assert len(alone) == 21
-    assert expected["summary"]["last"] > 50, "something must have been learned"
+    assert expected["matrix"][-1] != expected["untrained"], "training must change answers"
     if assert_same_answers(answers_of(tmp_path / "two"), answers_of(tmp_path / "alone"), choices):
         assert found["matrix"] == expected["matrix"]
 
