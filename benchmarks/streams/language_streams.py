@@ -111,11 +111,14 @@ EIGHT_ONLY = {
 }
 
 
+# The other way round, with another seed, for those that the question is about.
+SECOND_LEFT_OUT = ("lora", "o-lora", "joint")
+ALL_EIGHT = {"": (EIGHT, 3), "-order2": (EIGHT[::-1], 4)}
+
+
 def eight_runs():
-    """Eight tasks, one order and one seed: what does a choice add to protection?"""
+    """Eight tasks, two orders with a seed each: what does a choice add to protection?"""
     short = {
-        "tasks": EIGHT,
-        "seed": 3,
         "dtype": "float32",
         "pad_multiple": 1,
         "max_prompt": 80,
@@ -126,36 +129,48 @@ def eight_runs():
     }
     rows = {label: chosen(label) for label in ("lora", "o-lora", "moram", "moram-protected")}
     for label, (method, changes) in (rows | EIGHT_ONLY | BOUNDS).items():
-        yield f"eight/{label}", method, short | changes
+        for order, (tasks, seed) in ALL_EIGHT.items():
+            if order and label in SECOND_LEFT_OUT:
+                continue
+            name = f"eight/{label}{order}"
+            yield name, method, short | changes | {"tasks": tasks, "seed": seed}
 
 
 # One factor of the protection at a time, beside protect 0.95, 256 directions and half strength.
 FACTORS = {
-    "protect": (0.9, 0.95, 0.99),
-    "protect_size": (64, 128, 1536),
+    "protect": (0.9, 0.99),
+    "protect_size": (64, 1536),
     "protect_strength": (0.25, 1.0),
 }
+HELD_OUT = {
+    "eval_split": "held-out",
+    "held_out": 40,
+    "lr": 3e-3,
+    "dtype": "float32",
+    "pad_multiple": 1,
+}
+
+
+def varied(part, factors, stream):
+    """A stream with the protection as it is, and with one factor changed at a time."""
+    rows = [(f"{name} {value:g}", {name: value}) for name in factors for value in FACTORS[name]]
+    for label, changes in [("protect 0.95, 256 directions, strength 0.5", {}), *rows]:
+        args = {f"method_args.{name}": value for name, value in changes.items()}
+        name = f"{part}/{label.replace(' ', '-').replace(',', '')}"
+        protected = {"method_args.protect": 0.95, "label": label}
+        yield name, "moram", HELD_OUT | stream | protected | args
 
 
 def choice_runs():
     """The protection's settings on the demo's tasks, scored on held-out training examples."""
-    demo = {
-        "tasks": EIGHT[4:7],
-        "eval_split": "held-out",
-        "held_out": 40,
-        "seed": 3,
-        "lr": 3e-3,
-        "dtype": "float32",
-        "pad_multiple": 1,
-        "max_prompt": 48,
-        "epochs": 2,
-        "batch_size": 2,
-    }
-    for name, values in FACTORS.items():
-        for value in values:
-            changes = {"method_args.protect": 0.95, f"method_args.{name}": value}
-            changes["label"] = f"{name} {value:g}"
-            yield f"choice/{name}-{value:g}", "moram", demo | changes
+    demo = {"tasks": EIGHT[4:7], "seed": 3, "max_prompt": 48, "epochs": 2, "first_layer": 22}
+    return varied("choice", FACTORS, demo)
+
+
+def strength_runs():
+    """Its strength alone on four classification tasks, which are longer."""
+    short = {"seed": 4, "max_prompt": 80, "max_answer": 8, "train_limit": 160}
+    return varied("strength", ("protect_strength",), short | {"tasks": ORDERS["order1"]})
 
 
 PARTS = {
@@ -164,6 +179,7 @@ PARTS = {
     "trace": trace_runs,
     "eight": eight_runs,
     "choice": choice_runs,
+    "strength": strength_runs,
 }
 
 
