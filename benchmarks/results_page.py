@@ -31,6 +31,15 @@ STUDIES = {
         "With 32 test examples a task, a standard error is up to 9 points. One seed does not rank "
         "the methods.",
     ),
+    "language/choice": (
+        "The protection's settings",
+        "One factor at a time beside the first row, scored on held-out training examples: the demo's "
+        "tasks, 40 scored each, a standard error of up to 8 points.",
+    ),
+    "language/strength": (
+        "The protection's strength on longer texts",
+        "Scored on held-out training examples, as above.",
+    ),
     "language/search": (
         "Search of the rate, language",
         "Each cell is the mean score after two tasks, on held-out training examples.",
