@@ -33,8 +33,8 @@ STUDIES = {
     ),
     "language/choice": (
         "The protection's settings",
-        "One factor at a time beside the first row, scored on held-out training examples: the demo's "
-        "tasks, 40 scored each, a standard error of up to 8 points.",
+        "One factor at a time beside the first row, scored on held-out training examples of the "
+        "demo's tasks, 40 each: a cell has a standard error of up to 8 points.",
     ),
     "language/strength": (
         "The protection's strength on longer texts",

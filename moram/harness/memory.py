@@ -1,4 +1,4 @@
-"""Peak memory of a stretch of work, in MiB (2^20 bytes)."""
+"""The device of a run, and the peak memory of a stretch of work, in MiB (2^20 bytes)."""
 
 import resource
 from contextlib import suppress
@@ -27,3 +27,8 @@ def peak_mib(device: torch.device) -> float:
         lines = _STATUS.read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def pick_device() -> torch.device:
+    """The CUDA device, if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

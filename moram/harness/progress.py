@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, TextIO
+from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from .files import write_text
 
@@ -34,6 +34,15 @@ class Bar:
         processes: only the first of them says anything.
         log: called with the lines. prefix: what the lines begin with; None = the name.
     """
+
+    total: int
+    done: int
+    log: Log
+    prefix: str
+    began: float
+    told: float
+    bar: Any
+    speaks: bool
 
     def __init__(
         self,
@@ -87,6 +96,12 @@ class Progress:
         total: examples to train on and to answer. settings: of the run. out: the run's folder.
         processes, log: see `Bar`.
     """
+
+    bar: Bar
+    first: bool
+    path: Path
+    size: int
+    start: float
 
     def __init__(
         self,

@@ -17,12 +17,13 @@ from torch import nn
 from .. import checkpoint
 from ..inject import adapters, warn_uncalled
 from ..layers import Adapter
+from ..methods.base import Method
 from ..methods.train import Stage, TaskTrainer
 from ..processes import Processes
 from .compare import differences
 from .files import Results, check_space, read_json, read_state, write_json, write_state
-from .memory import peak_mib, reset_peak
-from .plan import StreamPlan
+from .memory import peak_mib, pick_device, reset_peak
+from .plan import StreamPlan, TaskData
 from .progress import STEPS, Bar, Log, Progress
 from .report import Report
 from .settings import EXAMPLES, StreamSettings
@@ -53,6 +54,14 @@ class Run(ABC):
     report: ClassVar[Report]
     plan: StreamPlan
     model: nn.Module
+    settings: StreamSettings
+    stop: Callable[[], bool]
+    device: torch.device
+    log: Log
+    method: Method
+    stream: Sequence[TaskData]
+    adapters: dict[str, Adapter]
+    progress: Progress
 
     def __init__(
         self,
@@ -333,11 +342,6 @@ class Run(ABC):
             # Last: what says that it is complete, is.
             write_json(self.out / RESULTS, results)
         return results
-
-
-def pick_device() -> torch.device:
-    """The CUDA device, if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def versions(*libraries: str) -> dict[str, str]:

@@ -70,11 +70,11 @@ class StreamSettings:
     tells_task: ClassVar[bool] = True
 
     method: str = "moram"
-    method_args: dict = field(default_factory=dict)
+    method_args: dict[str, Any] = field(default_factory=dict)
     label: str = setting("", free=True)
     preset: str = "paper"
-    targets: str | tuple = "auto"
-    exclude: tuple = ()
+    targets: str | tuple[str, ...] = "auto"
+    exclude: tuple[str, ...] = ()
     rank: int = 8
     dropout: float = setting(0.0, within=FRACTION)
     lr: float = 5e-4

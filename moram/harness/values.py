@@ -3,16 +3,17 @@
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, field
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Any, TypeAlias, get_args, get_origin
 
 from ..config import check_count
 from ..models.presets import PRESETS as TARGETS
 
 # What a number may be: in words, and as a test that refuses NaN.
-FRACTION = ("in [0, 1)", lambda value: 0 <= value < 1)
-POSITIVE = ("finite and > 0", lambda value: 0 < value < float("inf"))
-NOT_NEGATIVE = (">= 0", lambda value: value >= 0)
+Within: TypeAlias = tuple[str, Callable[[Any], bool]]
+FRACTION: Within = ("in [0, 1)", lambda value: 0 <= value < 1)
+POSITIVE: Within = ("finite and > 0", lambda value: 0 < value < float("inf"))
+NOT_NEGATIVE: Within = (">= 0", lambda value: value >= 0)
 
 
 def setting(default: Any, **rules: Any) -> Any:
@@ -37,24 +38,24 @@ def rules_of(kind: type, name: str) -> dict[str, Any]:
     return found
 
 
-def default_of(item: Field) -> Any:
+def default_of(item: Field[Any]) -> Any:
     """The value of a setting where none is given."""
     return item.default if item.default_factory is MISSING else item.default_factory()
 
 
-def converted(item: Field, value: Any) -> Any:
+def converted(item: Field[Any], value: Any) -> Any:
     """A value as its setting keeps it: names as tuples, paths as text."""
     if item.name == "targets":
         named = isinstance(value, str) and (value == "auto" or value in TARGETS)
         return value if named else _names(item.name, value)
     if item.name == "betas":
         return _betas(value)
-    if item.type is tuple:
+    if _kinds(item) == {tuple}:
         return _names(item.name, value)
     return str(value) if isinstance(value, Path) and str in _kinds(item) else value
 
 
-def check_value(settings: Any, item: Field, task: str | None = None) -> None:
+def check_value(settings: Any, item: Field[Any], task: str | None = None) -> None:
     """Raise unless a setting's value is of its kind and within its rules.
 
     Args:
@@ -75,7 +76,7 @@ def check_value(settings: Any, item: Field, task: str | None = None) -> None:
     rules = rules_of(type(settings), item.name)
     for kind, check in _CHECKS.items():
         # Names and pairs were checked as they were converted.
-        if kind in kinds and tuple not in (*kinds, getattr(item.type, "__origin__", None)):
+        if kind in kinds and tuple not in kinds:
             check(name, value, rules)
     if rules.get("given") and not value:
         raise ValueError(f"{name} must be given")
@@ -88,8 +89,9 @@ def among(name: str, value: Any, allowed: Iterable[Any]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
 
 
-def _kinds(item: Field) -> set[object]:
-    return set(get_args(item.type)) or {item.type}
+def _kinds(item: Field[Any]) -> set[object]:
+    parts = get_args(item.type) if isinstance(item.type, UnionType) else (item.type,)
+    return {get_origin(part) or part for part in parts}
 
 
 def _names(name: str, value: Any) -> tuple[str, ...]:
@@ -113,19 +115,19 @@ def _betas(value: Any) -> tuple[float, ...]:
     return tuple(found)
 
 
-def _check_text(name: str, value: Any, rules: dict) -> None:
+def _check_text(name: str, value: Any, rules: dict[str, Any]) -> None:
     if "among" in rules:
         among(name, value, rules["among"])
     elif not isinstance(value, str):
         raise TypeError(f"{name} must be text, got {value!r}")
 
 
-def _check_flag(name: str, value: Any, rules: dict) -> None:
+def _check_flag(name: str, value: Any, rules: dict[str, Any]) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be true or false, got {value!r}")
 
 
-def _check_number(name: str, value: Any, rules: dict) -> None:
+def _check_number(name: str, value: Any, rules: dict[str, Any]) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
     words, fits = rules.get("within", ("", lambda value: True))
@@ -133,11 +135,11 @@ def _check_number(name: str, value: Any, rules: dict) -> None:
         raise ValueError(f"{name} must be {words}, got {value}")
 
 
-def _check_whole(name: str, value: Any, rules: dict) -> None:
+def _check_whole(name: str, value: Any, rules: dict[str, Any]) -> None:
     check_count(name, value, rules.get("least", 1))
 
 
-_CHECKS: dict[type, Callable[[str, Any, dict], None]] = {
+_CHECKS: dict[type, Callable[[str, Any, dict[str, Any]], None]] = {
     str: _check_text,
     bool: _check_flag,
     float: _check_number,

@@ -36,6 +36,8 @@ class CoDyRA(LoRAMethod[CoDyRALinear]):
 
     name = "CoDyRA"
     layer = CoDyRALinear
+    max_kappa: float
+    dense_iters: float
 
     def __init__(
         self,

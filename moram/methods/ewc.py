@@ -41,6 +41,9 @@ class EWC(LoRAMethod[LoRALinear]):
 
     name = "EWC"
     layer = LoRALinear
+    lam: float
+    gamma: float
+    fisher_examples: int | None
 
     def __init__(
         self,

@@ -30,6 +30,8 @@ class HiDeLoRA(LoRAMethod[LoRALinear]):
 
     name = "HiDe-LoRA"
     layer = LoRALinear
+    contrast: float
+    temperature: float
 
     def __init__(
         self,

@@ -65,6 +65,10 @@ class InContext(ZeroShot):
     name = "in-context learning"
     needs_task_id = True
     needs = "language"
+    demonstrations: int
+    max_length: int
+    seed: int
+    instructions: dict[str, str]
 
     def __init__(
         self,

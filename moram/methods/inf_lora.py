@@ -42,6 +42,9 @@ class InfLoRA(LoRAMethod[StackedLoRALinear]):
 
     name = "InfLoRA"
     layer = StackedLoRALinear
+    epsilon: float
+    end: float
+    count: int
 
     def __init__(
         self,
@@ -106,6 +109,9 @@ class DualMemory:
     Args:
         rows: orthonormal [k, D]. is_outside: whether they span what lies outside the subspace.
     """
+
+    rows: Tensor
+    is_outside: bool
 
     def __init__(self, rows: Tensor, is_outside: bool) -> None:
         self.rows, self.is_outside = rows, is_outside

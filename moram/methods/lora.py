@@ -37,6 +37,10 @@ class LoRAMethod(Method, Generic[L]):
     """
 
     layer: type[L]
+    rank: int
+    alpha: float | None
+    targets: str | tuple[str, ...]
+    exclude: tuple[str, ...]
 
     def __init__(
         self,

@@ -28,6 +28,10 @@ class LoRAStack(LoRAMethod[StackedLoRALinear]):
     """
 
     layer = StackedLoRALinear
+    protect: float | None
+    protect_size: int
+    protect_examples: int
+    protect_strength: float
 
     def __init__(
         self,

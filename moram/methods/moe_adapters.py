@@ -64,6 +64,10 @@ class MoEAdapters(Method):
 
     name = "MoE-Adapters"
     needs = "clip"
+    freeze: int
+    selection: str
+    alexnet: nn.Module | None
+    selector: TaskSelector
 
     def __init__(
         self,

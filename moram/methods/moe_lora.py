@@ -37,6 +37,9 @@ class MoELoRA(LoRAMethod[MoELoRALinear]):
 
     name = "MoE-LoRA"
     layer = MoELoRALinear
+    experts: int
+    top_k: int
+    balance: float
 
     def __init__(
         self,

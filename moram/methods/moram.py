@@ -27,6 +27,8 @@ class MoRAM(Method):
     Source: Lu et al., ICML 2026, arXiv 2506.21035.
     """
 
+    config: MoRAMConfig
+
     def __init__(self, config: MoRAMConfig | None = None, seed: int = 0) -> None:
         self.config = MoRAMConfig() if config is None else config
         self.generator = torch.Generator().manual_seed(seed)

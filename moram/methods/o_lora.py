@@ -29,6 +29,8 @@ class OLoRA(LoRAMethod[StackedLoRALinear]):
 
     name = "O-LoRA"
     layer = StackedLoRALinear
+    lambda1: float
+    lambda2: float
 
     def __init__(
         self,

@@ -114,6 +114,10 @@ class RAILPrimal(_RAIL):
     """
 
     name = "RAIL-Primal"
+    width: int
+    batch: int
+    seed: int
+    learned: int
 
     def __init__(
         self,
@@ -227,6 +231,7 @@ class RAILDual(_RAIL):
     """
 
     name = "RAIL-Dual"
+    learned: Any
 
     def __init__(
         self,

@@ -50,6 +50,13 @@ class TaskSelector:
         numbers a task.
     """
 
+    width: int
+    steps: int
+    lr: float
+    threshold: float | None
+    quantile: float
+    bounded: bool
+
     def __init__(
         self,
         width: int = 100,

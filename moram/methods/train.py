@@ -108,6 +108,10 @@ class Stage:
         data: `TokenData` for the default objective. objective: as `summed_loss`.
     """
 
+    model: nn.Module
+    data: Data
+    settings: TrainSettings
+
     def __init__(
         self,
         model: nn.Module,
@@ -164,6 +168,16 @@ class TaskTrainer:
     Raises:
         ValueError: there are not enough examples for a step, or nothing to train.
     """
+
+    model: nn.Module
+    method: Method
+    data: Data
+    settings: TrainSettings
+    processes: Processes
+    parameters: list[nn.Parameter]
+    done: int
+    total: int
+    optimizer: torch.optim.AdamW
 
     def __init__(
         self,

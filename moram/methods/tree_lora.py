@@ -62,6 +62,10 @@ class TreeLoRA(LoRAMethod[LoRALinear]):
 
     name = "TreeLoRA"
     layer = LoRALinear
+    reg: float
+    count: int
+    visits: Any
+    distances: Any
 
     def __init__(
         self,

@@ -58,6 +58,11 @@ class Rows:
         pad: id of the padding token. multiple: batches are padded, on the left, up to a multiple.
     """
 
+    ids: list[list[int]]
+    answers: list[int]
+    pad: int
+    multiple: int
+
     def __init__(
         self, ids: list[list[int]], answers: list[int], pad: int, multiple: int = 8
     ) -> None:
@@ -103,6 +108,13 @@ class Encoder:
     Args:
         tokenizer: a Hugging Face tokenizer. settings: of the run.
     """
+
+    tokenizer: PreTrainedTokenizerBase
+    settings: TraceSettings
+    eos: int
+    bos: int
+    begin: list[int]
+    pad: int
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: TraceSettings) -> None:
         self.tokenizer, self.settings = tokenizer, settings

@@ -25,6 +25,9 @@ class CachedRows:
         states: one tensor [L_i, D] an example.
     """
 
+    rows: Rows
+    states: list[Tensor]
+
     def __init__(self, rows: Rows, states: list[Tensor]) -> None:
         self.rows, self.states = rows, states
 

@@ -97,6 +97,10 @@ class TraceRun(Run):
     stream: list[Task]
     model: LanguageModel
     tokenizer: PreTrainedTokenizerBase
+    sharded: bool
+    fitted: TraceSettings
+    encoder: Encoder
+    rows: StreamRows
 
     def __init__(
         self,

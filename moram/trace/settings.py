@@ -58,7 +58,7 @@ class TraceSettings(StreamSettings):
         gradient_checkpointing: as named.
     """
 
-    presets: ClassVar[dict[str, dict]] = PRESETS
+    presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
     choosing: ClassVar[dict[str, Any]] = {"eval_split": HELD_OUT}
     model_kind: ClassVar[str | None] = "language"
     elsewhere: ClassVar[str] = "; see moram xtail"
@@ -66,30 +66,30 @@ class TraceSettings(StreamSettings):
     model: str = setting("", given=True)
     data: str = setting("", given=True, same_row=True)
     out: str = "out/trace"
-    tasks: tuple = setting((), same_row=True)
+    tasks: tuple[str, ...] = setting((), same_row=True)
     suite: str = setting("trace", among=SUITES, same_row=True)
     order: int | None = setting(None, same_row=True)
     first_layer: int = setting(0, least=0)
     cache_prefix: bool = False
-    epochs: int | dict = 1
+    epochs: int | dict[str, int] = 1
     micro_batch: int | None = setting(1, free=True)
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0
     average: str = "example"
     drop_last: bool = False
     seed: int = 1234
-    max_prompt: int | dict = 1024
+    max_prompt: int | dict[str, int] = 1024
     max_answer: int = 512
     fit_context: bool = False
     labels: str = setting("separate", among=("joined", "separate"))
-    truncate_right: tuple = ()
+    truncate_right: tuple[str, ...] = ()
     pad_multiple: int = 8
-    train_split: dict = field(default_factory=dict)
+    train_split: dict[str, str] = field(default_factory=dict)
     eval_split: str = setting("test", among=(*SPLITS, HELD_OUT))
     held_out: int = 100
     train_limit: int | None = None
-    decoding: str | dict = field(default="generate", metadata={"among": DECODINGS})
-    max_new_tokens: int | dict = 512
+    decoding: str | dict[str, str] = field(default="generate", metadata={"among": DECODINGS})
+    max_new_tokens: int | dict[str, int] = 512
     repetition_penalty: float = setting(1.0, within=POSITIVE)
     no_repeat_ngram: int = setting(0, least=0)
     rouge: str = setting("rouge", among=("rouge", "rouge_score"))

@@ -52,6 +52,9 @@ class StreamRows:
         watch: function from a name and a number of examples to a `Bar` over them.
     """
 
+    settings: TraceSettings
+    cached: Cached
+
     def __init__(
         self,
         stream: Sequence[Task],

@@ -30,6 +30,10 @@ class ImageStore:
         gib: the budget, in GiB (2^30 bytes). workers: threads that decode; 1 = no threads.
     """
 
+    left: int
+    lock: Lock
+    pool: ThreadPoolExecutor | None
+
     def __init__(self, gib: float, workers: int = 1) -> None:
         self.left, self.lock = int(gib * 2**30), Lock()
         self.kept: dict[tuple[int, int, Prepare | None], tuple[Image.Image | Tensor, Split]] = {}
@@ -103,6 +107,10 @@ class ImageStore:
 class Transforms:
     """The two transforms of CLIP, to uint8; `pixels` normalises."""
 
+    size: int
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, preprocess: Preprocess) -> None:
         self.size = preprocess.size
         self.mean, self.std = (
@@ -154,6 +162,16 @@ class ImageRows:
 
     # See `TaskTrainer`.
     joint = True
+    clip: Clip
+    split: Split
+    offset: int
+    count: int
+    store: ImageStore
+    transforms: Transforms
+    labels: Tensor
+    prompt_ids: Tensor
+    text_loss: bool
+    label_smoothing: float
 
     def __init__(
         self,
@@ -209,6 +227,11 @@ class TestImages:
     """
 
     __test__ = False
+    clip: Clip
+    split: Split
+    store: ImageStore
+    transforms: Transforms
+    labels: Tensor
 
     def __init__(
         self,
@@ -233,6 +256,9 @@ class TestImages:
 
 class ImageBatch:
     """A batch of test images, whose pixels and features are computed when asked for."""
+
+    images: TestImages
+    rows: Tensor
 
     def __init__(self, images: TestImages, rows: Tensor) -> None:
         self.images, self.rows = images, rows

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..methods.train import Stage, TrainSettings
+from ..models.clip import Clip
 from ..processes import Processes
 from .images import ImageRows
 
@@ -67,6 +68,10 @@ class ImageStage(Stage):
     """
 
     data: ImageRows
+    clip: Clip
+    offset: int
+    count: int
+    seed: int
 
     def __init__(
         self, model: nn.Module, data: ImageRows, settings: TrainSettings, seed: int

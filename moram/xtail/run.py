@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from ..harness.files import Results
 from ..harness.progress import Log
 from ..harness.run import Run, Stopped, versions
+from ..methods.base import Classifier
 from ..models.clip import Clip, load_clip
 from .data.domains import Domain, Split
 from .images import ImageRows, ImageStore, TestImages, Transforms
@@ -60,6 +62,12 @@ class XtailRun(Run):
     stream: list[Domain]
     # The model that was given, or that `load` loads.
     clip: Clip
+    store: ImageStore
+    adapts_images: bool
+    transforms: Transforms
+    test: list[TestImages]
+    prompt_ids: Tensor
+    classify: Classifier
 
     def __init__(
         self,

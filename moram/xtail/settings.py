@@ -11,7 +11,7 @@ from .data.catalog import MTIL, XTAIL
 from .presets import PRESETS
 
 SMALL_BACKBONE = "small"
-STREAMS = {("xtail",): XTAIL, ("mtil",): MTIL}
+STREAMS: dict[tuple[str, ...], tuple[str, ...]] = {("xtail",): XTAIL, ("mtil",): MTIL}
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,10 @@ class XtailSettings(StreamSettings):
     pretrained: str = "auto"
     data_dir: str = setting("", same_row=True)
     out: str = "out/xtail"
-    datasets: tuple = setting((), same_row=True)
+    datasets: tuple[str, ...] = setting((), same_row=True)
     shots: int = 16
     rank: int = 16
-    lr: float | dict = 5e-4
+    lr: float | dict[str, float] = 5e-4
     iterations: int = 500
     batch_size: int = 64
     schedule: str = "cosine"

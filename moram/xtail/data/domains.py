@@ -9,7 +9,7 @@ import random
 import struct
 from collections.abc import Iterable, Sized
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -18,6 +18,9 @@ from PIL import Image
 
 class BadImage(ValueError):
     """An image that cannot be decoded; the message names it and the reason."""
+
+    name: str
+    reason: str
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"{name}: {reason}")
@@ -50,6 +53,9 @@ class FileSplit:
         paths: of the images, in order.
         labels: a class index for each.
     """
+
+    paths: list[str]
+    labels: list[int]
 
     def __init__(self, paths: Iterable[str | Path], labels: Iterable[int]) -> None:
         self.paths, self.labels = [os.fspath(path) for path in paths], [int(y) for y in labels]
@@ -89,6 +95,9 @@ class ArraySplit:
         name: what messages call the array.
     """
 
+    images: np.ndarray[Any, Any]
+    labels: list[int]
+
     def __init__(self, images: ArrayLike, labels: Iterable[int], name: str) -> None:
         images = np.asarray(images)
         if images.dtype != np.uint8 or not (
@@ -115,6 +124,10 @@ class ArraySplit:
 
 class Subset:
     """Some images of a split, under the same interface. Made by `take`."""
+
+    split: Split
+    indices: list[int]
+    labels: list[int]
 
     def __init__(self, split: Split, indices: Iterable[int]) -> None:
         self.split, self.indices = split, [int(i) for i in indices]
