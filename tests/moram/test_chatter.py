@@ -70,7 +70,7 @@ COMMANDS = {
         "model: model, torch.float32, ",
     ),
     "xtail": (
-        "xtail --backbone local-dir:clip --data-dir images --datasets tools --shots 2 --out tools "
+        "xtail --model local-dir:clip --data images --tasks tools --shots 2 --out tools "
         "--method zero-shot --set cache_gib=0.1",
         "tools: 2 classes, 4 train, 8 test images",
     ),
