@@ -140,7 +140,7 @@ def _add_xtail_arguments(parser: ArgumentParser) -> None:
     parser.epilog = (
         f"Datasets of their own names: {', '.join(XTAIL)}, cifar100; drawn or small ones: "
         f"{', '.join((*SMALL, *REAL))}; any other name is a folder NAME/{{train,test}}/CLASS in "
-        "--data-dir, its prompt in NAME/template.txt. Settings: moram.xtail.settings."
+        "--data, its prompt in NAME/template.txt. Settings: moram.xtail.settings."
     )
     add = parser.add_argument
     # The words of moram trace first; the second ones are older.

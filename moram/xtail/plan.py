@@ -133,7 +133,7 @@ def read_domains(settings: XtailSettings) -> list[Domain]:
     others = [name for name in settings.datasets if not is_small(name)]
     if others and not settings.data_dir:
         raise ValueError(
-            f"--data-dir (data_dir) must be given: it holds {', '.join(others)}; --preset small "
+            f"--data (data_dir) must be given: it holds {', '.join(others)}; --preset small "
             "needs none"
         )
     found = {}

@@ -247,11 +247,11 @@ def test_both_commands_have_the_same_words(monkeypatch, command):
     assert main([command, *words[:4], "--set", "tasks=[a, b]", "--held-out"]) == 0
     if command == "xtail":
         older = [
-            "--backbone",
+            "--model",
             "m",
-            "--data-dir",
+            "--data",
             "d",
-            "--datasets",
+            "--tasks",
             "a,b",
             "--set",
             "held_out=true",

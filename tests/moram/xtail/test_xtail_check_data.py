@@ -103,7 +103,7 @@ def test_importing_the_domains_imports_no_torchvision():
 
 def test_check_data_says_what_is_missing_and_where_it_belongs(tmp_path, capsys):
     write_tree(tmp_path, ["dtd", "eurosat"])
-    given = ["xtail", "check-data", str(tmp_path), "--datasets", "dtd,eurosat"]
+    given = ["xtail", "check-data", str(tmp_path), "--tasks", "dtd,eurosat"]
     assert main(given) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "dtd: OK, 47 classes, 47 train and 47 test images" in lines
@@ -120,9 +120,9 @@ def test_check_data_looks_for_all_ten_and_at_images_when_asked(tmp_path, capsys)
     write_tree(tmp_path)
     assert main(["xtail", "check-data", str(tmp_path)]) == 0
     (tmp_path / "dtd" / "images" / "c3" / "test0.jpg").write_bytes(b"")
-    assert main(["xtail", "check-data", str(tmp_path), "--datasets", "dtd"]) == 0
+    assert main(["xtail", "check-data", str(tmp_path), "--tasks", "dtd"]) == 0
     capsys.readouterr()
-    assert main(["xtail", "check-data", str(tmp_path), "--datasets", "dtd", "--images"]) == 1
+    assert main(["xtail", "check-data", str(tmp_path), "--tasks", "dtd", "--images"]) == 1
     assert "c3/test0.jpg: the file is empty" in capsys.readouterr().out
 
 
@@ -132,7 +132,7 @@ def test_check_data_of_a_folder_that_does_not_exist(tmp_path, capsys):
 
 
 def test_drawn_and_small_domains_are_known_to_check_data(tmp_path, capsys):
-    given = ["xtail", "check-data", str(tmp_path), "--datasets", "shapes, vehicles"]
+    given = ["xtail", "check-data", str(tmp_path), "--tasks", "shapes, vehicles"]
     assert main(given) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "shapes: OK, 10 classes, 240 train and 240 test images"

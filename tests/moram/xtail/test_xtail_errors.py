@@ -52,7 +52,7 @@ def command(backbone, data, tmp_path, capsys):
         for name in ("out", "datasets"):
             given.pop(name)
         changes = [part for k, v in given.items() for part in ("--set", f"{k}={json.dumps(v)}")]
-        names = ["--datasets", ",".join(datasets)]
+        names = ["--tasks", ",".join(datasets)]
         capsys.readouterr()
         status = main(["xtail", *names, "--out", str(out), *changes, *arguments])
         said = capsys.readouterr()
@@ -102,7 +102,7 @@ def test_a_data_folder_that_does_not_exist_or_was_not_given(refused, tmp_path):
     gone = str(tmp_path / "gone")
     assert refused(data_dir=gone) == f"{gone} is not a folder; it must hold the datasets"
     line = refused(data_dir="")
-    assert line.startswith("--data-dir (data_dir) must be given: it holds fruit, birds, tools")
+    assert line.startswith("--data (data_dir) must be given: it holds fruit, birds, tools")
 
 
 BAD = {
@@ -211,8 +211,8 @@ def test_a_class_with_too_few_shots_is_logged_and_its_images_are_repeated(comman
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--datasets", "fruit,birds,fruit"], "datasets must differ, got fruit, birds, fruit"),
-        (["--datasets", ","], "datasets must name at least one"),
+        (["--tasks", "fruit,birds,fruit"], "datasets must differ, got fruit, birds, fruit"),
+        (["--tasks", ","], "datasets must name at least one"),
         (["--set", "lr=fast"], "lr must be a number, got 'fast'"),
         (["--set", "lr=0"], "lr must be finite and > 0, got 0"),
         (["--set", "iterations=2.5"], "iterations must be an integer >= 1, got 2.5"),
@@ -254,7 +254,7 @@ def test_a_malformed_setting(refused, arguments, message):
 
 def test_an_unknown_method_is_refused_by_the_parser_too(capsys):
     with pytest.raises(SystemExit) as error:
-        main(["xtail", "--method", "moran", "--datasets", "fruit"])
+        main(["xtail", "--method", "moran", "--tasks", "fruit"])
     assert error.value.code == 2 and "invalid choice: 'moran'" in capsys.readouterr().err
 
 
@@ -332,7 +332,7 @@ def test_an_interrupt_that_does_not_wait_is_status_130(monkeypatch, whole, capsy
         raise KeyboardInterrupt
 
     monkeypatch.setattr("moram.xtail.run.run_xtail", interrupt)
-    assert main(["xtail", "--data-dir", whole, "--datasets", "fruit"]) == 130
+    assert main(["xtail", "--data", whole, "--tasks", "fruit"]) == 130
     assert capsys.readouterr().err == "moram xtail: interrupted\n"
 
 

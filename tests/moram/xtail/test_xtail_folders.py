@@ -118,7 +118,7 @@ def test_a_class_without_images_is_an_error_and_a_problem(birds, capsys, split, 
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         load_domain("birds", birds.parent)
-    given = ["xtail", "check-data", str(birds.parent), "--datasets", "birds"]
+    given = ["xtail", "check-data", str(birds.parent), "--tasks", "birds"]
     assert main(given) == 1
     assert capsys.readouterr().out.splitlines()[:2] == ["birds: 1 problem", f"  {message}"]
 

@@ -256,7 +256,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(data, tmp_path, monkeypatch, 
 
     def command(folder):
         sets = [part for k, v in given.items() for part in ("--set", f"{k}={json.dumps(v)}")]
-        return ["xtail", "--datasets", ",".join(DOMAINS), "--out", str(folder), "--quiet", *sets]
+        return ["xtail", "--tasks", ",".join(DOMAINS), "--out", str(folder), "--quiet", *sets]
 
     assert main(command(whole)) == 0
     steps, original = [], TaskTrainer._step
