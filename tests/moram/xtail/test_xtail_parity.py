@@ -218,8 +218,8 @@ def train(clip, method, index, data, steps=STEPS):
         batches.append((crop(rows), data.labels[rows]))
         return batches[-1][0]
 
-    def objective(*args):
-        found = contrastive(*args)
+    def objective(*args, **named):
+        found = contrastive(*args, **named)
         losses.append(found[0].detach())
         return found
 
