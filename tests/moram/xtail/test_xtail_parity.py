@@ -214,8 +214,8 @@ def train(clip, method, index, data, steps=STEPS):
     """The losses in full precision, and the batches: [(pixels, labels)]."""
     losses, batches, crop = [], [], data.pixels
 
-    def pixels(rows):
-        batches.append((crop(rows), data.labels[rows]))
+    def pixels(rows, share):
+        batches.append((crop(rows, share), data.labels[rows]))
         return batches[-1][0]
 
     def objective(*args, **named):
@@ -276,7 +276,7 @@ class Features(nn.Module):
 
 def loss_of(images, texts, labels, offset=0, **changes):
     clip = Clip(Features(), None, None)
-    data = {"clip": clip, "pixels": lambda rows: images[rows], "texts": lambda: texts}
+    data = {"clip": clip, "pixels": lambda rows, share: images[rows[share]], "texts": lambda: texts}
     data |= {"labels": labels, "offset": offset, "count": len(texts)}
     data = SimpleNamespace(**(data | {"text_loss": True, "label_smoothing": 0.0} | changes))
     return contrastive(clip.model, data, torch.arange(len(labels)))[0]
