@@ -17,7 +17,10 @@ CONFIG = moram.MoRAMConfig(atoms_per_task=8, top_k=8, protect=0.95)
 
 
 class Learner:
-    """A causal language model with adapters. lr: at its peak. size: examples a step."""
+    """A causal language model with adapters.
+
+    Args: lr: at its peak. epochs: passes over a task. size: examples a step.
+    """
 
     def __init__(
         self,
