@@ -35,8 +35,8 @@ class EmulatingDriver:
     def __init__(self, arch, kept=()):
         self.arch = arch
         self.kept = {tensor.untyped_storage().data_ptr() for tensor in kept}
-        # Names of the kernels that ran, in order.
-        self.launched = []
+        # Names of the kernels that ran, in order, and all opcodes that they have.
+        self.launched, self.opcodes = [], set()
         _, shared, units = DEVICES[arch]
         properties = {"max_shared_mem": shared, "multiprocessor_count": units}
         self.utils = SimpleNamespace(
@@ -67,6 +67,7 @@ class EmulatingDriver:
             # The compiled kernel outlives the driver that compiled it.
             driver = triton.runtime.driver.active
             driver.launched.append(program.kernel.name)
+            driver.opcodes |= program.opcodes
             space, values = Space(), []
             for name, value in zip(names, args, strict=True):
                 if isinstance(value, torch.Tensor):
