@@ -41,15 +41,25 @@ class Program:
             message = f"{register.name} may be read before it is written"
             where = f"{self.kernel.name}, PTX line {ins.line}"
             raise Trap("register", f"{where}: {message}; {ins.text}")
-        translator = Translator(self.kernel, SHARED_BASE)
-        source, self.where = translator.source()
-        self.instructions = translator.instructions
-        scope = translator.scope()
-        self.file = f"<{self.kernel.name}>"
-        exec(compile(source, self.file, "exec"), scope)
-        numbers = range(len(self.kernel.blocks))
-        self.run_all = [scope[f"b{number}_all"] for number in numbers]
-        self.run_some = [scope[f"b{number}_some"] for number in numbers]
+        self._translator = Translator(self.kernel, SHARED_BASE)
+        self.instructions = self._translator.instructions
+        # By (block, masked). All that may run unmasked is translated here: nothing is unknown.
+        self._functions, self._sources = {}, {}
+        for number in range(len(self.kernel.blocks)):
+            self._sources[number, False] = self._translator.source(number, False)
+        # {line: instruction} of every function, by its file.
+        self.where = {}
+
+    def function(self, number, masked):
+        """The function of a block; compiled when it is first wanted."""
+        key = (number, masked)
+        if key not in self._functions:
+            source, where = self._sources.get(key) or self._translator.source(*key)
+            file = f"<{self.kernel.name}, block {number}, masked {masked}>"
+            self.where[file] = where
+            exec(compile(source, file, "exec"), self._translator.scope)
+            self._functions[key] = self._translator.scope.pop("run")
+        return self._functions[key]
 
     def launch(self, grid, values, space):
         """Run all CTAs of a grid.
@@ -120,20 +130,19 @@ class Machine:
 
     def _execute(self, at, mask):
         program = self.program
-        run = program.run_all[at] if mask is None else program.run_some[at]
+        run = program.function(at, mask is not None)
         try:
             return run(self, self.registers, mask)
         except Trap:
             raise
         except Exception as error:
-            trace, line = error.__traceback__, None
+            trace, ins = error.__traceback__, None
             while trace:
-                if trace.tb_frame.f_code.co_filename == program.file:
-                    line = trace.tb_lineno
+                where = program.where.get(trace.tb_frame.f_code.co_filename)
+                ins = where[trace.tb_lineno] if where else ins
                 trace = trace.tb_next
-            ins = program.where.get(line)
-            where = f"PTX line {ins.line}: {ins.text}" if ins else "outside of any instruction"
-            raise Trap("emulator", f"{program.kernel.name}, {where}: {error!r}") from error
+            text = f"{program.kernel.name}, PTX line {ins.line}: {error!r}; {ins.text}"
+            raise Trap("emulator", text) from error
 
     def _branch(self, block, mask, taken):
         if np.ndim(taken) == 0:

@@ -33,29 +33,22 @@ class Translator:
 
     def __init__(self, kernel, shared_base):
         self.kernel, self.shared_base = kernel, shared_base
-        self.constants, self._names = {}, {}
+        # The names that functions use: helpers, and constants as they come up.
+        self.scope = {function.__name__: function for function in HELPERS} | {"np": np}
+        self._constants = {}
         # What the machine is told of where it is: indices into this list.
         self.instructions = []
 
-    def scope(self):
-        """The names that the functions use."""
-        return {function.__name__: function for function in HELPERS} | self.constants | {"np": np}
-
-    def source(self):
-        """(Python of all blocks, {line of it: instruction})."""
-        lines, where = [], {}
-        for number, block in enumerate(self.kernel.blocks):
-            for masked in (False, True):
-                lines.append(f"def b{number}_{'some' if masked else 'all'}(M, R, m):")
-                result = "None"
-                for ins in block.code:
-                    if ins.ends_block():
-                        result = self._end(ins)
-                    elif text := self._statement(ins, masked):
-                        lines.append("    " + text)
-                        where[len(lines)] = ins
-                lines.append(f"    return {result}")
-        return "\n".join(lines), where
+    def source(self, number, masked):
+        """(Python of a block's function `run`, {line of it: instruction})."""
+        lines, where, result = ["def run(M, R, m):"], {}, "None"
+        for ins in self.kernel.blocks[number].code:
+            if ins.ends_block():
+                result = self._end(ins)
+            elif text := self._statement(ins, masked):
+                lines.append("    " + text)
+                where[len(lines)] = ins
+        return "\n".join([*lines, f"    return {result}"]), where
 
     def _end(self, ins):
         if ins.name == "bra" and ins.guard:
@@ -91,10 +84,10 @@ class Translator:
 
     def constant(self, value):
         key = (value.dtype.str, value.tobytes())
-        if key not in self._names:
-            self._names[key] = f"K{len(self._names)}"
-            self.constants[self._names[key]] = value
-        return self._names[key]
+        if key not in self._constants:
+            self._constants[key] = name = f"K{len(self._constants)}"
+            self.scope[name] = value
+        return self._constants[key]
 
     def integer(self, value, kind):
         """A Python integer as a constant of a PTX type."""

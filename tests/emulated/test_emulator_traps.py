@@ -180,3 +180,9 @@ def test_register_that_may_be_unwritten(body):
 def test_what_is_not_known_names_itself_and_its_line(body, why):
     with pytest.raises(Unsupported, match=rf"PTX line 21: {body.split()[0]}: .*{why}"):
         program(body)
+
+
+def test_error_of_the_emulator_names_the_line():
+    with pytest.raises(Trap, match=r"PTX line 21: .*%clock") as caught:
+        run("mov.u32 %r9, %clock;")
+    assert caught.value.kind == "emulator"
