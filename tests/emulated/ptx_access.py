@@ -9,6 +9,9 @@ import re
 from ptx_numbers import BYTES, NUMPY
 from ptx_text import Register, Unsupported
 
+# Types of a sum and of the two factors.
+SUMS = (["f32", "bf16", "bf16"], ["f32", "f16", "f16"])
+
 
 def _space(ins):
     """ "shared" or "memory", the part of the machine."""
@@ -111,10 +114,7 @@ def _product(t, ins, active):
     """mma.sync."""
     shape = next(part for part in ins.op if re.match(r"m\d+n\d+k\d+", part))
     kinds = [part for part in ins.op if part in NUMPY]
-    if shape not in ("m16n8k8", "m16n8k16") or kinds not in (
-        ["f32", "bf16", "bf16", "f32"],
-        ["f32", "f16", "f16", "f32"],
-    ):
+    if shape not in ("m16n8k8", "m16n8k16") or kinds not in [[*one, "f32"] for one in SUMS]:
         raise Unsupported(ins, "only m16n8k8 and m16n8k16 of 16-bit floats are known")
     d, *operands = ins.args
     parts = ", ".join(_parts(t, ins, part) for part in operands)
@@ -131,23 +131,12 @@ def _group_product(t, ins, active):
         return "M.products.commit()"
     if what == "wait_group":
         return f"M.products.wait({ins.args[0].integer})"
-    columns = next(
-        re.fullmatch(r"m64n(\d+)k16", part)
-        for part in ins.op
-        if part[0] == "m" and part[1:2].isdigit()
-    )
+    shape = next(part for part in ins.op if re.match(r"m\d+n\d+k\d+", part))
+    columns = re.fullmatch(r"m64n(\d+)k16", shape)
     kinds = [part for part in ins.op if part in NUMPY]
     d, a, b, scale, *rest = ins.args
     signs, majors = [one.integer for one in rest[:2]], [one.integer for one in rest[2:]]
-    if (
-        columns is None
-        or signs != [1, 1]
-        or kinds
-        not in (
-            ["f32", "bf16", "bf16"],
-            ["f32", "f16", "f16"],
-        )
-    ):
+    if columns is None or signs != [1, 1] or kinds not in SUMS:
         raise Unsupported(ins, "only m64n_k16 of 16-bit floats with both signs 1 is known")
     if isinstance(a, list):
         left, majors = _parts(t, ins, a), [0, *majors]
