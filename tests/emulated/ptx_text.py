@@ -20,6 +20,9 @@ _ITEM = re.compile(
     re.VERBOSE,
 )
 
+# A vector, an address, or what lies between commas.
+_OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^\s,][^,]*")
+
 
 class Unsupported(NotImplementedError):
     """What the emulator does not know; names the PTX line."""
@@ -183,7 +186,7 @@ class _Body:
         if match := re.match(r"@(!?)([%\w]+) ", text):
             guard, rest = (self._find(match[2]), bool(match[1])), text[match.end() :]
         opcode, _, operands = rest.partition(" ")
-        args = [self._operand(piece) for piece in _split(operands)]
+        args = [self._operand(piece) for piece in _OPERAND.findall(operands)]
         ins = Instruction(opcode.split("."), args, guard, line, text)
         block = self.blocks[-1]
         block.code.append(ins)
@@ -206,13 +209,13 @@ class _Body:
 
     def _operand(self, text):
         text = text.strip()
+        if found := self._find(text):
+            return found
         if text.startswith("{"):
-            return [self._operand(piece) for piece in _split(text[1:-1])]
+            return [self._operand(piece) for piece in _OPERAND.findall(text[1:-1])]
         if text.startswith("["):
             base, _, offset = text[1:-1].replace(" ", "").partition("+")
             return Address(self._operand(base), int(offset or "0", 0))
-        if found := self._find(text):
-            return found
         return Literal(text) if re.match(r"-?\d", text) else Symbol(text)
 
     def finished(self):
@@ -223,16 +226,3 @@ class _Body:
             if block.end in ("jump", "branch"):
                 block.target = self.labels[block.code[-1].args[0].name]
         return self.blocks
-
-
-def _split(text):
-    """Operands at the commas outside of brackets."""
-    parts, depth, current = [], 0, ""
-    for char in text:
-        depth += (char in "[{") - (char in "]}")
-        if char == "," and depth == 0:
-            parts.append(current)
-            current = ""
-        else:
-            current += char
-    return [*parts, current] if current.strip() else parts
