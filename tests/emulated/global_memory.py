@@ -4,8 +4,10 @@ import numpy as np
 
 
 class GlobalMemory:
-    """Args:
-    threads: of the batch. space: the `Space` with the launch's tensors.
+    """What a batch of CTAs does to tensors.
+
+    Args:
+        threads: of the batch. space: the `Space` with the launch's tensors.
     """
 
     def __init__(self, threads, space):

@@ -27,8 +27,10 @@ HINTS = re.compile(r"(L1|L2|shared)::\w+|m\d+n\d+k\d+")
 
 
 class Translator:
-    """Args:
-    kernel: a parsed one. shared_base: address at which shared memory starts.
+    """Writes the functions of a kernel.
+
+    Args:
+        kernel: a parsed one. shared_base: address at which shared memory starts.
     """
 
     def __init__(self, kernel, shared_base):

@@ -12,8 +12,11 @@ class Trap(Exception):
 
 
 class Threads:
-    """Args:
-    program: the `Program` that runs. grid: CTAs along each axis. ctas: numbers of those that run.
+    """All threads that run together.
+
+    Args:
+        program: the `Program` that runs. grid: CTAs along each axis.
+        ctas: numbers of those that run.
     """
 
     def __init__(self, program, grid, ctas):
