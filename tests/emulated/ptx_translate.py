@@ -65,6 +65,8 @@ class Translator:
         for part in ins.op[1:]:
             if part not in KNOWN and not HINTS.fullmatch(part):
                 raise Unsupported(ins, f"{part!r} is not known")
+        if "ftz" in ins.op and ins.name not in ptx_arithmetic.FLUSHING:
+            raise Unsupported(ins, "'ftz' is not known here")
         active = "m" if masked else "None"
         if ins.guard:
             active = f"both({active}, {self.guard(ins)})"

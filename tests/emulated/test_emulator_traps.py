@@ -172,6 +172,7 @@ def test_register_that_may_be_unwritten(body):
     [
         ("frobnicate.b32 %r9, %r1;", "the opcode is not known"),
         ("add.sat.s32 %r9, %r1, %r1;", "'sat' is not known"),
+        ("min.ftz.f32 %r9, %r1, %r1;", "'ftz' is not known here"),
         ("atom.global.add.u32 %r9, [%rd3], 1;", "the opcode is not known"),
         ("bar.sync 1;", "only barrier 0"),
         ("ld.local.b32 %r9, [%rd3];", "'local' is not known"),
