@@ -108,6 +108,8 @@ def test_write_after_a_write_of_another_warp():
 def test_warps_may_write_the_same_to_one_place_but_nothing_else():
     assert_trap("race", "st.shared.b32 [%r3], %r1;")
     run("st.shared.b32 [%r3], %r2; ld.shared.b32 %r9, [%r3];")
+    assert_trap("race", "st.global.b32 [%rd1], %r1;")
+    run("st.global.b32 [%rd1], %r2;")
 
 
 def test_a_warp_sees_its_own_writes():
