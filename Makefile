@@ -19,7 +19,7 @@ help: ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 
 .PHONY: demo test portable lint bench clean plain interpreted parity traffic gate launches opcheck
-.PHONY: results
+.PHONY: emulate results
 
 demo: $(VENV)/.demo ## a small language model learns three tasks in a row; results in OUT/demo
 	$(BIN)/moram demo --out $(OUT)/demo $(ARGS)
@@ -38,7 +38,7 @@ plain: $(VENV)/.dev ## the tests but those of interpreted kernels; ARGS goes to 
 interpreted: $(VENV)/.dev ## the tests of kernels, in Triton's interpreter
 	$(INTERPRETED)
 
-# The five checks of the kernels that need no GPU, one by one.
+# The six checks of the kernels that need no GPU, one by one.
 INTERPRETED := TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/interpreted
 
 parity: $(VENV)/.dev ## of the interpreted tests: kernels and operator against a float64 oracle
@@ -56,6 +56,10 @@ launches: $(VENV)/.dev ## of the interpreted tests: how many launches each path 
 
 opcheck: $(VENV)/.dev ## of the interpreted tests: torch.library.opcheck, determinism
 	$(INTERPRETED)/test_ops.py tests/interpreted/test_bits.py
+
+# `make test` runs a cross-section of it, with the tests of the emulator.
+emulate: $(VENV)/.dev ## run compiled kernels on the CPU, every case; ARGS goes to pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/emulated -m "" $(ARGS)
 
 lint: $(VENV)/.dev ## ruff check, ruff format --check, and the types of both packages
 	$(BIN)/ruff check .
