@@ -2,15 +2,13 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from choices import TRAINED, Choices, answers_of, assert_same_answers
 from trace_support import settings_for, write_data, write_model
+from two_processes import launch
 
 from moram.processes import Processes
 from moram.trace.run import run_trace
@@ -50,22 +48,12 @@ def read(out):
     return results, answers_of(out), torch.tensor(losses)
 
 
-def launch(settings, folder):
-    """Run in two processes on this machine."""
-    path = folder / "settings.json"
-    path.write_text(json.dumps(settings.to_dict()))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(WORKER), str(path)]
-    variables = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=variables, capture_output=True, text=True)
-
-
 @pytest.mark.parametrize("shard", [False, True], ids=["whole", "sharded"])
 def test_two_processes_give_the_numbers_of_one(alone, shard):
     make, (expected, answers, losses), choices, folder = alone
     # 18 answers in batches of 4 do not share out evenly, which must not matter.
     out = f"shard{shard}"
-    done = launch(make(out, shard=shard), folder)
+    done = launch(WORKER, make(out, shard=shard), folder)
     assert done.returncode == 0, done.stderr[-2000:]
     # 2 layers of 9 tensors, the embedding, the head and the last norm.
     assert ("sharded 21 of 21" in done.stdout) == shard, done.stdout

@@ -1,14 +1,12 @@
 """Two processes give the numbers of one: losses of whole batches, gradients, answers."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from choices import TRAINED, Choices, answers_of, assert_same_answers
+from two_processes import launch
 from xtail_support import run, settings_for, steps_of, write_domains
 
 from moram.processes import Processes
@@ -32,12 +30,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path, method):
     with Choices(TRAINED) as choices:
         expected = run(data, tmp_path / "alone", method, **changes)
     settings = settings_for(data, tmp_path / "two", method, **changes)
-    path = tmp_path / "settings.json"
-    path.write_text(json.dumps(settings.to_dict()))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(WORKER), str(path)]
-    variables = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True)
+    done = launch(WORKER, settings, tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "two" / "results.json").read_text())
     assert (expected["processes"], found["processes"]) == (1, 2)
