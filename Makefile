@@ -19,7 +19,7 @@ help: ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 
 .PHONY: demo test portable lint bench clean plain interpreted parity traffic gate launches opcheck
-.PHONY: emulate results
+.PHONY: emulate mutations results
 
 demo: $(VENV)/.demo ## a small language model learns three tasks in a row; results in OUT/demo
 	$(BIN)/moram demo --out $(OUT)/demo $(ARGS)
@@ -60,6 +60,13 @@ opcheck: $(VENV)/.dev ## of the interpreted tests: torch.library.opcheck, determ
 # `make test` runs a cross-section of it, with the tests of the emulator.
 emulate: $(VENV)/.dev ## run compiled kernels on the CPU, every case; ARGS goes to pytest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/emulated -m "" $(ARGS)
+
+# Programs beside those tests.
+TESTS := $(CURDIR)/tests
+BESIDE := PYTHONPATH=$(CURDIR):$(TESTS):$(TESTS)/interpreted:$(TESTS)/compile_gate OMP_NUM_THREADS=1
+
+mutations: $(VENV)/.dev ## break compiled kernels one place at a time; is it noticed?
+	$(BESIDE) $(BIN)/python tests/emulated/mutations.py $(ARGS)
 
 lint: $(VENV)/.dev ## ruff check, ruff format --check, and the types of both packages
 	$(BIN)/ruff check .

@@ -15,7 +15,8 @@ from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
 from ..aliases import Settings, Tile
-from .launcher import cdiv, dot_dtype, launch, rows, target
+from . import launcher
+from .launcher import cdiv, dot_dtype, launch, rows
 from .networks import network
 from .segments import Table, row_pointers
 from .threshold import count_from, drop_ties, tied_column
@@ -308,4 +309,4 @@ def network_for(tile: int, tile2: int, top_k: int, device: torch.device) -> Kern
         tile, tile2: columns of the first tile and of the second one, 0 = there is none.
         top_k: atoms per token, 4, 8 or 16. device: a torch device.
     """
-    return network((tile, tile2) if tile2 else (tile,), top_k, target(device))
+    return network((tile, tile2) if tile2 else (tile,), top_k, launcher.target(device))

@@ -46,6 +46,12 @@ class Launch:
     @property
     def label(self):
         """Name of the configuration, from everything that the compiled code depends on."""
+        odd = sum(1 for a in self.args if isinstance(a, int) and a % 16)
+        return f"{self.form} odd{odd}" if odd else self.form
+
+    @property
+    def form(self):
+        """Name of tile, flags and dtypes: the configuration without the divisibility of sizes."""
         low = [d for d in self.dtypes if d != "fp32"]
         parts = [self.kind, "+".join(low) or "fp32"]
         tile = [
@@ -65,9 +71,6 @@ class Launch:
         parts.append(f"w{self.meta['num_warps']}")
         for name, letter in (("num_stages", "s"), ("maxnreg", "r")):
             parts += [f"{letter}{self.meta[name]}"] if name in self.meta else []
-        sizes = [a for a in self.args if isinstance(a, int)]
-        odd = sum(1 for size in sizes if size % 16)
-        parts += [f"odd{odd}"] if odd else []
         return " ".join(parts)
 
     @property
@@ -228,28 +231,38 @@ def shipped(target, subset=None):
     return {label: one for label, one in found.items() if subset is None or one.ci}
 
 
-def record(call, target):
-    """The launches of a call's forward and, in training, of its backward."""
+def planned(call, target):
+    """The `Plan` of a call on its path, or None where that is not offered."""
+    met = call.dtype if call.dtype == (call.result or call.dtype) else "float32"
+    shape = (call.tokens, call.width, call.out, call.atoms, call.top_k, met, call.training)
+    how = {"current": call.current, "precision": call.precision, "table": {}}
+    if call.path not in plan.plan(*shape, DEVICES[target], **how).seconds:
+        return None
+    return plan.plan(*shape, DEVICES[target], **how, path=call.path)
+
+
+def record(call, target, chosen=None):
+    """The launches of a call's forward and, in training, of its backward.
+
+    Args:
+        chosen: a `Plan` to follow instead of the call's own.
+    """
+    chosen = chosen or planned(call, target)
+    if chosen is None:
+        return []
     dtype = getattr(torch, call.dtype)
     launches = []
 
     def new(*shape):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    result = call.result or call.dtype
-    met = call.dtype if call.dtype == result else "float32"
-    shape = (call.tokens, call.width, call.out, call.atoms, call.top_k, met, call.training)
-    how = {"current": call.current, "precision": call.precision, "table": {}}
-    if call.path not in plan.plan(*shape, DEVICES[target], **how).seconds:
-        # The plan does not offer it here.
-        return []
-    chosen = plan.plan(*shape, DEVICES[target], **how, path=call.path)
     current = min(call.current, call.atoms)
     keys, values = (
         Table.of(new(call.atoms - current, width), new(current, width))
         for width in (call.width, call.out)
     )
-    x, y = new(call.tokens, call.width), new(call.tokens, call.out).to(getattr(torch, result))
+    x, y = new(call.tokens, call.width), new(call.tokens, call.out)
+    y = y.to(getattr(torch, call.result or call.dtype))
     settings = (call.top_k, 0.1, 0.0 if call.training else 0.2, 1e-12)
     saved = None
     if call.training:

@@ -15,4 +15,4 @@ from support import ROOT
 if os.environ.get("TRITON_INTERPRET") == "1":
     # Triton compiles nothing then.
     collect_ignore_glob = ["*"]
-sys.path.append(str(ROOT / "tests" / "interpreted"))
+sys.path.extend(str(ROOT / "tests" / name) for name in ("interpreted", "compile_gate"))

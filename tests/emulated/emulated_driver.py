@@ -7,6 +7,7 @@ Only this module knows the project's kernels.
 """
 
 import contextlib
+from dataclasses import dataclass
 from types import SimpleNamespace
 from unittest import mock
 
@@ -25,6 +26,25 @@ DEVICES = {
 }
 
 
+@dataclass(frozen=True)
+class Launched:
+    """A launch that was made. constants: by name, with warps and stages. dtypes: of its tensors."""
+
+    name: str
+    constants: dict
+    dtypes: frozenset
+
+    @classmethod
+    def of(cls, source, metadata):
+        """What a compiled kernel's launches are, from what Triton's launcher gets."""
+        names = list(source.signature)
+        constants = {names[path[0]]: value for path, value in source.constants.items()}
+        for name in ("num_warps", "num_stages", "maxnreg"):
+            constants[name] = getattr(metadata, name)
+        kinds = frozenset(kind[1:] for kind in source.signature.values() if kind[0] == "*")
+        return cls(source.name, constants, kinds)
+
+
 class EmulatingDriver:
     """What Triton's runtime asks of a driver.
 
@@ -35,7 +55,7 @@ class EmulatingDriver:
     def __init__(self, arch, kept=()):
         self.arch = arch
         self.kept = {tensor.untyped_storage().data_ptr() for tensor in kept}
-        # Names of the kernels that ran, in order, and all opcodes that they have.
+        # `Launched` of all launches, in order, and all opcodes that the kernels have.
         self.launched, self.opcodes = [], set()
         _, shared, units = DEVICES[arch]
         properties = {"max_shared_mem": shared, "multiprocessor_count": units}
@@ -62,24 +82,34 @@ class EmulatingDriver:
     def launcher_cls(self, source, metadata):
         names = list(source.signature)
         passed = {name for name, kind in source.signature.items() if kind != "constexpr"}
+        launched = Launched.of(source, metadata)
 
         def launch(x, y, z, stream, program, packed, about, enter, leave, *args):
             # The compiled kernel outlives the driver that compiled it.
             driver = triton.runtime.driver.active
-            driver.launched.append(program.kernel.name)
+            driver.launched.append(launched)
             driver.opcodes |= program.opcodes
-            space, values = Space(), []
-            for name, value in zip(names, args, strict=True):
-                if isinstance(value, torch.Tensor):
-                    pointer = value.untyped_storage().data_ptr()
-                    value = space.add(name, value, pointer in driver.kept)
-                if name in passed:
-                    values.append(value)
-            # Pointers to scratch memory, which these kernels have not.
-            values += [0] * (len(program.kernel.params) - len(values))
-            program.launch((x, y, z), values, space)
+            given = zip(names, args, strict=True)
+            driver.run(program, (x, y, z), [(name, value, name in passed) for name, value in given])
 
         return launch
+
+    def run(self, program, grid, arguments):
+        """Emulate a launch.
+
+        Args:
+            arguments: (name, value, whether the kernel gets it) of each.
+        """
+        space, values = Space(), []
+        for name, value, passed in arguments:
+            if isinstance(value, torch.Tensor):
+                pointer = value.untyped_storage().data_ptr()
+                value = space.add(name, value, pointer in self.kept)
+            if passed:
+                values.append(value)
+        # Pointers to scratch memory, which these kernels have not.
+        values += [0] * (len(program.kernel.params) - len(values))
+        program.launch(grid, values, space)
 
 
 def _without_machine_code(*stage):
@@ -95,17 +125,18 @@ def _without_machine_code(*stage):
 
 
 @contextlib.contextmanager
-def emulated(arch, kept=()):
+def emulated(arch, kept=(), kind=EmulatingDriver):
     """Run the project's Triton backend on tensors of the CPU, as if there were a GPU.
 
     Memory that nobody has written is NaN, or the largest integer.
 
     Args:
         arch: compute capability, 80 or 90. kept: tensors whose memory no kernel may write to.
+        kind: class of the driver.
     Yields:
         `EmulatingDriver`.
     """
-    driver = EmulatingDriver(arch, kept)
+    driver = kind(arch, kept)
     deterministic = torch.are_deterministic_algorithms_enabled()
     patches = (
         (triton.runtime.driver, "_active", driver),

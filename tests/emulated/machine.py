@@ -33,7 +33,7 @@ class Program:
     """
 
     def __init__(self, text, shared=0):
-        self.kernel = parse(text)
+        self.text, self.kernel = text, parse(text)
         self.opcodes = {ins.name for block in self.kernel.blocks for ins in block.code}
         self.shared = -(-shared // 16) * 16
         self.unit = shared_unit(self.kernel)

@@ -30,7 +30,9 @@ def add(arch, limit=SIZE, step=64, kept=True, into=None):
 def test_kernel_without_a_fault_gives_its_result(arch):
     out, driver = add(arch)
     assert torch.equal(out, torch.arange(1, SIZE + 1, dtype=torch.float32))
-    assert driver.launched == ["_add_kernel"]
+    (launched,) = driver.launched
+    assert (launched.name, launched.dtypes) == ("_add_kernel", {"fp32"})
+    assert launched.constants.items() >= {"BLOCK": 64, "STEP": 64, "num_warps": 4}.items()
 
 
 @pytest.mark.parametrize(

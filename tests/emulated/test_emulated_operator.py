@@ -13,7 +13,7 @@ import pytest
 import torch
 from emulated_driver import emulated
 from paths import ALL, TRAINED, call, check_call, run_training
-from support import LEAVES, laid_out, make_case, with_spare_rows
+from support import LEAVES, far_rows, laid_out, make_case, with_spare_rows
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 ARCHS = (80, 90)
@@ -86,6 +86,7 @@ CASES = {
     "odd f32 views": lambda path: changed(a_case(path, dtype=F32), odd_view),
     "transposed": lambda path: changed(a_case(path), lambda t: laid_out(t, "transposed")),
     "strided": lambda path: changed(a_case(path), lambda t: laid_out(t, "strided")),
+    "far rows": lambda path: changed(a_case(path, rows=20, frozen=18, current=6), far_rows),
     "one buffer": lambda path: one_buffer(a_case(path)),
     "spare rows": lambda path: with_spare_rows(a_case(path), 6),
     "inference": lambda path: a_case(path, training=False),
@@ -156,10 +157,10 @@ def every(pairs):
 
 
 @contextmanager
-def emulating(arch, case):
+def emulating(arch, case, **how):
     """Within the block launches are emulated, and no tensor of the case may be written to."""
     tensors = [getattr(case, field.name) for field in fields(case)]
-    with emulated(arch, [t for t in tensors if isinstance(t, torch.Tensor)]) as driver:
+    with emulated(arch, [t for t in tensors if isinstance(t, torch.Tensor)], **how) as driver:
         yield driver
 
 
