@@ -19,7 +19,7 @@ help: ## this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 
 .PHONY: demo test portable lint bench clean plain interpreted parity traffic gate launches opcheck
-.PHONY: emulate mutations results
+.PHONY: emulate mutations counts results
 
 demo: $(VENV)/.demo ## a small language model learns three tasks in a row; results in OUT/demo
 	$(BIN)/moram demo --out $(OUT)/demo $(ARGS)
@@ -67,6 +67,9 @@ BESIDE := PYTHONPATH=$(CURDIR):$(TESTS):$(TESTS)/interpreted:$(TESTS)/compile_ga
 
 mutations: $(VENV)/.dev ## break compiled kernels one place at a time; is it noticed?
 	$(BESIDE) $(BIN)/python tests/emulated/mutations.py $(ARGS)
+
+counts: $(VENV)/.dev ## count what compiled kernels execute, into tests/emulated/counts.csv
+	$(BESIDE) $(BIN)/python tests/emulated/count_kernels.py $(ARGS)
 
 lint: $(VENV)/.dev ## ruff check, ruff format --check, and the types of both packages
 	$(BIN)/ruff check .

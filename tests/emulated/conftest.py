@@ -5,6 +5,9 @@ They share the oracle and the forced paths of the interpreted tests. The emulato
 with what opcodes mean in `ptx_arithmetic`, `ptx_access` and `ptx_numbers`; `machine` runs that on
 `threads`, with `global_memory` in an `address_space`, `shared_memory`, `async_copies`, `warps`,
 `matrices` and `warpgroup_products`. `ptx_flow` finds registers that may be read unwritten.
+
+Beside the tests: `shipped_tiles` turns the compile gate's calls into small ones, `mutations` breaks
+kernels, `count_kernels` counts what they execute, with `counts`.
 """
 
 import os

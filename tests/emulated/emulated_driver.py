@@ -94,6 +94,10 @@ class EmulatingDriver:
 
         return launch
 
+    def counts_of(self, program):
+        """`Counts` that a launch adds to, or None."""
+        return None
+
     def run(self, program, grid, arguments):
         """Emulate a launch.
 
@@ -109,7 +113,7 @@ class EmulatingDriver:
                 values.append(value)
         # Pointers to scratch memory, which these kernels have not.
         values += [0] * (len(program.kernel.params) - len(values))
-        program.launch(grid, values, space)
+        program.launch(grid, values, space, self.counts_of(program))
 
 
 def _without_machine_code(*stage):

@@ -82,6 +82,8 @@ class GlobalMemory:
                 )  # fmt: skip
             elif stores:
                 check("read-only", place, every, part)
+            if threads.counts:
+                threads.counts.touched(region.name, at, width, _within(sel, part), stores)
             found.append((region, at, part))
         return found, sel
 

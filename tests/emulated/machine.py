@@ -61,12 +61,12 @@ class Program:
             self._functions[key] = self._translator.scope.pop("run")
         return self._functions[key]
 
-    def launch(self, grid, values, space):
+    def launch(self, grid, values, space, counts=None):
         """Run all CTAs of a grid.
 
         Args:
             grid: CTAs along x, y and z. values: of the parameters, in order.
-            space: the `Space` that knows the tensors.
+            space: the `Space` that knows the tensors. counts: `Counts` to add to, or None.
         """
         raw = {}
         for (kind, offset), value in zip(self.kernel.params.values(), values, strict=True):
@@ -78,15 +78,15 @@ class Program:
         with np.errstate(all="ignore"):
             for start in range(0, total, max(1, most)):
                 ctas = np.arange(start, min(total, start + max(1, most)))
-                Machine(self, grid, ctas, raw, space).run()
+                Machine(self, grid, ctas, raw, space, counts).run()
 
 
 class Machine:
     """Runs some CTAs of a launch together. Compiled blocks call its parts by name."""
 
-    def __init__(self, program, grid, ctas, raw, space):
-        self.program, self.raw = program, raw
-        self.threads = Threads(program, grid, ctas)
+    def __init__(self, program, grid, ctas, raw, space, counts):
+        self.program, self.raw, self.counts = program, raw, counts
+        self.threads = Threads(program, grid, ctas, counts)
         self.special = self.threads.special
         self.memory = GlobalMemory(self.threads, space)
         self.shared = SharedMemory(self.threads, SHARED_BASE)
@@ -130,6 +130,8 @@ class Machine:
 
     def _execute(self, at, mask):
         program = self.program
+        if self.counts:
+            self.counts.ran(program.kernel.blocks[at].code, self.threads.active_warps(mask))
         run = program.function(at, mask is not None)
         try:
             return run(self, self.registers, mask)

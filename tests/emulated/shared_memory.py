@@ -36,6 +36,8 @@ class SharedMemory:
                 who = int(np.flatnonzero(bad)[0])
                 message = f"{width} bytes at byte {int(at[who])} of {self.size} of shared memory"
                 raise self.threads.trap(kind, message, mark, who if sel is None else int(sel[who]))
+        if self.threads.counts:
+            self.threads.counts.shared(at, width, sel)
         return at + (self.home if sel is None else self.home[sel])
 
     def units(self, at, width):

@@ -16,11 +16,11 @@ class Threads:
 
     Args:
         program: the `Program` that runs. grid: CTAs along each axis.
-        ctas: numbers of those that run.
+        ctas: numbers of those that run. counts: `Counts` to add to, or None.
     """
 
-    def __init__(self, program, grid, ctas):
-        self.program, self.grid, self.ctas = program, grid, ctas
+    def __init__(self, program, grid, ctas, counts=None):
+        self.program, self.grid, self.ctas, self.counts = program, grid, ctas, counts
         self.per_cta = program.kernel.threads
         self.size = len(ctas) * self.per_cta
         self.warps = self.size // 32
@@ -42,6 +42,12 @@ class Threads:
         if mask is None or (np.ndim(mask) == 0 and mask):
             return None
         return np.empty(0, np.int64) if np.ndim(mask) == 0 else np.flatnonzero(mask)
+
+    def active_warps(self, mask):
+        """How many warps have an active thread."""
+        if mask is None:
+            return self.warps
+        return int(self.full(mask).reshape(-1, 32).any(1).sum())
 
     def whole_warps(self, mask, mark, width=32):
         """Trap unless every warp (or warpgroup, of 128) is active as a whole or not at all."""
