@@ -5,6 +5,8 @@
 A call is planned for all of its tokens, and some of them are emulated: enough to fill a tile, so
 that counts are proportional to tokens. Where features or atoms are fewer than the layer's, the row
 says so. Numbers are random, on which the steps of a search for the top-k depend a little.
+
+Counted are instructions of PTX. "instructions in the file" compares its length with machine code's.
 """
 
 import argparse
@@ -18,7 +20,9 @@ import torch
 from configurations import Call
 from counts import Counts
 from emulated_driver import EmulatingDriver
+from machine_code import compile_launch, read
 from paths import call, run_training
+from ptx_text import parse
 from shipped_tiles import SmallCall
 from test_emulated_operator import emulating
 from test_emulated_tiles import case_of, planned
@@ -105,18 +109,30 @@ def count(layer, planned_call, changes, arch):
             run_training(case, small.path)
         else:
             call(case, small.path)
+    lengths = {}
+    for launch in configurations.record(small, f"sm_{arch}", plan):
+        lengths.setdefault(launch.kind, []).append(length_of(launch, f"sm_{arch}"))
     mode = "training" if small.training else "inference"
     sizes = (small.tokens, small.width, small.out, small.atoms, small.top_k, mode)
     for kernel, counts in driver.counts.items():
         start = (f"sm_{arch}", layer, kernel, driver.launches[kernel], *sizes)
         for name, number in sorted(counts.instructions.items()):
             yield *start, "warp instructions", name, number
+        for name, index in (("ptx", 0), ("machine code", 1)):
+            yield *start, "instructions in the file", name, sum(n[index] for n in lengths[kernel])
         for (tensor, way), totals in sorted(counts.tensors.items()):
             for what in ("asked", "moved"):
                 yield *start, f"bytes {what} by {way}s", tensor, totals[what]
         if counts.ideal:
             yield *start, "passes over shared memory", "all", counts.wavefronts
             yield *start, "passes over shared memory", "without conflicts", counts.ideal
+
+
+def length_of(launch, target):
+    """(instructions of PTX, of machine code) of a recorded launch."""
+    compiled = compile_launch(launch, target)
+    blocks = parse(compiled.asm["ptx"]).blocks
+    return sum(len(block.code) for block in blocks), read(compiled, target)["instructions"]
 
 
 def main():
