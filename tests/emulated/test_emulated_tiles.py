@@ -26,7 +26,7 @@ def calls(arch):
 
 
 def case_of(small):
-    """Tensors of a `SmallCall`. At inference half of the selected atoms pass the threshold."""
+    """Tensors of a `SmallCall`. At inference a quarter of the selected atoms pass the threshold."""
     one = small.call
     current = min(one.current, one.atoms)
     how = {"top_k": one.top_k, "temperature": 0.1, "training": one.training}
@@ -40,7 +40,7 @@ def case_of(small):
         return case
     scores = exact_scores(case)[0]
     scores = scores / scores.norm(dim=-1, keepdim=True)
-    rank = max(1, min(one.top_k, one.atoms) // 2)
+    rank = max(1, min(one.top_k, one.atoms) // 4)
     threshold = scores.topk(rank).values[:, -1].median().item()
     case = replace(case, activation=replace(case.activation, threshold=threshold))
     return keep_separated(case, one.tokens, MARGIN)
