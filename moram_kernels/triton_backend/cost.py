@@ -40,6 +40,7 @@ __all__ = [
     "flops",
     "forward_times",
     "gather",
+    "groups",
     "product",
     "stream",
 ]
@@ -52,8 +53,10 @@ CONVERSIONS = 3e-6
 # Instructions a score in a kernel that holds whole rows: selecting, without selection, backward.
 # A published router (FreeToken PR #319: 16384 rows of 128, 12.4 us on an H100) takes the first.
 SELECT, KEEP_ALL, ROWS_BACKWARD = 100, 30, 60
-# Rows of up to this many atoms are selected from in registers; wider ones in chunks.
-ROW_ATOMS, CHUNK = 8192, 4096
+# Instructions a score for the largest one of every group and the sum of its squares.
+MAXIMA = 6
+# Rows of up to this many numbers are selected from in registers; larger banks in groups.
+ROW_ATOMS, GROUP = 8192, 32
 # Float32 scores of at most this many bytes exist at a time; tokens are taken in chunks.
 SCORE_BYTES = 256 * 2**20
 # Rows, columns and inner size of a kernel's tile, by the letters of its config.
@@ -102,9 +105,40 @@ def forward_times(
     if shape.atoms <= ROW_ATOMS:
         dense = _select(device, shape, False) + _aggregate_values(device, shape, tiles)
         times["split-dense"] = scores + dense + 3 * _chunks(shape, True) * LAUNCH
-    lists = _select(device, shape, True) + gather(device, shape, shape.out, _residual_bytes(shape))
-    times["split-gather"] = scores + lists + 3 * _chunks(shape, False) * LAUNCH
+    read = gather(device, shape, shape.out, _residual_bytes(shape))
+    lists = min(_lists(device, shape, tiles).values())
+    times["split-gather"] = lists + read + 3 * _chunks(shape, False) * LAUNCH
     return times
+
+
+def groups(device: Device, shape: Shape, tiles: Tiles) -> str | None:
+    """How lists are made fastest: "fused", "apart" or None, as in `Plan.groups`."""
+    times = _lists(device, shape, tiles)
+    return min(times, key=times.__getitem__)
+
+
+def _lists(device: Device, shape: Shape, tiles: Tiles) -> dict[str | None, float]:
+    """Seconds of scores and lists, by how the lists are made."""
+    scores, times = _scores(device, shape, shape.width, tiles), {}
+    if shape.atoms <= ROW_ATOMS:
+        times[None] = scores + _select(device, shape, True)
+    if shape.atoms >= 2 * GROUP * shape.top_k:
+        own = _scores(device, replace(shape, joined=False), shape.width, tiles)
+        every = shape.tokens * shape.atoms
+        maxima = every * MAXIMA / 32 / (device.issue * ISSUE_SHARE)
+        chosen = _select_groups(device, shape)
+        times["fused"] = own + maxima + chosen
+        times["apart"] = scores + max(maxima, stream(device, 4 * every)) + chosen
+    return times
+
+
+def _select_groups(device: Device, shape: Shape) -> float:
+    """Searching the maxima of all groups, then the scores of the top_k groups."""
+    found, count = math.ceil(shape.atoms / GROUP), GROUP * shape.top_k
+    moved = 8 * found + 4 * count + 12 * shape.top_k + 8 * shape.current * shape.training
+    padded = sum(1 << (size - 1).bit_length() for size in (found, count))
+    issued = shape.tokens * padded * SELECT / 32 / (device.issue * ISSUE_SHARE)
+    return max(stream(device, shape.tokens * moved, True), issued, 3e-6)
 
 
 def backward_times(device: Device, shape: Shape, tiles: Tiles | None = None) -> dict[str, float]:
@@ -207,8 +241,6 @@ def _residual_bytes(shape: Shape) -> int:
 def _rows(device: Device, shape: Shape, moved: float, instructions: float) -> float:
     """A kernel that holds whole rows of scores; moved: bytes a token."""
     padded = max(16, 1 << (shape.atoms - 1).bit_length())
-    if shape.atoms > ROW_ATOMS:
-        padded = math.ceil(shape.atoms / CHUNK) * CHUNK
     issued = shape.tokens * padded * instructions / 32
     time = issued / (device.issue * ISSUE_SHARE)
     return max(stream(device, shape.tokens * moved, True), time, 3e-6)
@@ -220,12 +252,7 @@ def _select(device: Device, shape: Shape, lists: bool) -> float:
     if shape.training:
         moved += 16 + (4 * shape.current if lists else 0)
     instructions = KEEP_ALL if shape.top_k >= shape.atoms else SELECT
-    if shape.atoms <= ROW_ATOMS:
-        return _rows(device, shape, moved, instructions)
-    found = math.ceil(shape.atoms / CHUNK) * count
-    combine = shape.tokens * (1 << (found - 1).bit_length()) * SELECT / 32
-    combine = max(SHORTEST, combine / (device.issue * ISSUE_SHARE))
-    return _rows(device, shape, moved + 16 * found, instructions) + LAUNCH + combine
+    return _rows(device, shape, moved, instructions)
 
 
 def _bank_gradient(device: Device, shape: Shape, splits: int | None) -> float:

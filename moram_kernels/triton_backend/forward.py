@@ -9,12 +9,12 @@ from ..aliases import Settings, Tile
 from . import launcher
 from .aggregate import launch_aggregate, launch_gather
 from .decode import launch_decode
-from .plan import ROW_ATOMS, Plan, saved_shapes
+from .plan import Plan, saved_shapes
 from .resident import launch_resident
 from .scores import launch_scores
 from .segments import Table
 from .select import launch_select
-from .select_wide import launch_select_wide
+from .select_groups import launch_select_groups, new_groups
 
 
 class Saved(NamedTuple):
@@ -118,6 +118,8 @@ def _split(
     scores: Tensor | None,
 ) -> None:
     tokens, atoms = x.shape[0], keys.num_rows
+    # None, "apart" or "fused": whether selection goes by groups, and who finds their maxima.
+    by_groups, groups = plan.groups, None
     if scores is None:
         shape = saved_shapes(tokens, atoms, 0, 0, "dense")[2]
         if saved is not None and plan.backward == "dense":
@@ -125,7 +127,11 @@ def _split(
         else:
             buffer = x.new_empty(shape, dtype=torch.float32)
         scores = buffer[:, :atoms]
-        score(x, keys, scores, precision, plan.tiles["scores"])
+        if by_groups == "fused":
+            groups = new_groups(scores)
+            launch_scores(x, keys, scores, precision, plan.tiles["scores"], groups=groups)
+        else:
+            score(x, keys, scores, precision, plan.tiles["scores"])
     stats = None if saved is None else saved.stats
     if plan.path != "split-gather":
         columns = -(-atoms // 16) * 16
@@ -143,8 +149,11 @@ def _split(
         index, picked = saved.index, saved.picked
         current = (saved.scores, keys.num_frozen) if atoms > keys.num_frozen else None
     lists = (index, scores.new_empty(tokens, count), picked)
-    select = launch_select if atoms <= ROW_ATOMS else launch_select_wide
-    select(scores, settings, threshold, lists=lists, current=current, stats=stats)
+    how = (scores, settings, threshold)
+    if by_groups:
+        launch_select_groups(*how, lists, current, stats, groups)
+    else:
+        launch_select(*how, lists=lists, current=current, stats=stats)
     launch_gather(lists[0], lists[1], values, residual, out)
 
 

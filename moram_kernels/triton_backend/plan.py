@@ -13,7 +13,7 @@ from typing import Any
 
 from ..aliases import Tile, Tiles
 from . import cost
-from .cost import CHUNK, ROW_ATOMS, SCORE_BYTES
+from .cost import GROUP, ROW_ATOMS, SCORE_BYTES
 from .tiles import resident_tile, tiles
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -33,6 +33,8 @@ class Plan:
     backward: "dense" (from saved scores), "lists" (from saved lists), or None.
     reason: one sentence. seconds: the model's time of every path that was considered.
     tiles: of each kernel that runs, by name. chunk: tokens scored at a time.
+    groups: of a path with lists, "fused" or "apart" where atoms are selected by groups whose maxima
+    the kernel of the scores finds, or that of the selection; else None.
     """
 
     path: str
@@ -41,6 +43,7 @@ class Plan:
     seconds: dict[str, float] = field(default_factory=dict, hash=False)
     tiles: dict[str, Any] = field(default_factory=dict, hash=False)
     chunk: int = 0
+    groups: str | None = None
 
 
 def why_not_covered(atoms: int, top_k: int, dtype: str, precision: str = "ieee") -> str | None:
@@ -52,10 +55,10 @@ def why_not_covered(atoms: int, top_k: int, dtype: str, precision: str = "ieee")
         return f"the kernels cover {', '.join(DTYPES)}, not {dtype}"
     if precision not in PRECISIONS:
         return f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}"
-    if atoms > ROW_ATOMS and (top_k > LIST_TOP_K or -(-atoms // CHUNK) * top_k > ROW_ATOMS):
+    if atoms > ROW_ATOMS and (top_k > LIST_TOP_K or atoms > GROUP * ROW_ATOMS):
         return (
-            f"for more than {ROW_ATOMS} atoms the kernels cover top_k <= {LIST_TOP_K} and top_k x "
-            f"chunks of {CHUNK} atoms <= {ROW_ATOMS}, got top_k {top_k} with {atoms} atoms"
+            f"for more than {ROW_ATOMS} atoms the kernels cover top_k <= {LIST_TOP_K} and at most "
+            f"{GROUP * ROW_ATOMS} atoms, got top_k {top_k} with {atoms} atoms"
         )
     return None
 
@@ -200,6 +203,7 @@ def _plan(
         seconds,
         sizes if chosen == "resident" else {k: v for k, v in sizes.items() if k != "resident"},
         rows // 64 * 64,
+        cost.groups(model, shape, sizes) if chosen == "split-gather" else None,
     )
 
 

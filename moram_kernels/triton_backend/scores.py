@@ -1,7 +1,8 @@
 """Scores of tokens against a table of rows: out = a rows^T in float32, one launch, both segments.
 
 Used for x keys^T (scores) and for dy values^T (the pull on every atom). With `splits` the sum over
-the features is left in as many partial sums, to be added in fixed order by the reader.
+the features is left in as many partial sums, to be added in fixed order by the reader. With
+`groups` the largest score and the sum of squares of every 32 atoms are written too.
 """
 
 import triton
@@ -9,8 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aliases import Tile
+from .cost import GROUP
 from .launcher import cdiv, dot_dtype, launch, rows
 from .segments import Table, row_pointers
+from .select_groups import group_maxima
 
 
 @triton.jit
@@ -19,6 +22,8 @@ def _score_kernel(
     frozen_ptr,  # [num_frozen, D]
     current_ptr,  # [N - num_frozen, D]
     out_ptr,  # [splits, M, N] float32
+    maxima_ptr,  # [M, groups] float32
+    squares_ptr,  # [M, groups] float32
     M,
     N,
     D,
@@ -28,11 +33,14 @@ def _score_kernel(
     stride_current,
     stride_os,
     stride_om,
+    stride_gm,
     split_width,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGNED: tl.constexpr,
     EVEN_D: tl.constexpr,
+    HAS_GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -64,10 +72,24 @@ def _score_kernel(
     base = out_ptr + split.to(tl.int64) * stride_os
     offs = offs_m.to(tl.int64)[:, None] * stride_om + offs_n[None, :]
     tl.store(base + offs, acc, mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
+    if HAS_GROUPS:
+        maxima, squares = group_maxima(acc, (offs_n < N)[None, :], GROUP)
+        groups = tl.cdiv(N, GROUP)
+        group = tl.program_id(1) * (BLOCK_N // GROUP) + tl.arange(0, BLOCK_N // GROUP)
+        offs = offs_m.to(tl.int64)[:, None] * stride_gm + group[None, :]
+        mask = (offs_m < M)[:, None] & (group < groups)[None, :]
+        tl.store(maxima_ptr + offs, maxima, mask=mask)
+        tl.store(squares_ptr + offs, squares, mask=mask)
 
 
 def launch_scores(
-    a: Tensor, table: Table, out: Tensor, precision: str, config: Tile, splits: int = 1
+    a: Tensor,
+    table: Table,
+    out: Tensor,
+    precision: str,
+    config: Tile,
+    splits: int = 1,
+    groups: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Write a [M, D] times the rows of a table, transposed, to out [M, N] or [splits, M, N].
 
@@ -75,6 +97,7 @@ def launch_scores(
         a: unit column stride. out: float32, unit column stride.
         precision: of float32 products, "ieee" or "bf16x6".
         config: {"BLOCK_M", "BLOCK_N", "BLOCK_D", "num_warps", "num_stages"}.
+        groups: (maxima, squares) of `select_groups.new_groups` to fill, or None.
     """
     a = rows(a)
     num_rows, width = a.shape
@@ -93,6 +116,7 @@ def launch_scores(
         frozen,
         current,
         out,
+        *(groups or (out, out)),
         num_rows,
         table.num_rows,
         width,
@@ -102,10 +126,13 @@ def launch_scores(
         stride_current,
         out.stride(0) if out.dim() == 3 else 0,
         out.stride(-2),
+        groups[0].stride(0) if groups else 0,
         split_width,
         DOT=dot_dtype(a, table.frozen),
         PRECISION=precision,
         ALIGNED=table.aligned,
         EVEN_D=width % block_d == 0,
+        HAS_GROUPS=groups is not None,
+        GROUP=GROUP,
         **config,
     )

@@ -2,7 +2,7 @@
 
 Fused: the norm, the exact top_k, the temperature softmax, the threshold and weight x score. The
 result is dense (for a product with all values) or lists of the selected atoms in index order (for a
-gather). Wider rows: `select_wide.py`. Equations: `moram_kernels/reference.py`.
+gather). Larger banks: `select_groups.py`. Equations: `moram_kernels/reference.py`.
 """
 
 import torch

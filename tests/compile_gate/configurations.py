@@ -63,7 +63,7 @@ class Launch:
         parts += [".".join(tile), *flags]
         if "TOP_K" in self.meta and "all" not in flags:
             parts.append(f"k{self.meta['TOP_K']}")
-        for name in ("SPLITS", "CHUNKS"):
+        for name in ("SPLITS",):
             parts += [f"{name.lower()}{self.meta[name]}"] if name in self.meta else []
         parts += [f"{name.lower()}.fp32" for name in self.wide_products]
         if self.meta.get("PRECISION", "ieee") != "ieee":
@@ -174,7 +174,7 @@ def calls():
         yield Call(atoms, path="decode", training=False, tokens=8)
     for top_k in (1, 32, plan.LIST_TOP_K):
         yield Call(4096, top_k=top_k, path="split-gather")
-        yield Call(16 * plan.CHUNK, top_k=top_k, path="split-gather", training=False)
+        yield Call(65536, top_k=top_k, path="split-gather", training=False)
 
 
 def _random_calls(count):

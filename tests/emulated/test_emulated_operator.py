@@ -115,8 +115,8 @@ SIZED = {
     "split-gather": {
         "odd sizes": {"width": 77, "out": 53},
         "odd f16 sizes": {"width": 77, "out": 53, "dtype": F16},
-        "chunks": {"rows": 5, "frozen": 8300, "width": 61, "out": 51},
-        "chunks without current atoms": {"rows": 5, "frozen": 8300, "current": 0, "width": 61},
+        "groups": {"rows": 5, "frozen": 8300, "width": 61, "out": 51},
+        "groups without current atoms": {"rows": 5, "frozen": 8300, "current": 0, "width": 61},
     },
     "decode": {
         "odd sizes": {"width": 333, "out": 101},

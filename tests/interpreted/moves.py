@@ -13,8 +13,10 @@ _score            a, tiles(N) times; table, tiles(M) times       out [splits, M,
 _select, dense    scores                                         written [M, N] in s bytes; stats
 _select, lists    scores                                         index, written, picked [M, K];
                                                                  training: current [M, C], stats
-_chunk            scores                                         K candidates a chunk, squares
-_combine          candidates, squares                            index, written, picked; norm
+_score, fused     the same                                       out; maxima, squares of groups
+_group            maxima, squares; scores of the atoms of K      index twice, written, picked; norm;
+                  groups; index; apart: scores; training: those  apart: maxima, squares;
+                  of the current atoms                           training: current [M, C]
 _aggregate        coefficients, tiles(width) times;              out
                   table, tiles(M) times; residual
 _gather           lists, tiles(width) times; K fired rows of     out
@@ -99,12 +101,16 @@ WIDE = Shape(3, 16, 16, 8200, 8, 4, torch.float32)
 
 @dataclass
 class Measured:
-    """The launches of a call; fired: which (token, atom) pairs weigh something."""
+    """The launches of a call; fired: which (token, atom) pairs weigh something.
+
+    scores: of all atoms, in float64.
+    """
 
     forward: list
     backward: list
     fired: torch.Tensor
     selected: torch.Tensor
+    scores: torch.Tensor
 
 
 def measure(monkeypatch, shape, path, training, residual=True, backward=False, threshold=0.2):
@@ -116,7 +122,7 @@ def measure(monkeypatch, shape, path, training, residual=True, backward=False, t
         dtype=shape.dtype,
     )  # fmt: skip
     case = keep_separated(case, shape.tokens, 1e-5)
-    fired, selected = weights_of(case)
+    weights = weights_of(case)
     case = with_spare_rows(case, 3)
     leaves = (case.x, case.current_keys, case.current_values, case.residual)
     leaves = [t for t in leaves if t is not None and training]
@@ -137,16 +143,16 @@ def measure(monkeypatch, shape, path, training, residual=True, backward=False, t
         )
     assert output.isfinite().all()
     if not backward:
-        return Measured(forward, [], fired, selected)
+        return Measured(forward, [], *weights)
     with measured() as launches:
         output.backward(case.grad)
     for leaf in leaves:
         assert leaf.grad.isfinite().all()
-    return Measured(forward, launches, fired, selected)
+    return Measured(forward, launches, *weights)
 
 
 def weights_of(case):
-    """(fired, selected), bool [M, N], in float64 and by sorting."""
+    """(fired, selected), bool [M, N], and the scores, in float64 and by sorting."""
     bank = [t.double() for t in (case.keys, case.current_keys) if t is not None]
     scores = case.x.double() @ torch.cat(bank).T
     norm_scores = scores / scores.norm(dim=-1, keepdim=True)
@@ -156,7 +162,7 @@ def weights_of(case):
     fired = selected
     if not case.training:
         fired = selected & (norm_scores >= case.activation.threshold)
-    return fired, selected
+    return fired, selected, scores
 
 
 def once(*sizes):
@@ -206,12 +212,14 @@ def check(launch, shape, reads, writes, single=()):
     assert_moves(launch, reads, writes, shape.aligned, single)
 
 
-def check_scores(launch, shape, rows, width, table, count=1):
+def check_scores(launch, shape, rows, width, table, count=1, groups=None):
     """The score kernel; rows: how many a has, table: atoms, or the columns of a square."""
     m, s = shape.tokens, shape.itemsize
     tokens, atoms = tiles(launch, m, "BLOCK_M"), tiles(launch, rows, "BLOCK_N")
     reads = {"a": times(atoms, m, width, s), **table(tokens)}
-    check(launch, shape, reads, {"out": once(count, m, rows, 4)})
+    writes = {"out": once(count, m, rows, 4), **(groups or {})}
+    # Few tokens are scored against 32 atoms at a time: one group.
+    check(launch, shape, reads, writes, [*(groups or {})])
 
 
 def check_aggregate(launch, shape, width, residual):

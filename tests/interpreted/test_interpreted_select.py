@@ -1,4 +1,4 @@
-"""Kernels that select, each alone: select, select_wide, decode and the sorting networks.
+"""Kernels that select, each alone: select, select_groups, decode and the sorting networks.
 
 They are given scores, which are then exact: the keys of the oracle's case are the identity. So the
 selection has to be the stable one, and with values that are the identity the output of the oracle
@@ -15,7 +15,7 @@ from oracle import check_selection, check_values, kept_above, kept_in_lists, sta
 from paths import piece_table
 from support import make_case
 
-from moram_kernels.triton_backend import networks, select_wide
+from moram_kernels.triton_backend import networks, select_groups
 from moram_kernels.triton_backend.decode import launch_decode
 from moram_kernels.triton_backend.select import launch_select
 from moram_kernels.triton_backend.tiles import TILES
@@ -107,39 +107,55 @@ def check_lists(case, lists, current):
         assert torch.equal(current[0], case.x[:, current[1] :])
 
 
+def groups_of(scores):
+    """(maxima, squares) of groups of 32 scores, as the kernel of the scores leaves them."""
+    count = -(-scores.shape[1] // 32)
+    padded = torch.nn.functional.pad(scores, (0, 32 * count - scores.shape[1]), value=NAN)
+    parts = padded.view(len(scores), count, 32)
+    lowest = torch.full_like(parts, -float("inf"))
+    return parts.where(~parts.isnan(), lowest).amax(-1), parts.nan_to_num(0).square().sum(-1)
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "apart"])
 @pytest.mark.parametrize(
-    "size", [(3, 130, 4), (5, 128, 16), (3, 150, 31), (2, 64, 64), (2, 65, 65)], ids=str
+    "size", [(3, 130, 4), (5, 128, 4), (3, 150, 5), (2, 2050, 16), (2, 993, 32)], ids=str
 )
-def test_selection_in_chunks(size, training, monkeypatch):
-    monkeypatch.setattr(select_wide, "CHUNK", 64)
-    check_wide(size, training)
-
-
-def test_selection_in_chunks_of_the_real_size():
-    check_wide((2, 2 * select_wide.CHUNK + 5, 8), False)
-
-
-def check_wide(size, training):
+def test_selection_by_groups(size, fused, training):
     rows, num_atoms, top_k = size
-    case = scored(*size, training=training) if num_atoms < 1000 else large(*size)
-    if num_atoms < 1000:
-        # The largest scores lie across the border of two chunks, and in the last, short one.
-        case.x[0, 60:70] = 9.0
-        case.x[0, -1] = 9.0
-    count = min(top_k, num_atoms)
-    index = torch.full((rows, count), -1, dtype=torch.int32)
-    lists = (index, *torch.full((2, rows, count), NAN))
+    case = scored(*size, training=training)
+    # The largest scores lie across the border of two groups, and in the last, short one.
+    case.x[0, 60:70] = 9.0
+    case.x[0, -1] = 9.0
+    index = torch.full((rows, top_k), -1, dtype=torch.int32)
+    lists = (index, *torch.full((2, rows, top_k), NAN))
     current = (torch.full((rows, num_atoms - 33), NAN), 33)
     stats = torch.full((4, rows), NAN)
-    select_wide.launch_select_wide(case.x, *settings(case), lists, current, stats)
+    groups = groups_of(case.x) if fused else None
+    select_groups.launch_select_groups(case.x, *settings(case), lists, current, stats, groups)
     torch.testing.assert_close(stats[0].double(), case.x.double().norm(dim=-1), rtol=1e-6, atol=0)
-    if num_atoms < 1000:
-        check_lists(case, lists, current)
-        return
-    kept = kept_in_lists(index, num_atoms)
-    assert torch.equal(kept, stable_top(case.x, top_k))
-    assert torch.equal(lists[2], case.x[kept].view(rows, top_k))
+    check_lists(case, lists, current)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ties_between_groups_go_to_the_lowest_index(seed):
+    """Few values, so that most maxima of groups are equal, and most scores at the border."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(0, 1 + seed, (4, 700), generator=generator).float()
+    index = torch.full((4, 16), -1, dtype=torch.int32)
+    lists = (index, *torch.full((2, 4, 16), NAN))
+    select_groups.launch_select_groups(x, (16, 0.1, 0.0, 1e-12), False, lists)
+    assert torch.equal(kept_in_lists(index, 700), stable_top(x, 16))
+
+
+def test_selection_from_a_large_bank():
+    case = large(2, 8200, 8)
+    index = torch.full((2, 8), -1, dtype=torch.int32)
+    lists = (index, *torch.full((2, 2, 8), NAN))
+    select_groups.launch_select_groups(case.x, *settings(case), lists)
+    kept = kept_in_lists(index, 8200)
+    assert torch.equal(kept, stable_top(case.x, 8))
+    assert torch.equal(lists[2], case.x[kept].view(2, 8))
 
 
 def large(rows, num_atoms, top_k):
@@ -148,24 +164,23 @@ def large(rows, num_atoms, top_k):
     return case
 
 
-@pytest.mark.parametrize("kernel", ["select", "wide", "decode"])
-def test_rows_that_are_not_finite_end_and_stay_alone(kernel, monkeypatch):
-    monkeypatch.setattr(select_wide, "CHUNK", 32)
-    case = scored(8, 70, 4)
+@pytest.mark.parametrize("kernel", ["select", "groups", "decode"])
+def test_rows_that_are_not_finite_end_and_stay_alone(kernel):
+    case = scored(8, 130, 4)
     spoiled = case.x.clone()
     spoiled[1], spoiled[2, 3], spoiled[3, 5] = NAN, NAN, float("inf")
     spoiled[4, 6], spoiled[5], spoiled[6, :3] = -float("inf"), float("inf"), NAN
     results = []
     for scores in (case.x, spoiled):
         if kernel == "decode":
-            out = torch.empty(8, 70)
-            table = piece_table(70, 0, 70, F32)
+            out = torch.empty(8, 130)
+            table = piece_table(130, 0, 130, F32)
             launch_decode(scores[None].contiguous(), table, None, out, *settings(case))
             results.append(out)
             continue
         index = torch.zeros(8, 4, dtype=torch.int32)
         lists = (index, torch.full((8, 4), NAN), torch.empty(8, 4))
-        launch = launch_select if kernel == "select" else select_wide.launch_select_wide
+        launch = launch_select if kernel == "select" else select_groups.launch_select_groups
         launch(scores, *settings(case), lists=lists)
         results.append(lists[1])
     clean, poisoned = results

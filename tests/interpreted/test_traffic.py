@@ -33,6 +33,8 @@ from moves import (
 )
 from traffic import measured
 
+from moram_kernels.triton_backend import plan
+
 
 @pytest.mark.parametrize("residual", [True, False], ids=["residual", "alone"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
@@ -110,40 +112,43 @@ def test_decode_reads_the_values_that_fire(shape, threshold, monkeypatch):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
-def test_selection_from_a_wide_row_reads_the_scores_once(training, monkeypatch):
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "apart"])
+def test_selection_by_groups_reads_what_it_must(fused, training, monkeypatch):
+    how = "fused" if fused else "apart"
+    monkeypatch.setattr(plan.cost, "groups", lambda *args: how)
     shape = WIDE
+    plan._plan.cache_clear()
     seen = measure(monkeypatch, shape, "split-gather", training)
-    score, chunk, combine, gather = named(
-        seen.forward, "_score_kernel", "_chunk_kernel", "_combine_kernel", "_gather_kernel"
-    )
-    check_scores(score, shape, shape.atoms, shape.width, table_of(shape, shape.width))
-    m, k, chunks = shape.tokens, shape.top_k, 3
-    writes = {
-        "score": once(m, chunks, k, 4),
-        "index": once(m, chunks, k, 4),
-        "squares": once(m, chunks, 4),
-    }
+    plan._plan.cache_clear()
+    score, group, gather = named(seen.forward, "_score_kernel", "_group_kernel", "_gather_kernel")
+    m, k, groups = shape.tokens, shape.top_k, -(-shape.atoms // 32)
+    of_groups = {name: once(m, groups, 4) for name in ("maxima", "squares")}
+    table = table_of(shape, shape.width)
+    check_scores(score, shape, shape.atoms, shape.width, table, groups=of_groups if fused else {})
+    # All atoms of the top_k groups, and in training the current ones, which are the last.
+    read = in_top_groups(seen.scores, k)
+    total = read.sum().item() + (m * shape.current if training else 0)
     if training:
-        writes["current"] = once(m, shape.current, 4)
-    check(chunk, shape, {"scores": once(m, shape.atoms, 4)}, writes)
-    reads = {
-        "score": once(m, chunks, k, 4),
-        "candidate": once(m, chunks, k, 4),
-        "squares": once(m, chunks, 4),
-    }
-    writes = {name: once(m, k, 4) for name in ("index", "written", "picked")}
+        read[:, shape.frozen :] = True
+    if not fused:
+        read[:], total = True, total + m * shape.atoms
+    # A group's number lies for a moment where an atom's is wanted.
+    reads = {"scores": (4 * read.sum().item(), 4 * total), "index": once(m, k, 4), **of_groups}
+    writes = {name: once(m, k, 4) for name in ("written", "picked")}
+    writes["index"] = times(2, m, k, 4)
+    if not fused:
+        writes |= of_groups
     if training:
         # Of the stats only the norm.
-        writes["stats"] = once(m, 4)
-    check(combine, shape, reads, writes, ["stats"])
+        writes |= {"current": once(m, shape.current, 4), "stats": once(m, 4)}
+    check(group, shape, reads, writes, ["stats"])
     check_gather(gather, shape, shape.out, seen.fired, {"residual": once(m, shape.out, 4)})
 
 
-def test_an_address_outside_the_arguments_is_reported():
-    from moram_kernels.triton_backend.aggregate import launch_gather
-    from moram_kernels.triton_backend.segments import Table
-
-    table = Table.of(torch.ones(4, 16)[:3], torch.ones(0, 16))
-    index = torch.full((1, 1), 6, dtype=torch.int32)
-    with measured(), pytest.raises(Exception, match="_gather_kernel reads 16 addresses outside"):
-        launch_gather(index, torch.ones(1, 1), table, None, torch.empty(1, 16))
+def in_top_groups(scores, top_k):
+    """Which atoms [M, N] are in the top_k groups of 32 with the largest scores."""
+    rows, atoms = scores.shape
+    group = torch.arange(atoms) // 32
+    maxima = torch.stack([scores[:, group == g].amax(-1) for g in range(int(group[-1]) + 1)], 1)
+    border = maxima.sort(descending=True).values[:, top_k - 1 : top_k]
+    return (maxima >= border)[:, group]

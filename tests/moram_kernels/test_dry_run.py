@@ -103,13 +103,13 @@ def test_training_binds_and_compiles(path, driver, monkeypatch):
     assert all(leaf.grad.shape == leaf.shape for leaf in leaves)
 
 
-@pytest.mark.parametrize("frozen", [100, 9000], ids=["registers", "chunks"])
+@pytest.mark.parametrize("frozen", [100, 9000], ids=["registers", "groups"])
 def test_inference_of_a_large_bank_binds_and_compiles(frozen, driver, monkeypatch):
     force(monkeypatch, "split-gather")
     case = make_case(0, (70,), frozen, 8, 64, 96, dtype=torch.float16, training=False)
     retrieve(case.x, case.keys, case.values, case.activation, backend="triton")
-    select = ["_select_kernel"] if frozen < 8192 else ["_chunk_kernel", "_combine_kernel"]
-    assert driver.launched == ["_score_kernel", *select, "_gather_kernel"]
+    select = "_select_kernel" if frozen < 8192 else "_group_kernel"
+    assert driver.launched == ["_score_kernel", select, "_gather_kernel"]
 
 
 def test_decode_binds_and_compiles(driver):

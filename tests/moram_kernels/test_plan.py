@@ -9,7 +9,7 @@ import torch
 from support import ROOT
 
 from moram_kernels import SelfActivation, explain
-from moram_kernels.triton_backend.plan import CHUNK, LIST_TOP_K, ROW_ATOMS, plan
+from moram_kernels.triton_backend.plan import LIST_TOP_K, ROW_ATOMS, plan
 from moram_kernels.triton_backend.tiles import resident_tile
 
 CLIP = (12608, 768, 768, 160, 16)
@@ -110,9 +110,9 @@ NOT_COVERED = {
         (64, 64, 64, 8193, 200),
         r"more than 8192 atoms the kernels cover top_k <= 128 .* got top_k 200 with 8193 atoms",
     ),
-    "too many candidates": (
-        (64, 64, 64, 300_000, 128),
-        r"chunks of 4096 atoms <= 8192, got top_k 128 with 300000 atoms",
+    "too many atoms": (
+        (64, 64, 64, 300_000, 16),
+        r"at most 262144 atoms, got top_k 16 with 300000 atoms",
     ),
 }
 
@@ -128,7 +128,7 @@ def test_what_no_kernel_covers_goes_to_torch_and_says_why(name, training):
 
 
 def test_the_limits_themselves_are_covered():
-    for atoms, top_k in ((ROW_ATOMS, 5000), (ROW_ATOMS + 1, LIST_TOP_K), (64 * CHUNK, LIST_TOP_K)):
+    for atoms, top_k in ((ROW_ATOMS, 5000), (ROW_ATOMS + 1, LIST_TOP_K), (262144, LIST_TOP_K)):
         assert plan(4096, 64, 64, atoms, top_k, training=True).path != "torch"
 
 
