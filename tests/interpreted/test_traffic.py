@@ -31,7 +31,6 @@ from moves import (
     tiles,
     times,
 )
-from traffic import measured
 
 from moram_kernels.triton_backend import plan
 
@@ -147,7 +146,7 @@ def test_selection_by_groups_reads_what_it_must(fused, training, monkeypatch):
 
 def in_top_groups(scores, top_k):
     """Which atoms [M, N] are in the top_k groups of 32 with the largest scores."""
-    rows, atoms = scores.shape
+    atoms = scores.shape[1]
     group = torch.arange(atoms) // 32
     maxima = torch.stack([scores[:, group == g].amax(-1) for g in range(int(group[-1]) + 1)], 1)
     border = maxima.sort(descending=True).values[:, top_k - 1 : top_k]
