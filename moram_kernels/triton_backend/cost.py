@@ -51,10 +51,11 @@ PROLOGUE, ROUND = 2.5e-6, 0.5e-6
 # about 150 barriers of some 35 cycles.
 CONVERSIONS = 3e-6
 # Instructions a score in a kernel that holds whole rows: selecting, without selection, backward.
-# A published router (FreeToken PR #319: 16384 rows of 128, 12.4 us on an H100) takes the first.
-SELECT, KEEP_ALL, ROWS_BACKWARD = 100, 30, 60
-# Instructions a score for the largest one of every group and the sum of its squares.
-MAXIMA = 6
+# Executed for sm_90 (tests/emulated/counts.csv): 64 to 103 for the first, 35 to 43 for the last,
+# 73 of few atoms. The second is guessed.
+SELECT, KEEP_ALL, ROWS_BACKWARD = 85, 30, 40
+# Instructions a score for the largest one of every group and the sum of its squares: executed.
+MAXIMA = 8.5
 # Rows of up to this many numbers are selected from in registers; larger banks in groups.
 ROW_ATOMS, GROUP = 8192, 32
 # Float32 scores of at most this many bytes exist at a time; tokens are taken in chunks.
@@ -287,8 +288,10 @@ def _resident(device: Device, shape: Shape, tile: int, config: Tile | None) -> f
     size = shape.itemsize
     rows = 32 if size == 4 else 128 if tile > 64 else 64
     step_d, step_o = (32, 32) if size == 4 else (64, 64)
+    warps = rows // 16
     if config is not None:
         rows, step_d, step_o = config["BLOCK_M"], config["BLOCK_D"], config["BLOCK_O"]
+        warps = config["num_warps"]
     programs = math.ceil(shape.tokens / rows)
     busy = min(1.0, programs / (0.75 * device.units))
     saved = shape.tokens * (shape.atoms * 4 + 16) if shape.training else 0
@@ -296,6 +299,7 @@ def _resident(device: Device, shape: Shape, tile: int, config: Tile | None) -> f
     bank = tile * (shape.width + shape.out) * size
     work = 2 * programs * rows * tile * (shape.width + shape.out)
     columns, features = shape.width / 64, shape.out / 64
+    # Of a warp, for its rows; within a sixth of what is executed for 16 and 160 atoms on sm_90.
     instructions = (87 + 0.22 * tile) * columns + (150 + 0.6 * tile) * features + 16 * tile
     shared = 3 if tile <= 64 and rows <= 64 else 2 if rows <= 64 or tile <= 64 else 1
     prologue = PROLOGUE
@@ -310,7 +314,7 @@ def _resident(device: Device, shape: Shape, tile: int, config: Tile | None) -> f
         (moved + bank) / (device.memory * MEMORY_SHARE * busy),
         (moved + programs * bank) / (device.cache * CACHE_SHARE * busy),
         work / (flops(device, shape.rate) * KERNEL_SHARE * busy_units),
-        shape.tokens * instructions / 16 / (device.issue * ISSUE_SHARE * busy_units),
+        shape.tokens * instructions * warps / rows / (device.issue * ISSUE_SHARE * busy_units),
         (steps * STEP + prologue) * waves,
     )
     return max(times) + LAUNCH

@@ -68,24 +68,27 @@ def _group_kernel(
     m = tl.program_id(0).to(tl.int64)
     groups = tl.cdiv(N, GROUP)
     row = scores_ptr + m * stride_sm
-    if not HAS_MAXIMA:
-        for start in range(0, N, BLOCK_N):
-            offs_n = start + tl.arange(0, BLOCK_N)
-            is_atom = (offs_n < N)[None, :]
-            # What lies past the end repeats the last score.
-            scores = tl.load(row + tl.minimum(offs_n, N - 1)[None, :])
-            maxima, squares = group_maxima(scores, is_atom, GROUP)
-            group = start // GROUP + tl.arange(0, BLOCK_N // GROUP)[None, :]
-            tl.store(maxima_ptr + m * stride_gm + group, maxima, mask=group < groups)
-            tl.store(squares_ptr + m * stride_gm + group, squares, mask=group < groups)
-        # What other warps wrote is read below.
-        tl.debug_barrier()
     group = tl.arange(0, BLOCK_G)[None, :]
     is_group = group < groups
     offs = m * stride_gm + group
+    if HAS_MAXIMA:
+        squares = tl.sum(tl.load(squares_ptr + offs, mask=is_group, other=0.0), 1)
+    else:
+        squares = tl.zeros((BLOCK_N // GROUP, GROUP), tl.float32)
+        offs_n = tl.arange(0, BLOCK_N // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        for start in range(0, N, BLOCK_N):
+            is_atom = start + offs_n < N
+            scores = tl.load(row + start + offs_n, mask=is_atom, other=float("nan"))
+            squares += tl.where(is_atom, scores * scores, 0.0)
+            some = start // GROUP + tl.arange(0, BLOCK_N // GROUP)
+            tl.store(maxima_ptr + m * stride_gm + some, tl.max(scores, 1), mask=some < groups)
+        squares = tl.sum(squares, 1, keep_dims=True)
+        squares = tl.sum(squares, 0)
+        # What other warps wrote is read below.
+        tl.debug_barrier()
+    norm = tl.sqrt(squares)
     maxima = tl.load(maxima_ptr + offs, mask=is_group, other=float("-inf"))
     maxima = tl.where(maxima == maxima, maxima, float("-inf"))
-    norm = tl.sqrt(tl.sum(tl.load(squares_ptr + offs, mask=is_group, other=0.0), 1))
     top = tl.max(maxima, 1)
     low = tl.min(tl.where(is_group, maxima, float("inf")), 1)
     maxima, value = select_rows(maxima, low, top, TOP_K, LOG_G)

@@ -133,10 +133,12 @@ def test_selection_by_groups_reads_what_it_must(fused, training, monkeypatch):
         read[:], total = True, total + m * shape.atoms
     # A group's number lies for a moment where an atom's is wanted.
     reads = {"scores": (4 * read.sum().item(), 4 * total), "index": once(m, k, 4), **of_groups}
+    if not fused:
+        del reads["squares"]
     writes = {name: once(m, k, 4) for name in ("written", "picked")}
     writes["index"] = times(2, m, k, 4)
     if not fused:
-        writes |= of_groups
+        writes["maxima"] = of_groups["maxima"]
     if training:
         # Of the stats only the norm.
         writes |= {"current": once(m, shape.current, 4), "stats": once(m, 4)}
