@@ -44,12 +44,12 @@ class Ahead:
         self.kernels = {kernel["kernel"]: kernel for kernel in known}
         self.needs, self.problems, self.starts = {}, [], []
         self.changed, self.finished = threading.Condition(), workers == 0
+        self.processes, self.claims = [], None
+        if not workers:
+            return
         self.claims = tempfile.TemporaryDirectory()
         for label in self.kernels:
             Path(self.claims.name, label).touch()
-        self.processes = []
-        if not workers:
-            return
         source, channel = os.pipe()
         # They must never reach the GPU, and one thread each is enough.
         environment = os.environ | {
@@ -124,27 +124,30 @@ class Ahead:
     def _signal(self, number):
         for process in self.processes:
             if process.poll() is None:
-                process.send_signal(number)
+                # The assembler that a worker has started, too.
+                os.killpg(process.pid, number)
 
     def close(self):
         """End the workers; what they have compiled stays in the cache."""
         self._signal(signal.SIGKILL)
         for process in self.processes:
             process.wait()
-        self.claims.cleanup()
+        if self.claims:
+            self.claims.cleanup()
 
 
 def this_machine(device=0):
     """The `Machine` of the GPU here, read from the driver; the workers must not ask it."""
+    import gpu_cases
     import torch
     import triton
 
-    from moram_kernels.triton_backend import available, launcher
+    from moram_kernels.triton_backend import launcher
 
     driver, device = triton.runtime.driver.active, torch.device("cuda", device)
     target, kind = driver.get_current_target(), driver.launcher_cls
     return Machine(
-        available.device_name(device),
+        gpu_cases.gpu_name(device),
         (target.backend, target.arch, target.warp_size),
         launcher.target(device),
         dict(driver.utils.get_device_properties(device.index)),

@@ -67,6 +67,11 @@ def run(device, agenda, quick, seconds, out):
         f"{len(times)} kernels, {sum(times):.0f} s of CPU in one process, up to {max(times):.1f} s"
     )
     print(*ahead.problems, sep="\n")
+    print(
+        f"assumed seconds: {START:g} until the device answers, {CHECK:g} a check and {DATA:g} a "
+        f"case on it, {LOAD:g} to load a kernel, {INDUCTOR:g} for each of inductor's compilations, "
+        f"{CAPTURE:g} to capture a graph"
+    )
     for processes in (1, PROCESSES):
         ready = ready_seconds(items, ahead.needs, kernels, processes, max(ahead.starts))
         print(f"\n{processes} processes: compiled after {max(ready.values()):.0f} s")

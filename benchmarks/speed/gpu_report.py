@@ -63,13 +63,13 @@ class Writer:
 
 
 class Results:
-    """The files of a run in a folder: gpu.csv, parity.csv and summary.txt.
+    """The files of a run in a folder: parity.csv, summary.txt and, if it is timed, gpu.csv.
 
     Every row and line is on disk at once, so that a run that is stopped leaves what it found.
     """
 
-    def __init__(self, folder, setup):
-        self.rows = Writer(folder / "gpu.csv", setup)
+    def __init__(self, folder, setup, timed):
+        self.rows = Writer(folder / "gpu.csv", setup) if timed else None
         self.parity = Writer(folder / "parity.csv", {}, PARITY_COLUMNS)
         self.summary = (folder / "summary.txt").open("w", encoding="utf-8")
         self.say("\n".join(f"{name}: {value}" for name, value in setup.items()))
@@ -78,8 +78,10 @@ class Results:
         return self
 
     def __exit__(self, *_):
-        for file in (self.rows.file, self.parity.file, self.summary):
-            file.close()
+        self.parity.file.close()
+        self.summary.close()
+        if self.rows:
+            self.rows.file.close()
 
     def say(self, text):
         """Print a text, and keep it in summary.txt."""

@@ -8,15 +8,19 @@ import pickle
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import compile_ahead
 import compile_worker
+import gpu_agenda
 import gpu_cases
 import gpu_dry_run
 import gpu_measure
 import gpu_parity
 import pytest
 from support import ROOT
+
+from moram_kernels import fused_ops
 
 H100 = gpu_dry_run.DEVICES["H100"]
 # Both kinds of items; with and without the vendor's products, in slices and whole.
@@ -115,11 +119,23 @@ def test_an_item_is_ready_once_all_kernels_it_needs_are():
 def test_a_kernel_is_claimed_once(tmp_path):
     order = compile_worker.Order(H100, ITEMS, tmp_path, 0, 0.0)
     first, second = (compile_worker.Worker(order, lambda message: None) for _ in range(2))
-    how = {"fn": compile_worker.SimpleNamespace(module="m", name="_k"), "repr": ""}
+    how = {"fn": SimpleNamespace(module="m", name="_k"), "repr": ""}
     assert first.before_compiling(key="a", **how) is False
     assert second.before_compiling(key="a", **how) is True
     assert second.before_compiling(key="b", **how) is False
     assert second.needs == first.needs | second.needs and len(second.needs) == 2
+
+
+def test_the_library_plans_as_it_does_on_the_machine():
+    case = gpu_cases.Case("training", 768, 300, 160)
+    data, settings = gpu_cases.blank_data(case), (case.top_k, 0.03, 0.2, 1e-12)
+    machine = gpu_dry_run.DEVICES["A100"]
+    with compile_worker.pretend(machine, print):
+        found = fused_ops.plan_for(data.x, data[1:5], settings, True, "ieee")
+    assert found == case.plan(machine.name) != case.plan("interpreter")
+    # And as here again afterwards.
+    again = fused_ops.plan_for(data.x, data[1:5], settings, True, "ieee")
+    assert again == case.plan("interpreter")
 
 
 def test_workers_compile_for_the_machine_that_the_driver_knows():
@@ -159,3 +175,53 @@ def test_planned_time_counts_the_calls_that_the_clock_makes(graph, monkeypatch):
         monkeypatch.setattr(testing, "do_bench", lambda call, **how: asked.update(how))
         clock(lambda: next(count), False)
         assert (asked["warmup"], asked["rep"]) == (10, 40)
+
+
+def test_dry_run_says_when_each_stage_ends_and_goes_on_where_it_was_stopped(
+    monkeypatch, tmp_path, capsys
+):
+    known = []
+
+    class Ahead:
+        def __init__(self, items, machine, workers, environment, before):
+            known.append([kernel["kernel"] for kernel in before])
+            made = {"name": "_k", "new": True, "seconds": 9.0, "cpu_seconds": 8.0}
+            self.kernels = {label: {"kernel": label, **made} for label in "ab"}
+            self.needs, self.starts, self.problems = {0: {"a"}, 1: {"b"}}, [4.0], []
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def wait_all(self, patience):
+            return True
+
+    monkeypatch.setattr(gpu_dry_run, "Ahead", Ahead)
+    monkeypatch.setattr(gpu_parity, "draw", lambda check, device: None)
+    monkeypatch.setattr(gpu_dry_run, "timing_seconds", lambda *_: 30.0)
+    timing = gpu_agenda.Timing(ITEMS[1][0], ("triton", "plain"))
+    last = gpu_agenda.Timing(ITEMS[1][0], (gpu_agenda.COMPILED,))
+    agenda = gpu_agenda.Agenda([ITEMS[0]], [timing], [], [last])
+    for _ in range(2):
+        assert gpu_dry_run.run("H100", agenda, False, 500, tmp_path) == 0
+    assert known == [[], ["a", "b"]]
+    text = capsys.readouterr().out
+    assert text.startswith("2 kernels, 16 s of CPU in one process, up to 8.0 s")
+    # One process is ready at 4 + 8 and 4 + 16 s, many are at 4 + 8.
+    assert "1 processes: compiled after 20 s" in text
+    assert "16 processes: compiled after 12 s" in text
+    # Answer and ceilings 13, the check and its kernel 0.6, the case 0.2 and its kernel 0.1, 2 x 30.
+    expected = {
+        "ceilings": 13,
+        "shipped paths": 14,
+        "first table": 74,
+        "compiled": 104,
+        "plots": 110,
+    }
+    for line, seconds in expected.items():
+        (found,) = [
+            x for x in text.rpartition("16 proc")[2].splitlines() if line in x and " s  " in x
+        ]
+        assert found.split()[0] == str(seconds), found
