@@ -68,10 +68,10 @@ def make_agenda(kind, device_name, quick=False, timed=True):
     rest = [check for check in checks if not _is_first(check)]
     if not timed:
         return Agenda(first, [], rest, [])
-    first_timings = [
-        Timing(case, tuple(name for name in FIRST_CONTENDERS if device_name or name != "triton"))
-        for case in FIRST_CASES
-    ]
+    # In a short run inductor would take most of the time.
+    names = [name for name in FIRST_CONTENDERS if not (quick and name == COMPILED)]
+    names = tuple(name for name in names if device_name or name != "triton")
+    first_timings = [Timing(case, names) for case in FIRST_CASES]
     done = {timing.case: timing.contenders for timing in first_timings}
     timings, last = [], []
     for case in gpu_cases.list_cases(quick):

@@ -74,7 +74,7 @@ def run(device, agenda, quick, seconds, out):
     )
     for processes in (1, PROCESSES):
         ready = ready_seconds(items, ahead.needs, kernels, processes, max(ahead.starts))
-        print(f"\n{processes} processes: compiled after {max(ready.values()):.0f} s")
+        print(f"\nwith {processes} at a time: compiled after {max(ready.values()):.0f} s")
         clock = gpu_measure.Clock(quick)
         for text, after in schedule(agenda, machine, clock, ready, ahead.needs, drawn, seconds):
             print(f"{after:5.0f} s  {text}")
@@ -113,11 +113,14 @@ def ready_seconds(items, needs, kernels, processes, start):
 
 def schedule(agenda, machine, clock, ready, needs, drawn, seconds):
     """(what is done, seconds after the start) at every stage of a run."""
-    count = {item: len(needs[i]) for i, item in enumerate(ready)}
+    loads, seen = {}, set()
+    for i, item in enumerate(ready):
+        loads[item] = LOAD * len(needs[i] - seen)
+        seen |= needs[i]
 
     def check(now, checks):
         for one in checks:
-            now = max(now, ready[one]) + drawn[one] + CHECK + LOAD * count[one]
+            now = max(now, ready[one]) + drawn[one] + CHECK + loads[one]
         return now
 
     def measure(now, timings):
@@ -127,7 +130,7 @@ def schedule(agenda, machine, clock, ready, needs, drawn, seconds):
             now += DATA
             for name in contenders:
                 if (case, name) in ready:
-                    now = max(now, ready[case, name]) + LOAD * count[case, name]
+                    now = max(now, ready[case, name]) + loads[case, name]
                 now += timing_seconds(case, name, machine.name, clock)
         return now
 

@@ -210,8 +210,8 @@ def test_dry_run_says_when_each_stage_ends_and_goes_on_where_it_was_stopped(
     text = capsys.readouterr().out
     assert text.startswith("2 kernels, 16 s of CPU in one process, up to 8.0 s")
     # One process is ready at 4 + 8 and 4 + 16 s, many are at 4 + 8.
-    assert "1 processes: compiled after 20 s" in text
-    assert "16 processes: compiled after 12 s" in text
+    assert "with 1 at a time: compiled after 20 s" in text
+    assert "with 16 at a time: compiled after 12 s" in text
     # Answer and ceilings 13, the check and its kernel 0.6, the case 0.2 and its kernel 0.1, 2 x 30.
     expected = {
         "ceilings": 13,
@@ -222,6 +222,6 @@ def test_dry_run_says_when_each_stage_ends_and_goes_on_where_it_was_stopped(
     }
     for line, seconds in expected.items():
         (found,) = [
-            x for x in text.rpartition("16 proc")[2].splitlines() if line in x and " s  " in x
+            x for x in text.rpartition("with 16")[2].splitlines() if line in x and " s  " in x
         ]
         assert found.split()[0] == str(seconds), found

@@ -186,6 +186,12 @@ def test_verdict_and_first_table_come_before_everything_else():
     assert len(set(agenda.items())) == len(agenda.items())
 
 
+def test_a_short_run_compiles_plain_last():
+    agenda = gpu_agenda.make_agenda("quick", H100, quick=True)
+    assert {timing.contenders for timing in agenda.first_timings} == {("triton", "plain")}
+    assert agenda.checks == []
+
+
 def test_every_contender_of_every_case_is_timed_once():
     agenda = gpu_agenda.make_agenda("default", H100)
     timed = [(t.case, name) for t in agenda.first_timings + agenda.timings for name in t.contenders]
