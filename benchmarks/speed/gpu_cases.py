@@ -124,6 +124,25 @@ def plain_bytes(case):
     return scores + bank + case.tokens * case.width * itemsize * 6
 
 
+def blank_data(case, dtype=None, bank_dtype=None):
+    """`Data` that nobody draws, in memory that nobody touches; sizes and alignment are real.
+
+    Args:
+        dtype, bank_dtype: of the tokens and of the bank; the case's, if None.
+    """
+    dtype = dtype or case.torch_dtype
+    bank_dtype, frozen = bank_dtype or dtype, case.atoms - case.current
+    tokens, *bank, residual, grad = (
+        torch.empty(count, case.width, dtype=kind)
+        for count, kind in (
+            (case.tokens, dtype),
+            *((count, bank_dtype) for count in (frozen, frozen, case.current, case.current)),
+            *((case.tokens, dtype),) * 2,
+        )
+    )
+    return _with_leaves(case, Data(tokens, *bank, residual, grad))
+
+
 def make_data(case, device, seed=0):
     """Draw the inputs on the device: a token mixes top_k atoms with falling shares, and noise."""
     generator = torch.Generator(device).manual_seed(seed)
@@ -149,6 +168,10 @@ def make_data(case, device, seed=0):
         normal(case.tokens, case.width),
         normal(case.tokens, case.width),
     )
+    return _with_leaves(case, data)
+
+
+def _with_leaves(case, data):
     for name in ("x", "current_keys", "current_values", "residual"):
         getattr(data, name).requires_grad_(case.training)
     return data

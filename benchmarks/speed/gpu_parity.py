@@ -99,8 +99,8 @@ def check_parity(check, device, seed=0):
     """
     case, data = draw(check, device, seed)
     name = gpu_cases.gpu_name(device)
-    settings = (check.top_k, gpu_cases.TEMPERATURE, gpu_cases.THRESHOLD)
-    first, second = (gpu_cases.run_path(case, data, check.path, name, settings) for _ in range(2))
+    args = (case, data, check.path, name, settings_of(check))
+    first, second = (gpu_cases.run_path(*args) for _ in range(2))
     low, high = _torch_backend(case, data), _reference(case, data)
     problems = []
     for label, actual, again, plain, exact in zip(NAMES, first, second, low, high, strict=False):
@@ -110,6 +110,25 @@ def check_parity(check, device, seed=0):
         if problem:
             problems.append(f"{check}: {label} {problem}")
     return problems
+
+
+def case_of(check):
+    """The `gpu_cases.Case` of a check; where tokens and bank differ, products are in float32."""
+    mode = "training" if check.training else "prefill"
+    dtype = "float32" if check.dtype == "mixed" else check.dtype
+    return gpu_cases.Case(mode, check.width, check.tokens, check.atoms, dtype, check.top_k)
+
+
+def dtypes_of(check, low=torch.bfloat16):
+    """(dtype of the tokens, of the bank) of a check; low: that of tokens beside a float32 bank."""
+    if check.dtype == "mixed":
+        return low, torch.float32
+    return (getattr(torch, check.dtype),) * 2
+
+
+def settings_of(check):
+    """(top_k, temperature, threshold) of a check."""
+    return check.top_k, gpu_cases.TEMPERATURE, gpu_cases.THRESHOLD
 
 
 def over_budget(actual, plain, exact):
@@ -140,12 +159,8 @@ def _root_mean_square(tensor):
 def draw(check, device, seed=0):
     """(Case, Data) of a check: only tokens whose selection no rounding can change."""
     generator = torch.Generator().manual_seed(seed)
-    low = torch.float16 if device == "cpu" else torch.bfloat16
-    bank_dtype = torch.float32 if check.dtype == "mixed" else getattr(torch, check.dtype)
-    dtype = low if check.dtype == "mixed" else bank_dtype
-    mode = "training" if check.training else "prefill"
-    planned = "float32" if check.dtype == "mixed" else check.dtype
-    case = gpu_cases.Case(mode, check.width, check.tokens, check.atoms, planned, check.top_k)
+    dtype, bank_dtype = dtypes_of(check, torch.float16 if device == "cpu" else torch.bfloat16)
+    case = case_of(check)
     width, rows = check.width, CANDIDATES * check.tokens
 
     def normal(*shape, scale=1.0):
@@ -158,21 +173,22 @@ def draw(check, device, seed=0):
     for i in range(check.top_k):
         x += gpu_cases.DECAY**i * keys[order[(start + i) % check.atoms]].double()
     x = x.to(dtype)
-    x = x[clear_tokens(x, keys, check)][: check.tokens]
+    x = x[clear_tokens(x.to(device), keys.to(device), check).cpu()][: check.tokens]
     if len(x) < check.tokens:
         raise RuntimeError(f"{check}: only {len(x)} tokens have a clear selection; change the seed")
     values = normal(check.atoms, width).to(bank_dtype)
     frozen = check.atoms - case.current
     residual, grad = (normal(check.tokens, width).to(dtype) for _ in range(2))
     pieces = (x, keys[:frozen], values[:frozen], keys[frozen:], values[frozen:], residual, grad)
-    return case, gpu_cases.Data(*(piece.contiguous().to(device) for piece in pieces))
+    # Each in memory of its own on every device, so that the bank is in two pieces.
+    return case, gpu_cases.Data(*(piece.to(device, copy=True) for piece in pieces))
 
 
 def clear_tokens(x, keys, check):
     """Mask of the tokens whose selection and firing no rounding can change."""
     scores = x.double() @ keys.double().T
     norm_scores = scores / scores.norm(dim=-1, keepdim=True)
-    clear = torch.ones(len(x), dtype=torch.bool)
+    clear = torch.ones(len(x), dtype=torch.bool, device=x.device)
     if check.atoms > check.top_k:
         ordered = norm_scores.topk(check.top_k + 1, dim=-1).values
         clear &= ordered[:, -2] - ordered[:, -1] > MARGIN

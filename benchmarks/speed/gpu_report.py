@@ -1,4 +1,4 @@
-"""What `gpu.py` makes of its rows: the CSV, slow paths, the table of fastest paths, the plots.
+"""What `gpu.py` makes of its rows: the files, slow paths, the table of fastest paths, the plots.
 
 Plots and conclusions read the CSV and nothing else. Times are milliseconds; "graph" rows were
 replayed as a CUDA graph, all others are launched from Python every time.
@@ -6,6 +6,7 @@ replayed as a CUDA graph, all others are launched from Python every time.
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -15,6 +16,10 @@ COLUMNS = (
     *("mode", "D", "O", "tokens", "atoms", "current_atoms", "top_k", "contender", "path"),
     *("graph", "status", "median_ms", "p20_ms", "p80_ms", "tokens_per_s", "peak_memory_mib"),
     *("model_ms", "bound_ms", "over_model", "over_bound", "gb_per_s", "tflops_per_s", "command"),
+)
+PARITY_COLUMNS = (
+    *("path", "training", "tokens", "atoms", "width", "top_k", "dtype", "verdict", "problems"),
+    "seconds",
 )
 CASE = ("mode", "D", "tokens", "atoms", "dtype", "top_k")
 INTEGERS = ("D", "O", "tokens", "atoms", "current_atoms", "top_k")
@@ -37,10 +42,10 @@ WORTH = 1.05
 class Writer:
     """A CSV file whose rows reach the disk one by one; `common` goes into each."""
 
-    def __init__(self, path, common):
+    def __init__(self, path, common, columns=COLUMNS):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = path.open("w", newline="", encoding="utf-8")
-        self.writer, self.common = csv.DictWriter(self.file, COLUMNS), common
+        self.path, self.file = path, path.open("w", newline="", encoding="utf-8")
+        self.writer, self.common = csv.DictWriter(self.file, columns), common
         self.writer.writeheader()
         self.file.flush()
 
@@ -55,6 +60,33 @@ class Writer:
         row = self.common | row
         self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
         self.file.flush()
+
+
+class Results:
+    """The files of a run in a folder: parity.csv, summary.txt and, if it is timed, gpu.csv.
+
+    Every row and line is on disk at once, so that a run that is stopped leaves what it found.
+    """
+
+    def __init__(self, folder, setup, timed):
+        self.rows = Writer(folder / "gpu.csv", setup) if timed else None
+        self.parity = Writer(folder / "parity.csv", {}, PARITY_COLUMNS)
+        self.summary = (folder / "summary.txt").open("w", encoding="utf-8")
+        self.say("\n".join(f"{name}: {value}" for name, value in setup.items()))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.parity.file.close()
+        self.summary.close()
+        if self.rows:
+            self.rows.file.close()
+
+    def say(self, text):
+        """Print a text, and keep it in summary.txt."""
+        for file in (sys.stdout, self.summary):
+            print(text, file=file, flush=True)
 
 
 def read_rows(path):
