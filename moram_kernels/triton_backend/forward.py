@@ -9,6 +9,7 @@ from ..aliases import Settings, Tile
 from . import launcher
 from .aggregate import launch_aggregate, launch_gather
 from .decode import launch_decode
+from .launcher import Steps
 from .plan import ROW_ATOMS, Plan, saved_shapes
 from .resident import launch_resident
 from .scores import launch_scores
@@ -56,6 +57,7 @@ def forward(
     plan: Plan,
     precision: str,
     scores: Tensor | None = None,
+    steps: Steps | None = None,
 ) -> None:
     """Fill out [M, O] and, for a backward, saved.
 
@@ -66,6 +68,7 @@ def forward(
         saved: `Saved` of the sizes of plan.backward, or None.
         plan: `Plan`; precision: of float32 products.
         scores: x keys^T in float32 [M, N] if it is known already.
+        steps: the launches of calls of this signature, or None.
     """
     residual = None if residual is None else launcher.rows(residual)
     threshold = not training and settings[2] > 0
@@ -73,13 +76,13 @@ def forward(
     if plan.path == "resident" and scores is None:
         keep = None if saved is None else (saved.scores, saved.stats)
         launch_resident(
-            x, keys, values, residual, out, *how, precision, plan.tiles["resident"], keep
+            x, keys, values, residual, out, *how, precision, plan.tiles["resident"], keep, steps
         )
     elif plan.path == "decode" and scores is None:
         shape = (plan.tiles["splits"], x.shape[0], keys.num_rows)
         partial = x.new_empty(shape, dtype=torch.float32)
-        launch_scores(x, keys, partial, precision, plan.tiles["scores"], shape[0])
-        launch_decode(partial, values, residual, out, *how)
+        launch_scores(x, keys, partial, precision, plan.tiles["scores"], shape[0], steps)
+        launch_decode(partial, values, residual, out, *how, steps)
     else:
         # Scores that the backward needs are kept whole; others exist a chunk at a time.
         keeps = saved is not None and plan.backward == "dense"
@@ -101,6 +104,7 @@ def forward(
                 plan,
                 precision,
                 None if scores is None else scores[part],
+                steps,
             )
 
 
@@ -116,24 +120,24 @@ def _split(
     plan: Plan,
     precision: str,
     scores: Tensor | None,
+    steps: Steps | None,
 ) -> None:
     tokens, atoms = x.shape[0], keys.num_rows
     if scores is None:
-        shape = saved_shapes(tokens, atoms, 0, 0, "dense")[2]
         if saved is not None and plan.backward == "dense":
-            buffer = saved.scores
+            scores = saved.scores[:, :atoms]
         else:
-            buffer = x.new_empty(shape, dtype=torch.float32)
-        scores = buffer[:, :atoms]
-        score(x, keys, scores, precision, plan.tiles["scores"])
+            scores = launcher.new_matrix(x, tokens, atoms, torch.float32)
+        score(x, keys, scores, precision, plan.tiles["scores"], steps)
     stats = None if saved is None else saved.stats
     if plan.path != "split-gather":
-        columns = -(-atoms // 16) * 16
         dtype = launcher.meet(x, values, out)
-        written = x.new_empty(tokens, columns, dtype=dtype)[:, :atoms]
+        written = launcher.new_matrix(x, tokens, atoms, dtype)
         unscale = scores.new_empty(tokens) if dtype == torch.float16 else None
-        launch_select(scores, settings, threshold, written=written, unscale=unscale, stats=stats)
-        aggregate(written, values, residual, out, precision, plan.tiles["aggregate"], unscale)
+        dense = {"written": written, "unscale": unscale, "stats": stats}
+        launch_select(scores, settings, threshold, **dense, steps=steps)
+        tile = plan.tiles["aggregate"]
+        aggregate(written, values, residual, out, precision, tile, unscale, steps)
         return
     count = min(settings[0], atoms)
     if saved is None:
@@ -144,21 +148,23 @@ def _split(
         current = (saved.scores, keys.num_frozen) if atoms > keys.num_frozen else None
     lists = (index, scores.new_empty(tokens, count), picked)
     select = launch_select if atoms <= ROW_ATOMS else launch_select_wide
-    select(scores, settings, threshold, lists=lists, current=current, stats=stats)
-    launch_gather(lists[0], lists[1], values, residual, out)
+    select(scores, settings, threshold, lists=lists, current=current, stats=stats, steps=steps)
+    launch_gather(lists[0], lists[1], values, residual, out, steps=steps)
 
 
-def score(a: Tensor, table: Table, out: Tensor, precision: str, config: Tile) -> None:
+def score(
+    a: Tensor, table: Table, out: Tensor, precision: str, config: Tile, steps: Steps | None
+) -> None:
     """out = a rows^T in float32, by the vendor's library where it can.
 
     Args:
         a: [M, D]. table: `Table` of N rows of D numbers. out: float32 [M, N].
-        precision: of float32 products. config: the tile of the kernel.
+        precision: of float32 products. config: the tile of the kernel. steps: of the call.
     """
-    if table.whole is not None and launcher.can_multiply(a, table.whole):
-        launcher.multiply(launcher.rows(a), table.whole.t(), out)
+    if launcher.can_multiply(a, table.frozen) and (whole := table.whole) is not None:
+        launcher.multiply(launcher.rows(a), whole.t(), out)
     else:
-        launch_scores(a, table, out, precision, config)
+        launch_scores(a, table, out, precision, config, steps=steps)
 
 
 def aggregate(
@@ -168,7 +174,8 @@ def aggregate(
     out: Tensor,
     precision: str,
     config: Tile,
-    unscale: Tensor | None = None,
+    unscale: Tensor | None,
+    steps: Steps | None,
 ) -> None:
     """out = residual + coefficients times a table's rows, by the vendor's library where it can.
 
@@ -178,10 +185,10 @@ def aggregate(
         precision: of float32 products. config: the tile of the kernel.
         unscale: factors [M] of the rows of float16 coefficients, which the library does not know,
             or None.
+        steps: of the call.
     """
-    whole = table.whole if out.dtype == table.dtype and unscale is None else None
-    if whole is not None and not launcher.can_multiply(coefficients, whole):
-        whole = None
+    usable = out.dtype == table.dtype and unscale is None
+    whole = table.whole if usable and launcher.can_multiply(coefficients, table.frozen) else None
     # Onto another tensor than the residual the library would copy the residual first.
     in_place = residual is not None and (
         residual.data_ptr() == out.data_ptr() and residual.stride() == out.stride()
@@ -191,4 +198,4 @@ def aggregate(
     elif whole is not None and residual is None:
         launcher.multiply(coefficients, whole, out)
     else:
-        launch_aggregate(coefficients, table, residual, out, precision, config, unscale)
+        launch_aggregate(coefficients, table, residual, out, precision, config, unscale, steps)

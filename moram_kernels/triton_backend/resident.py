@@ -15,7 +15,8 @@ from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
 from ..aliases import Settings, Tile
-from .launcher import cdiv, dot_dtype, launch, rows, target
+from . import launcher
+from .launcher import Launch, Steps, cdiv, dot_dtype, floor_of_norm, launch, rows
 from .networks import network
 from .segments import Table, row_pointers
 from .threshold import count_from, drop_ties, tied_column
@@ -235,6 +236,7 @@ def launch_resident(
     precision: str,
     config: Tile,
     save: tuple[Tensor, Tensor] | None,
+    steps: Steps | None = None,
 ) -> None:
     """out [M, O] = residual + update of the rows of x, in one launch.
 
@@ -247,58 +249,52 @@ def launch_resident(
         save: (scores float32 [M, >= N], stats float32 [4, M]) to fill, or None.
     """
     x = rows(x)
-    num_rows, width = x.shape
-    top_k, temperature, level, eps = activation
-    num_atoms = keys.num_rows
-    every = top_k >= num_atoms
-    tile, tile2 = config["BLOCK_N"], config["BLOCK_N2"]
-    frozen_keys, current_keys, num_frozen, stride_keys, stride_current_keys = keys.args()
-    frozen_values, current_values, _, stride_values, stride_current_values = values.args()
     given = out if residual is None else residual
     scores, stats = save or (out, out)
-    launch(
-        _resident_kernel,
-        (cdiv(num_rows, config["BLOCK_M"]),),
-        x,
-        frozen_keys,
-        current_keys,
-        frozen_values,
-        current_values,
-        given,
-        out,
-        scores,
-        stats,
-        num_rows,
-        num_atoms,
-        width,
-        values.width,
-        num_frozen,
-        x.stride(0),
-        stride_keys,
-        stride_current_keys,
-        stride_values,
-        stride_current_values,
-        given.stride(0),
-        out.stride(0),
-        scores.stride(0),
-        stats.stride(0),
-        1.0 / temperature,
-        level,
-        float(max(eps, torch.finfo(torch.float32).tiny)),
-        TOP_K=min(top_k, num_atoms),
-        ALL=every,
-        HAS_THRESHOLD=threshold,
-        HAS_RESIDUAL=residual is not None,
-        SAVE=save is not None,
-        NETWORK=None if every else network_for(tile, tile2, top_k, x.device),
-        DOT=dot_dtype(x, keys),
-        DOT_VALUES=dot_dtype(x, values, out),
-        PRECISION=precision,
-        ALIGNED=keys.aligned and values.aligned,
-        LOG_N=tile.bit_length() - 1,
-        LOG_N2=max(0, tile2.bit_length() - 1),
-        **config,
-    )
+
+    def describe() -> Launch:
+        top_k, temperature, level, eps = activation
+        num_rows, width = x.shape
+        num_atoms = keys.num_rows
+        every = top_k >= num_atoms
+        tile, tile2 = config["BLOCK_N"], config["BLOCK_N2"]
+        numbers = (
+            num_rows,
+            num_atoms,
+            width,
+            values.width,
+            keys.num_frozen,
+            x.stride(0),
+            *keys.strides,
+            *values.strides,
+            given.stride(0),
+            out.stride(0),
+            scores.stride(0),
+            stats.stride(0),
+            1.0 / temperature,
+            level,
+            floor_of_norm(eps),
+        )
+        constants = {
+            "TOP_K": min(top_k, num_atoms),
+            "ALL": every,
+            "HAS_THRESHOLD": threshold,
+            "HAS_RESIDUAL": residual is not None,
+            "SAVE": save is not None,
+            "NETWORK": None if every else network_for(tile, tile2, top_k, x.device),
+            "DOT": dot_dtype(x, keys),
+            "DOT_VALUES": dot_dtype(x, values, out),
+            "PRECISION": precision,
+            "ALIGNED": keys.aligned and values.aligned,
+            "LOG_N": tile.bit_length() - 1,
+            "LOG_N2": max(0, tile2.bit_length() - 1),
+            **config,
+        }
+        grid = (cdiv(num_rows, config["BLOCK_M"]),)
+        return Launch(_resident_kernel, grid, numbers, constants)
+
+    tensors = (x, *keys.pieces, *values.pieces, given, out, scores, stats)
+    launch(tensors, describe, steps)
 
 
 def network_for(tile: int, tile2: int, top_k: int, device: torch.device) -> KernelInterface[Any]:
@@ -308,4 +304,4 @@ def network_for(tile: int, tile2: int, top_k: int, device: torch.device) -> Kern
         tile, tile2: columns of the first tile and of the second one, 0 = there is none.
         top_k: atoms per token, 4, 8 or 16. device: a torch device.
     """
-    return network((tile, tile2) if tile2 else (tile,), top_k, target(device))
+    return network((tile, tile2) if tile2 else (tile,), top_k, launcher.target(device))

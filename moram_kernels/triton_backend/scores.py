@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aliases import Tile
-from .launcher import cdiv, dot_dtype, launch, rows
+from .launcher import Launch, Steps, cdiv, dot_dtype, launch, rows
 from .segments import Table, row_pointers
 
 
@@ -67,7 +67,13 @@ def _score_kernel(
 
 
 def launch_scores(
-    a: Tensor, table: Table, out: Tensor, precision: str, config: Tile, splits: int = 1
+    a: Tensor,
+    table: Table,
+    out: Tensor,
+    precision: str,
+    config: Tile,
+    splits: int = 1,
+    steps: Steps | None = None,
 ) -> None:
     """Write a [M, D] times the rows of a table, transposed, to out [M, N] or [splits, M, N].
 
@@ -77,35 +83,33 @@ def launch_scores(
         config: {"BLOCK_M", "BLOCK_N", "BLOCK_D", "num_warps", "num_stages"}.
     """
     a = rows(a)
-    num_rows, width = a.shape
-    block_d = config["BLOCK_D"]
-    split_width = cdiv(cdiv(width, splits), block_d) * block_d
-    frozen, current, num_frozen, stride_frozen, stride_current = table.args()
-    grid = (
-        cdiv(num_rows, config["BLOCK_M"]),
-        cdiv(table.num_rows, config["BLOCK_N"]),
-        splits,
-    )
-    launch(
-        _score_kernel,
-        grid,
-        a,
-        frozen,
-        current,
-        out,
-        num_rows,
-        table.num_rows,
-        width,
-        num_frozen,
-        a.stride(0),
-        stride_frozen,
-        stride_current,
-        out.stride(0) if out.dim() == 3 else 0,
-        out.stride(-2),
-        split_width,
-        DOT=dot_dtype(a, table.frozen),
-        PRECISION=precision,
-        ALIGNED=table.aligned,
-        EVEN_D=width % block_d == 0,
-        **config,
-    )
+
+    def describe() -> Launch:
+        num_rows, width = a.shape
+        block_d = config["BLOCK_D"]
+        grid = (
+            cdiv(num_rows, config["BLOCK_M"]),
+            cdiv(table.num_rows, config["BLOCK_N"]),
+            splits,
+        )
+        numbers = (
+            num_rows,
+            table.num_rows,
+            width,
+            table.num_frozen,
+            a.stride(0),
+            *table.strides,
+            out.stride(0) if out.dim() == 3 else 0,
+            out.stride(-2),
+            cdiv(cdiv(width, splits), block_d) * block_d,
+        )
+        constants = {
+            "DOT": dot_dtype(a, table),
+            "PRECISION": precision,
+            "ALIGNED": table.aligned,
+            "EVEN_D": width % block_d == 0,
+            **config,
+        }
+        return Launch(_score_kernel, grid, numbers, constants)
+
+    launch((a, *table.pieces, out), describe, steps)

@@ -13,12 +13,12 @@ from .launcher import rows
 class Table(NamedTuple):
     """Keys or values of a bank [N, width]: `frozen` rows, then `current`; either may be empty.
 
-    Where the current rows lie right behind the frozen ones in one buffer, `whole` is both.
+    Where the current rows lie right behind the frozen ones in one buffer, they are joined.
     """
 
     frozen: Tensor
     current: Tensor
-    whole: Tensor | None
+    joined: bool
 
     @classmethod
     def of(cls, frozen: Tensor, current: Tensor) -> "Table":
@@ -51,28 +51,37 @@ class Table(NamedTuple):
             for piece in pieces
         )
 
-    def args(self) -> tuple[Tensor, Tensor, int, int, int]:
-        """(frozen, current, num_frozen, stride of frozen, stride of current) for a kernel."""
-        frozen = self.frozen if self.num_frozen else self.current
-        current = self.current if self.current.shape[0] else self.frozen
-        return frozen, current, self.num_frozen, frozen.stride(0), current.stride(0)
+    @property
+    def pieces(self) -> tuple[Tensor, Tensor]:
+        """(frozen, current) for a kernel; the other one where one is empty."""
+        if not self.current.shape[0]:
+            return self.frozen, self.frozen
+        return self.frozen if self.frozen.shape[0] else self.current, self.current
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Between rows of the pieces."""
+        frozen, current = self.pieces
+        return frozen.stride(0), current.stride(0)
+
+    @property
+    def whole(self) -> Tensor | None:
+        """All rows as one matrix, where the pieces are joined."""
+        if not self.joined:
+            return None
+        frozen = self.pieces[0]
+        return frozen.as_strided((self.num_rows, self.width), (frozen.stride(0), 1))
 
 
-def _joined(frozen: Tensor, current: Tensor) -> Tensor | None:
-    if current.shape[0] == 0:
-        return frozen
-    if frozen.shape[0] == 0:
-        return current
+def _joined(frozen: Tensor, current: Tensor) -> bool:
+    size = frozen.shape[0]
+    if not size or not current.shape[0]:
+        return True
     step = frozen.stride(0)
-    follows = frozen.data_ptr() + frozen.shape[0] * step * frozen.element_size()
-    storage = frozen.untyped_storage()
-    if (
-        current.data_ptr() != follows
-        or current.stride(0) != step
-        or current.untyped_storage().data_ptr() != storage.data_ptr()
-    ):
-        return None
-    return frozen.as_strided((frozen.shape[0] + current.shape[0], frozen.shape[1]), (step, 1))
+    follows = frozen.data_ptr() + size * step * frozen.itemsize
+    if current.data_ptr() != follows or current.stride(0) != step:
+        return False
+    return current.untyped_storage().data_ptr() == frozen.untyped_storage().data_ptr()
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..aliases import Settings
 from .cost import CHUNK
-from .launcher import cdiv, launch, next_power_of_2
+from .launcher import Launch, Steps, cdiv, floor_of_norm, launch, next_power_of_2
 from .threshold import select_rows
 from .weights import candidates, clamped_norm, shares, softmax_scale, written_scores
 
@@ -118,6 +118,7 @@ def launch_select_wide(
     lists: tuple[Tensor, Tensor, Tensor],
     current: tuple[Tensor, int] | None = None,
     stats: Tensor | None = None,
+    steps: Steps | None = None,
 ) -> None:
     """Select from scores [M, N] of any N >= top_k into lists, in two launches.
 
@@ -127,48 +128,37 @@ def launch_select_wide(
     top_k, temperature, level, eps = activation
     chunks = cdiv(num_atoms, CHUNK)
     found = scores.new_empty(num_rows, chunks, top_k)
-    column = torch.empty(num_rows, chunks, top_k, dtype=torch.int32, device=scores.device)
+    column = scores.new_empty(num_rows, chunks, top_k, dtype=torch.int32)
     squares = scores.new_empty(num_rows, chunks)
     kept, num_frozen = current or (scores, 0)
-    launch(
-        _chunk_kernel,
-        (num_rows, chunks),
-        scores,
-        found,
-        column,
-        squares,
-        kept,
-        num_atoms,
-        num_frozen,
-        scores.stride(0),
-        TOP_K=top_k,
-        SAVE_CURRENT=current is not None,
-        BLOCK_K=next_power_of_2(top_k),
-        BLOCK_N=CHUNK,
-        LOG_N=CHUNK.bit_length() - 1,
-        num_warps=4,
-    )
-    index, written, picked = lists
-    block = next_power_of_2(chunks * top_k)
-    launch(
-        _combine_kernel,
-        (num_rows,),
-        found,
-        column,
-        squares,
-        index,
-        written,
-        picked,
-        scores if stats is None else stats,
-        1.0 / temperature,
-        level,
-        float(max(eps, torch.finfo(torch.float32).tiny)),
-        CHUNKS=chunks,
-        TOP_K=top_k,
-        HAS_THRESHOLD=threshold,
-        SAVE_STATS=stats is not None,
-        BLOCK_C=next_power_of_2(chunks),
-        BLOCK_N=block,
-        LOG_N=block.bit_length() - 1,
-        num_warps=max(1, min(8, block // 512)),
-    )
+
+    def describe_chunks() -> Launch:
+        constants = {
+            "TOP_K": top_k,
+            "SAVE_CURRENT": current is not None,
+            "BLOCK_K": next_power_of_2(top_k),
+            "BLOCK_N": CHUNK,
+            "LOG_N": CHUNK.bit_length() - 1,
+            "num_warps": 4,
+        }
+        numbers = (num_atoms, num_frozen, scores.stride(0))
+        return Launch(_chunk_kernel, (num_rows, chunks), numbers, constants)
+
+    def describe_all() -> Launch:
+        block = next_power_of_2(chunks * top_k)
+        constants = {
+            "CHUNKS": chunks,
+            "TOP_K": top_k,
+            "HAS_THRESHOLD": threshold,
+            "SAVE_STATS": stats is not None,
+            "BLOCK_C": next_power_of_2(chunks),
+            "BLOCK_N": block,
+            "LOG_N": block.bit_length() - 1,
+            "num_warps": max(1, min(8, block // 512)),
+        }
+        numbers = (1.0 / temperature, level, floor_of_norm(eps))
+        return Launch(_combine_kernel, (num_rows,), numbers, constants)
+
+    launch((scores, found, column, squares, kept), describe_chunks, steps)
+    about = scores if stats is None else stats
+    launch((found, column, squares, *lists, about), describe_all, steps)

@@ -1,0 +1,111 @@
+"""What is remembered of calls of one signature: that they were checked, their plan, their launches.
+
+A signature is all that decides about a launch: shapes, strides, dtypes, devices and alignment of
+the tensors, and the settings. No tensor is kept, and no stream. What is remembered belongs to one
+driver of Triton; another one begins anew. Imports no Triton.
+"""
+
+import sys
+from collections.abc import Hashable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue] - not in its stub
+
+# Signatures that are remembered; then the oldest goes.
+LIMIT = 512
+
+
+class Course:
+    """How calls run: their `Plan`, and their launches in order once they are known."""
+
+    __slots__ = ("launches", "plan")
+
+    def __init__(self, plan: Any) -> None:
+        self.plan = plan
+        self.launches: Sequence[Any] | None = None
+
+
+class Known:
+    """What calls of one signature have in common: whether they were checked, and how they run."""
+
+    __slots__ = ("checked", "courses")
+
+    def __init__(self) -> None:
+        self.checked = False
+        self.courses: dict[Hashable, Course] = {}
+
+
+class _Memory:
+    """Everything that is remembered, and of which state of Triton's runtime."""
+
+    state: tuple[Any, ...] | None = None
+    calls: ClassVar[dict[tuple[Any, ...], Known]] = {}
+
+
+def recall(tensors: Sequence[Tensor | None], settings: Hashable) -> Known | None:
+    """What is known of calls with these tensors and settings; None where nothing may be kept.
+
+    Nothing is kept where Triton has no driver, as in its interpreter, or has launch hooks, which
+    profilers set; under torch.compile and torch.func; and of what are no tensors.
+    """
+    runtime = _runtime()
+    if runtime is None or torch.compiler.is_compiling() or _functorch.peek_interpreter_stack():
+        return None
+    driver, knobs = runtime
+    # Other ways to compile than those of before.
+    state = driver, knobs.add_stages_inspection_hook, knobs.debug
+    if state != _Memory.state:
+        forget()
+        _Memory.state = state
+    try:
+        key = (settings, driver.get_current_device(), *_signature(tensors))
+        known = _Memory.calls.get(key)
+    except (AttributeError, RuntimeError, TypeError):
+        # No tensors, tensors without memory, or settings that are none: for the caller to refuse.
+        return None
+    if known is None:
+        while len(_Memory.calls) >= LIMIT:
+            _Memory.calls.pop(next(iter(_Memory.calls)), None)
+        known = _Memory.calls[key] = Known()
+    return known
+
+
+def forget() -> None:
+    """Forget all calls."""
+    _Memory.state = None
+    _Memory.calls.clear()
+
+
+def _runtime() -> tuple[Any, Any] | None:
+    """(Triton's driver, its settings of the runtime) if there is a driver and no launch hook."""
+    triton = sys.modules.get("triton")
+    driver = None if triton is None else getattr(triton.runtime.driver, "_active", None)
+    if triton is None or driver is None:
+        return None
+    knobs = triton.knobs.runtime
+    if _calls(knobs.launch_enter_hook) or _calls(knobs.launch_exit_hook):
+        return None
+    return driver, knobs
+
+
+def _calls(hook: Any) -> Any:
+    """Whether a hook would do something: a chain has a list, and what is no chain does."""
+    return getattr(hook, "calls", True)
+
+
+def _signature(tensors: Sequence[Tensor | None]) -> list[Any]:
+    found: list[Any] = []
+    for tensor in tensors:
+        if tensor is None:
+            found.append(None)
+        else:
+            found += (
+                tensor.shape,
+                tensor.stride(),
+                tensor.dtype,
+                tensor.device,
+                tensor.data_ptr() & 15,
+            )
+    return found
