@@ -18,13 +18,13 @@ LIMIT = 512
 
 
 class Course:
-    """How calls run: their `Plan`, and their launches in order once they are known."""
+    """How calls run: their `Plan`, and their launches in order by kind once they are known."""
 
     __slots__ = ("launches", "plan")
 
     def __init__(self, plan: Any) -> None:
         self.plan = plan
-        self.launches: Sequence[Any] | None = None
+        self.launches: dict[Hashable, Sequence[Any]] = {}
 
 
 class Known:
@@ -50,11 +50,16 @@ def recall(tensors: Sequence[Tensor | None], settings: Hashable) -> Known | None
     Nothing is kept where Triton has no driver, as in its interpreter, or has launch hooks, which
     profilers set; under torch.compile and torch.func; and of what are no tensors.
     """
-    runtime = _runtime()
-    if runtime is None or torch.compiler.is_compiling() or _functorch.peek_interpreter_stack():
+    if torch.compiler.is_compiling() or _functorch.peek_interpreter_stack():
         return None
-    driver, knobs = runtime
-    # Other ways to compile than those of before.
+    triton = sys.modules.get("triton")
+    driver = None if triton is None else getattr(triton.runtime.driver, "_active", None)
+    if triton is None or driver is None:
+        return None
+    knobs = triton.knobs.runtime
+    if _acts(knobs.launch_enter_hook) or _acts(knobs.launch_exit_hook):
+        return None
+    # With another state kernels are compiled otherwise.
     state = driver, knobs.add_stages_inspection_hook, knobs.debug
     if state != _Memory.state:
         forget()
@@ -78,20 +83,8 @@ def forget() -> None:
     _Memory.calls.clear()
 
 
-def _runtime() -> tuple[Any, Any] | None:
-    """(Triton's driver, its settings of the runtime) if there is a driver and no launch hook."""
-    triton = sys.modules.get("triton")
-    driver = None if triton is None else getattr(triton.runtime.driver, "_active", None)
-    if triton is None or driver is None:
-        return None
-    knobs = triton.knobs.runtime
-    if _calls(knobs.launch_enter_hook) or _calls(knobs.launch_exit_hook):
-        return None
-    return driver, knobs
-
-
-def _calls(hook: Any) -> Any:
-    """Whether a hook would do something: a chain has a list, and what is no chain does."""
+def _acts(hook: Any) -> Any:
+    """Whether a hook does something: a chain has a list, and what is no chain does."""
     return getattr(hook, "calls", True)
 
 

@@ -193,7 +193,7 @@ def run_forward(
         known = recall((x, *bank, residual, scores, out), how)
     tables = Table.of(keys, current_keys), Table.of(values, current_values)
     # Another planner plans anew.
-    name = (plan, save, out is None, tables[0].joined, tables[1].joined)
+    name = (plan, save, out is None)
     course = None if known is None else known.courses.get(name)
     if course is None:
         form = save if isinstance(save, str) else None
@@ -211,7 +211,11 @@ def run_forward(
             saved = saved._replace(scores=scores)
     if tokens and atoms and out.shape[1]:
         with launcher.on(x.device):
-            steps = None if known is None else launcher.Steps(course)
+            kind = None
+            if chosen.path.startswith("split"):
+                # The library multiplies what is joined.
+                kind = tables[0].joined, tables[1].joined
+            steps = None if known is None else launcher.Steps(course, kind)
             kernels.forward(
                 x, *tables, residual, out, settings, training, saved, chosen, precision, scores,
                 steps,
@@ -242,14 +246,14 @@ def run_backward(
         (grad, x, *bank, *saved), ("backward", settings, training, precision, needs, form)
     )
     tables = Table.of(keys, current_keys), Table.of(values, current_values)
-    name = (plan, tables[0].joined, tables[1].joined)
-    course = None if known is None else known.courses.get(name)
+    course = None if known is None else known.courses.get(plan)
     if course is None:
         course = Course(plan_for(x, bank, settings, True, precision, form, grad.dtype))
         if known is not None:
-            known.courses[name] = course
+            known.courses[plan] = course
     with launcher.on(x.device):
-        steps = None if known is None else launcher.Steps(course)
+        kind = tables[0].joined, tables[1].joined
+        steps = None if known is None else launcher.Steps(course, kind)
         how = (settings, training, course.plan, precision, needs, steps)
         dx, dkeys, dvalues = kernels.backward(grad, x, *tables, forward.Saved(*saved), *how)
     if steps is not None:

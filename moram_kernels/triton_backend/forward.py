@@ -40,9 +40,13 @@ def new_saved(
     Args:
         like: a tensor on the device. The rest as for `saved_shapes`.
     """
-    shapes = saved_shapes(tokens, atoms, current, top_k, backward)
-    dtypes = (torch.int32, torch.float32, torch.float32, torch.float32)
-    return Saved(*(like.new_empty(s, dtype=d) for s, d in zip(shapes, dtypes, strict=True)))
+    index, picked, scores, stats = saved_shapes(tokens, atoms, current, top_k, backward)
+    return Saved(
+        like.new_empty(index, dtype=torch.int32),
+        like.new_empty(picked, dtype=torch.float32),
+        like.new_empty(scores, dtype=torch.float32),
+        like.new_empty(stats, dtype=torch.float32),
+    )
 
 
 def forward(

@@ -1,7 +1,7 @@
 """How kernels are launched, and where they can be: one function that every launch goes through."""
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from operator import or_
 from types import CodeType
@@ -53,21 +53,25 @@ class Step(NamedTuple):
 
 
 class Steps:
-    """The launches of one call in their order, which all calls of a course share."""
+    """The launches of one call in their order, which calls of one course and kind share.
 
-    __slots__ = ("course", "known", "made", "stream")
+    Args:
+        kind: what decides which kernels run beside what is in the course.
+    """
 
-    def __init__(self, course: Course) -> None:
-        self.course = course
-        self.known: Iterator[Step | None] = iter(course.launches or ())
+    __slots__ = ("course", "kind", "known", "made", "stream")
+
+    def __init__(self, course: Course, kind: Hashable = None) -> None:
+        self.course, self.kind = course, kind
+        self.known: Iterator[Step | None] = iter(course.launches.get(kind, ()))
         self.made: list[Step | None] = []
         driver = triton.runtime.driver.active
         self.stream: Any = driver.get_current_stream(driver.get_current_device())
 
     def end(self) -> None:
-        """The call is over; the first one of a course leaves its launches to the others."""
-        if self.course.launches is None:
-            self.course.launches = self.made
+        """The call is over; the first one of its kind leaves its launches to the others."""
+        if self.made:
+            self.course.launches.setdefault(self.kind, self.made)
 
 
 def launch(

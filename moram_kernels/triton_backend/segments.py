@@ -11,20 +11,15 @@ from .launcher import rows
 
 
 class Table(NamedTuple):
-    """Keys or values of a bank [N, width]: `frozen` rows, then `current`; either may be empty.
-
-    Where the current rows lie right behind the frozen ones in one buffer, they are joined.
-    """
+    """Keys or values of a bank [N, width]: `frozen` rows, then `current`; either may be empty."""
 
     frozen: Tensor
     current: Tensor
-    joined: bool
 
     @classmethod
     def of(cls, frozen: Tensor, current: Tensor) -> "Table":
         """A table from two matrices of equal width, which are not copied if rows are contiguous."""
-        frozen, current = rows(frozen), rows(current)
-        return cls(frozen, current, _joined(frozen, current))
+        return cls(rows(frozen), rows(current))
 
     @property
     def num_frozen(self) -> int:
@@ -65,23 +60,25 @@ class Table(NamedTuple):
         return frozen.stride(0), current.stride(0)
 
     @property
+    def joined(self) -> bool:
+        """Whether the current rows lie right behind the frozen ones in one buffer."""
+        frozen, current = self
+        size = frozen.shape[0]
+        if not size or not current.shape[0]:
+            return True
+        step = frozen.stride(0)
+        follows = frozen.data_ptr() + size * step * frozen.itemsize
+        if current.data_ptr() != follows or current.stride(0) != step:
+            return False
+        return current.untyped_storage().data_ptr() == frozen.untyped_storage().data_ptr()
+
+    @property
     def whole(self) -> Tensor | None:
-        """All rows as one matrix, where the pieces are joined."""
+        """All rows as one matrix, where they are joined."""
         if not self.joined:
             return None
         frozen = self.pieces[0]
         return frozen.as_strided((self.num_rows, self.width), (frozen.stride(0), 1))
-
-
-def _joined(frozen: Tensor, current: Tensor) -> bool:
-    size = frozen.shape[0]
-    if not size or not current.shape[0]:
-        return True
-    step = frozen.stride(0)
-    follows = frozen.data_ptr() + size * step * frozen.itemsize
-    if current.data_ptr() != follows or current.stride(0) != step:
-        return False
-    return current.untyped_storage().data_ptr() == frozen.untyped_storage().data_ptr()
 
 
 @triton.jit
