@@ -153,11 +153,15 @@ def retrieve_linear(
         kinds = f"{type(x).__name__} and {type(weight).__name__}"
         raise TypeError(f"x and weight must be tensors, got {kinds}")
     current = (current_keys, current_values)
-    tensors = (x, weight, bias, keys, values, *current, scores)
-    known = recall(tensors, ("linear", activation, training, backend, precision))
+    # What the signature of a call does not say.
+    alone = x.is_meta or torch.is_autocast_enabled(x.device.type) or weight.requires_grad
+    known = None
+    if not alone and not (bias is not None and bias.requires_grad):
+        tensors = (x, weight, bias, keys, values, *current, scores)
+        known = recall(tensors, ("linear", activation, training, backend, precision))
     if known is not None and known.checked:
         bank = bank_of(keys, values, *current)
-    elif _stands_alone(x, weight, bias, values):
+    elif alone or _stands_alone(x, weight, bias, values):
         bank = None
     else:
         bank = checked(x, keys, values, activation, *current, None, None)
@@ -191,9 +195,9 @@ def retrieve_linear(
 def _stands_alone(x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor) -> bool:
     """Whether the base Linear is a call of its own; what does not fit is for that to refuse."""
     base = [weight] if bias is None else [weight, bias]
-    if torch.compiler.is_compiling() or x.is_meta or torch.is_autocast_enabled(x.device.type):
+    if torch.compiler.is_compiling() or not isinstance(values, Tensor):
         return True
-    if any(t.requires_grad or t.dtype != x.dtype for t in base) or not isinstance(values, Tensor):
+    if any(t.requires_grad or t.dtype != x.dtype for t in base):
         return True
     fits = weight.shape == (*values.shape[1:], *x.shape[-1:])
     return not fits or (bias is not None and bias.shape != weight.shape[:1])

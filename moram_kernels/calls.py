@@ -52,35 +52,38 @@ def recall(tensors: Sequence[Tensor | None], settings: Hashable) -> Known | None
     """
     if torch.compiler.is_compiling() or _functorch.peek_interpreter_stack():
         return None
-    triton = sys.modules.get("triton")
-    driver = None if triton is None else getattr(triton.runtime.driver, "_active", None)
-    if triton is None or driver is None:
-        return None
-    knobs = triton.knobs.runtime
-    if _acts(knobs.launch_enter_hook) or _acts(knobs.launch_exit_hook):
-        return None
-    # With another state kernels are compiled otherwise.
-    state = driver, knobs.add_stages_inspection_hook, knobs.debug
-    if state != _Memory.state:
-        forget()
-        _Memory.state = state
     try:
+        driver, knobs = _runtime()
+        if driver is None or _acts(knobs.launch_enter_hook) or _acts(knobs.launch_exit_hook):
+            return None
+        # With another state kernels are compiled otherwise.
+        state = driver, knobs.add_stages_inspection_hook, knobs.debug
+        if state != _Memory.state:
+            forget()
+            _Memory.state = state
         key = (settings, driver.get_current_device(), *_signature(tensors))
         known = _Memory.calls.get(key)
+        if known is None:
+            while len(_Memory.calls) >= LIMIT:
+                _Memory.calls.pop(next(iter(_Memory.calls), None), None)
+            known = _Memory.calls[key] = Known()
+        return known
     except (AttributeError, RuntimeError, TypeError):
         # No tensors, tensors without memory, or settings that are none: for the caller to refuse.
+        # Or Triton has none of these, or another thread took the oldest call away.
         return None
-    if known is None:
-        while len(_Memory.calls) >= LIMIT:
-            _Memory.calls.pop(next(iter(_Memory.calls)), None)
-        known = _Memory.calls[key] = Known()
-    return known
 
 
 def forget() -> None:
     """Forget all calls."""
     _Memory.state = None
     _Memory.calls.clear()
+
+
+def _runtime() -> tuple[Any, Any]:
+    """Triton's driver, if it has one already, and its settings of the runtime."""
+    triton = sys.modules.get("triton")
+    return (None, None) if triton is None else (triton.runtime.driver._active, triton.knobs.runtime)
 
 
 def _acts(hook: Any) -> Any:

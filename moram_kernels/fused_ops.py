@@ -120,7 +120,8 @@ class _RetrieveFused(torch.autograd.Function):
         bank = (keys, values, current_keys, current_values)
         # An expanded gradient (of a sum) has stride 0; the kernels want rows.
         grad = grad.contiguous()
-        needs = (ctx.needs_input_grad[0], any(ctx.needs_input_grad[3:5]))
+        wanted = ctx.needs_input_grad
+        needs = (wanted[0], wanted[3] or wanted[4])
         if num_frozen is None:
             dx, dkeys, dvalues = run_backward(
                 grad, x, bank, saved, ctx.settings, ctx.training, ctx.precision, needs,
@@ -132,10 +133,7 @@ class _RetrieveFused(torch.autograd.Function):
             )
         if weight is not None and dx is not None:
             dx = torch.addmm(dx, grad, weight, out=dx)
-        dresidual = None
-        if ctx.needs_input_grad[5]:
-            same = grad.dtype == ctx.residual_dtype
-            dresidual = grad if same else grad.to(ctx.residual_dtype)
+        dresidual = grad.to(ctx.residual_dtype) if wanted[5] else None
         return dx, None, None, dkeys, dvalues, dresidual, *(None,) * 8
 
 

@@ -129,16 +129,33 @@ def test_known_launches_of_chunks_of_a_large_bank_are_tritons_own(driver, monkey
     assert_known_equals_own(driver, lambda: call(case))
 
 
+def linear(case, weight, **more):
+    current = {"current_keys": case.current_keys, "current_values": case.current_values}
+    args = (case.x, weight, None, case.keys, case.values, case.activation)
+    return retrieve_linear(*args, **current, backend="triton", **more)
+
+
 def test_known_launches_onto_a_linear_are_tritons_own(driver):
     case = make_case(0, (2, 9), 24, 8, 64, 32, dtype=BF16, training=False)
     weight = torch.ones(32, 64, dtype=BF16)
+    assert_known_equals_own(driver, lambda: linear(case, weight))
 
-    def run():
-        current = {"current_keys": case.current_keys, "current_values": case.current_values}
-        args = (case.x, weight, None, case.keys, case.values, case.activation)
-        return retrieve_linear(*args, **current, backend="triton")
 
-    assert_known_equals_own(driver, run)
+def test_a_weight_that_is_trained_gets_its_gradient_after_calls_that_did_not_train_it(driver):
+    case = make_case(0, (18,), 24, 8, 64, 32, dtype=BF16)
+    weight = torch.ones(32, 64, dtype=BF16)
+    linear(case, weight, training=True)
+    output = linear(case, weight.requires_grad_(), training=True)
+    output.backward(case.grad)
+    assert torch.equal(weight.grad, case.grad.T @ case.x)
+
+
+def test_autocast_is_seen_after_calls_without_it(driver):
+    case = make_case(0, (18,), 24, 8, 64, 32, dtype=F32, training=False)
+    weight = torch.ones(32, 64)
+    assert linear(case, weight).dtype == F32
+    with torch.autocast("cpu", BF16):
+        assert linear(case, weight).dtype == BF16
 
 
 def test_known_launches_of_shared_scores_are_tritons_own(driver, monkeypatch):
