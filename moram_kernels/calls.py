@@ -65,10 +65,10 @@ def recall(tensors: Sequence[Tensor | None], settings: Hashable) -> Known | None
         known = _Memory.calls.get(key)
         if known is None:
             while len(_Memory.calls) >= LIMIT:
-                _Memory.calls.pop(next(iter(_Memory.calls), None), None)
+                _Memory.calls.pop(next(iter(_Memory.calls)), None)
             known = _Memory.calls[key] = Known()
         return known
-    except (AttributeError, RuntimeError, TypeError):
+    except (AttributeError, RuntimeError, StopIteration, TypeError):
         # No tensors, tensors without memory, or settings that are none: for the caller to refuse.
         # Or Triton has none of these, or another thread took the oldest call away.
         return None
