@@ -42,10 +42,10 @@ def new_saved(
     """
     index, picked, scores, stats = saved_shapes(tokens, atoms, current, top_k, backward)
     return Saved(
-        like.new_empty(index, dtype=torch.int32),
-        like.new_empty(picked, dtype=torch.float32),
-        like.new_empty(scores, dtype=torch.float32),
-        like.new_empty(stats, dtype=torch.float32),
+        like.new_empty(*index, dtype=torch.int32),
+        like.new_empty(*picked, dtype=torch.float32),
+        like.new_empty(*scores, dtype=torch.float32),
+        like.new_empty(*stats, dtype=torch.float32),
     )
 
 
@@ -84,7 +84,7 @@ def forward(
         )
     elif plan.path == "decode" and scores is None:
         shape = (plan.tiles["splits"], x.shape[0], keys.num_rows)
-        partial = x.new_empty(shape, dtype=torch.float32)
+        partial = x.new_empty(*shape, dtype=torch.float32)
         launch_scores(x, keys, partial, precision, plan.tiles["scores"], shape[0], steps)
         launch_decode(partial, values, residual, out, *how, steps)
     else:

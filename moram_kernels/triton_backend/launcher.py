@@ -211,7 +211,10 @@ def meet(*tensors: Typed) -> torch.dtype:
     16 bits is inside the error of a result of that dtype alone.
     """
     dtype = tensors[0].dtype
-    return dtype if all(t.dtype == dtype for t in tensors[1:]) else torch.float32
+    for tensor in tensors:
+        if tensor.dtype != dtype:
+            return torch.float32
+    return dtype
 
 
 def summed(*tensors: Typed) -> torch.dtype:
