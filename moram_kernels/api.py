@@ -8,7 +8,7 @@ from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue] -
 
 from . import fused_library  # noqa: F401 - defines ops
 from .activation import SelfActivation
-from .aliases import Bank, Settings
+from .aliases import Bank, Rule
 from .calls import Known, recall
 from .checks import bank_of, check_scores, checked
 from .fused_ops import retrieve_linear_triton, retrieve_triton
@@ -186,7 +186,7 @@ def retrieve_linear(
             scores=scores,
         )
     rows = x.reshape(-1, x.shape[-1])
-    settings = _settings(activation)
+    settings = _rule(activation)
     how = (settings, training, precision, scores, known)
     output = retrieve_linear_triton(rows, weight, bias, bank, *how)
     return output.view(*x.shape[:-1], output.shape[-1])
@@ -203,8 +203,8 @@ def _stands_alone(x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor
     return not fits or (bias is not None and bias.shape != weight.shape[:1])
 
 
-def _settings(activation: SelfActivation) -> Settings:
-    return (activation.top_k, activation.temperature, activation.threshold, activation.eps)
+def _rule(activation: SelfActivation) -> Rule:
+    return Rule(activation.top_k, activation.temperature, activation.threshold, activation.eps)
 
 
 def pick_backend(backend: str, x: Tensor, bank: Bank, top_k: int, precision: str = "ieee") -> str:
@@ -262,7 +262,7 @@ def _run(
     known: Known | None,
     autocast: bool,
 ) -> Tensor:
-    settings = _settings(activation)
+    settings = _rule(activation)
     if backend == "torch":
         return retrieve_torch(x, *bank, residual, settings, training, num_frozen, autocast)
     if backend == "triton":

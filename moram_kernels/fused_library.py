@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import torch_backend, torch_backward
-from .aliases import Gradients
+from .aliases import Gradients, Rule
 from .fused_ops import run_backward, run_forward
 from .ops import TAGS, check_live
 from .triton_backend import available
@@ -38,7 +38,7 @@ def _retrieve_fused(
     residual: Tensor | None, num_frozen: Tensor, top_k: int, temperature: float, threshold: float,
     eps: float, training: bool, precision: str, save: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    count, settings = int(num_frozen), (top_k, temperature, threshold, eps)
+    count, settings = int(num_frozen), Rule(top_k, temperature, threshold, eps)
     check_live(count, keys)
     bank = (keys[:count], values[:count], current_keys, current_values)
     form = _fixed_form(keys, current_keys, top_k) if save else None
@@ -103,7 +103,7 @@ def _retrieve_fused_backward(
     num_frozen: Tensor, top_k: int, temperature: float, threshold: float, eps: float,
     training: bool, precision: str,
 ) -> Gradients:  # fmt: skip
-    count, settings = int(num_frozen), (top_k, temperature, threshold, eps)
+    count, settings = int(num_frozen), Rule(top_k, temperature, threshold, eps)
     bank = (keys[:count], values[:count], current_keys, current_values)
     form, live = _fixed_form(keys, current_keys, top_k), count + current_keys.shape[0]
     if form == "lists":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .aliases import Bank, Gradients, Settings
+from .aliases import Bank, Gradients, Rule
 from .calls import Course, Known, recall
 from .triton_backend import available
 from .triton_backend.plan import Plan, plan
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def retrieve_triton(
-    x: Tensor, bank: Bank, residual: Tensor | None, settings: Settings, training: bool,
+    x: Tensor, bank: Bank, residual: Tensor | None, settings: Rule, training: bool,
     num_frozen: Tensor | None, precision: str, scores: Tensor | None = None,
     known: Known | None = None,
 ) -> Tensor:  # fmt: skip
@@ -58,7 +58,7 @@ def retrieve_triton(
 
 
 def retrieve_linear_triton(
-    x: Tensor, weight: Tensor, bias: Tensor | None, bank: Bank, settings: Settings, training: bool,
+    x: Tensor, weight: Tensor, bias: Tensor | None, bank: Bank, settings: Rule, training: bool,
     precision: str, scores: Tensor | None = None, known: Known | None = None,
 ) -> Tensor:  # fmt: skip
     """x weight^T + bias + update, the base and the update in one output, for a frozen weight.
@@ -85,7 +85,7 @@ class _RetrieveFused(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, keys: Tensor, values: Tensor, current_keys: Tensor,
         current_values: Tensor, residual: Tensor | None, num_frozen: Tensor | None,
-        settings: Settings, training: bool, precision: str, scores: Tensor | None,
+        settings: Rule, training: bool, precision: str, scores: Tensor | None,
         weight: Tensor | None, bias: Tensor | None, known: Known | None,
     ) -> Tensor:  # fmt: skip
         bank = (keys, values, current_keys, current_values)
@@ -138,7 +138,7 @@ class _RetrieveFused(torch.autograd.Function):
 
 
 def plan_for(
-    x: Tensor, bank: Bank, settings: Settings, training: bool, precision: str,
+    x: Tensor, bank: Bank, settings: Rule, training: bool, precision: str,
     keep: str | None = None, result: torch.dtype | None = None,
 ) -> Plan:  # fmt: skip
     """The plan of a call with these tensors.
@@ -177,7 +177,7 @@ def _kernels() -> tuple[Any, Any, Any, Any]:
 
 
 def run_forward(
-    x: Tensor, bank: Bank, residual: Tensor | None, settings: Settings, training: bool,
+    x: Tensor, bank: Bank, residual: Tensor | None, settings: Rule, training: bool,
     precision: str, save: bool | str | None, scores: Tensor | None = None,
     out: Tensor | None = None, known: Known | None = None,
 ) -> tuple[Tensor, "Saved | None", str | None]:  # fmt: skip
@@ -229,7 +229,7 @@ def run_forward(
 
 
 def run_backward(
-    grad: Tensor, x: Tensor, bank: Bank, saved: Sequence[Tensor], settings: Settings,
+    grad: Tensor, x: Tensor, bank: Bank, saved: Sequence[Tensor], settings: Rule,
     training: bool, precision: str, needs: tuple[bool, bool], form: str | None,
 ) -> Gradients:  # fmt: skip
     forward, kernels, launcher, Table = _kernels()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import fused_ops
 from .activation import SelfActivation
-from .aliases import Bank, Tile
+from .aliases import Bank, Rule, Tile
 from .api import pick_backend
 from .calls import Course, recall
 from .triton_backend import cost
@@ -78,7 +78,7 @@ def _tile(
         return None
     if len({bank[0].dtype for bank in banks}) > 1:
         return None
-    settings = (activation.top_k, activation.temperature, activation.threshold, activation.eps)
+    settings = Rule(activation.top_k, activation.temperature, activation.threshold, activation.eps)
     plans = [fused_ops.plan_for(x, bank, settings, training, precision) for bank in banks]
     return plans[0].tiles["scores"] if pays(x, banks, plans, precision) else None
 

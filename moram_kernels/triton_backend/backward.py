@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..aliases import Gradients, Settings, Tiles
+from ..aliases import Gradients, Rule, Tiles
 from . import launcher
 from .aggregate import launch_gather
-from .forward import Saved, aggregate, score
+from .forward import Saved, acting, aggregate, score
 from .launcher import Steps
 from .lists_backward import launch_lists_backward
 from .outer import launch_bank_gradient, launch_gram
@@ -27,7 +27,7 @@ def backward(
     keys: Table,
     values: Table,
     saved: Saved,
-    settings: Settings,
+    settings: Rule,
     training: bool,
     plan: Plan,
     precision: str,
@@ -45,9 +45,8 @@ def backward(
     """
     grad, x = launcher.rows(grad), launcher.rows(x)
     run = _from_scores if plan.backward == "dense" else _from_lists
-    threshold = not training and settings[2] > 0
     needs = (needs[0], needs[1] and keys.num_rows > keys.num_frozen)
-    how = (settings, threshold, plan.tiles, precision, needs, steps)
+    how = (acting(settings, training), plan.tiles, precision, needs, steps)
     return run(grad, x, keys, values, saved, *how)
 
 
@@ -57,8 +56,7 @@ def _from_scores(
     keys: Table,
     values: Table,
     saved: Saved,
-    settings: Settings,
-    threshold: bool,
+    rule: Rule,
     tiles: Tiles,
     precision: str,
     needs: Sequence[bool],
@@ -80,8 +78,7 @@ def _from_scores(
         dscores,
         written,
         frozen,
-        settings,
-        threshold,
+        rule,
         own,
         unscale,
         steps=steps,
@@ -111,8 +108,7 @@ def _from_lists(
     keys: Table,
     values: Table,
     saved: Saved,
-    settings: Settings,
-    threshold: bool,
+    rule: Rule,
     tiles: Tiles,
     precision: str,
     needs: Sequence[bool],
@@ -133,8 +129,7 @@ def _from_lists(
         factor,
         dscores,
         written,
-        settings,
-        threshold,
+        rule,
         steps,
     )
     dx = dkeys = dvalues = None

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..aliases import Settings
-from .launcher import Launch, Steps, cdiv, floor_of_norm, launch, next_power_of_2
+from ..aliases import Rule
+from .launcher import Launch, Steps, cdiv, launch, next_power_of_2, numbers_of
 from .segments import Table, row_pointers
 from .weights import clamped_norm, softmax_scale
 
@@ -94,22 +94,19 @@ def launch_decode(
     values: Table,
     residual: Tensor | None,
     out: Tensor,
-    activation: Settings,
-    threshold: bool,
+    rule: Rule,
     steps: Steps | None = None,
 ) -> None:
     """out [M, O] = residual + update, from partial scores [splits, M, N], N <= 8192.
 
     Args:
         partial: float32, contiguous. values: a `Table`. residual: [M, O] or None; may be out.
-        activation: (top_k, temperature, threshold, eps).
-        threshold: whether the threshold applies.
+        rule: `Rule`.
     """
     given = out if residual is None else residual
 
     def describe() -> Launch:
         splits, num_rows, num_atoms = partial.shape
-        top_k, temperature, level, eps = activation
         block, block_o = config(num_atoms, values.width)
         numbers = (
             num_rows,
@@ -119,14 +116,12 @@ def launch_decode(
             *values.strides,
             given.stride(0),
             out.stride(0),
-            1.0 / temperature,
-            level,
-            floor_of_norm(eps),
+            *numbers_of(rule),
         )
         constants = {
             "SPLITS": splits,
-            "TOP_K": min(top_k, num_atoms),
-            "HAS_THRESHOLD": threshold,
+            "TOP_K": min(rule.top_k, num_atoms),
+            "HAS_THRESHOLD": rule.threshold > 0,
             "HAS_RESIDUAL": residual is not None,
             "BLOCK_N": block,
             "BLOCK_O": block_o,

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..aliases import Settings, Tile
+from ..aliases import Rule, Tile
 from . import launcher
 from .aggregate import launch_aggregate, launch_gather
 from .decode import launch_decode
@@ -55,7 +55,7 @@ def forward(
     values: Table,
     residual: Tensor | None,
     out: Tensor,
-    settings: Settings,
+    settings: Rule,
     training: bool,
     saved: Saved | None,
     plan: Plan,
@@ -67,7 +67,7 @@ def forward(
 
     Args:
         x: [M, D], M >= 1. keys, values: `Table`s. residual: [M, O] or None; may be out.
-        settings: (top_k, temperature, threshold, eps).
+        settings: `Rule`.
         training: if true, the threshold is not applied.
         saved: `Saved` of the sizes of plan.backward, or None.
         plan: `Plan`; precision: of float32 products.
@@ -75,18 +75,17 @@ def forward(
         steps: the launches of calls of this signature, or None.
     """
     residual = None if residual is None else launcher.rows(residual)
-    threshold = not training and settings[2] > 0
-    how = (settings, threshold)
+    rule = acting(settings, training)
     if plan.path == "resident" and scores is None:
         keep = None if saved is None else (saved.scores, saved.stats)
         launch_resident(
-            x, keys, values, residual, out, *how, precision, plan.tiles["resident"], keep, steps
+            x, keys, values, residual, out, rule, precision, plan.tiles["resident"], keep, steps
         )
     elif plan.path == "decode" and scores is None:
         shape = (plan.tiles["splits"], x.shape[0], keys.num_rows)
         partial = x.new_empty(*shape, dtype=torch.float32)
         launch_scores(x, keys, partial, precision, plan.tiles["scores"], shape[0], steps)
-        launch_decode(partial, values, residual, out, *how, steps)
+        launch_decode(partial, values, residual, out, rule, steps)
     else:
         # Scores that the backward needs are kept whole; others exist a chunk at a time.
         keeps = saved is not None and plan.backward == "dense"
@@ -103,7 +102,7 @@ def forward(
                 values,
                 None if residual is None else residual[part],
                 out[part],
-                *how,
+                rule,
                 kept,
                 plan,
                 precision,
@@ -112,14 +111,19 @@ def forward(
             )
 
 
+def acting(settings: Rule, training: bool) -> Rule:
+    """The rule as it acts: in training without a threshold."""
+    top_k, temperature, threshold, eps = settings
+    return Rule(top_k, temperature, 0.0 if training else threshold, eps)
+
+
 def _split(
     x: Tensor,
     keys: Table,
     values: Table,
     residual: Tensor | None,
     out: Tensor,
-    settings: Settings,
-    threshold: bool,
+    rule: Rule,
     saved: Saved | None,
     plan: Plan,
     precision: str,
@@ -139,11 +143,11 @@ def _split(
         written = launcher.new_matrix(x, tokens, atoms, dtype)
         unscale = scores.new_empty(tokens) if dtype == torch.float16 else None
         dense = {"written": written, "unscale": unscale, "stats": stats}
-        launch_select(scores, settings, threshold, **dense, steps=steps)
+        launch_select(scores, rule, **dense, steps=steps)
         tile = plan.tiles["aggregate"]
         aggregate(written, values, residual, out, precision, tile, unscale, steps)
         return
-    count = min(settings[0], atoms)
+    count = min(rule.top_k, atoms)
     if saved is None:
         index = x.new_empty(tokens, count, dtype=torch.int32)
         picked, current = scores.new_empty(tokens, count), None
@@ -152,7 +156,7 @@ def _split(
         current = (saved.scores, keys.num_frozen) if atoms > keys.num_frozen else None
     lists = (index, scores.new_empty(tokens, count), picked)
     select = launch_select if atoms <= ROW_ATOMS else launch_select_wide
-    select(scores, settings, threshold, lists=lists, current=current, stats=stats, steps=steps)
+    select(scores, rule, lists=lists, current=current, stats=stats, steps=steps)
     launch_gather(lists[0], lists[1], values, residual, out, steps=steps)
 
 

@@ -15,6 +15,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import KernelInterface
 
+from ..aliases import Rule
 from ..calls import Course
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -189,9 +190,9 @@ def target(device: torch.device) -> int | str:
     return 10 * properties.major + properties.minor
 
 
-def floor_of_norm(eps: float) -> float:
-    """The eps of a kernel, which divides by float32 numbers."""
-    return max(eps, _TINY)
+def numbers_of(rule: Rule) -> tuple[float, float, float]:
+    """(1 / temperature, threshold, eps) for a kernel, which divides by float32 numbers."""
+    return 1.0 / rule.temperature, rule.threshold, max(rule.eps, _TINY)
 
 
 def cdiv(size: int, block: int) -> int:

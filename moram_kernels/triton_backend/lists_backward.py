@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..aliases import Settings
-from .launcher import Launch, Steps, floor_of_norm, launch, next_power_of_2
+from ..aliases import Rule
+from .launcher import Launch, Steps, launch, next_power_of_2, numbers_of
 from .rows_backward import score_gradient
 from .segments import Table, row_pointers
 from .weights import clamped_norm, softmax_scale
@@ -105,8 +105,7 @@ def launch_lists_backward(
     factor: Tensor,
     dscores: Tensor,
     written: Tensor,
-    activation: Settings,
-    threshold: bool,
+    rule: Rule,
     steps: Steps | None = None,
 ) -> None:
     """Fill dlist [M, K], factor [M] and, for the current atoms, dscores and written [M, C].
@@ -116,8 +115,7 @@ def launch_lists_backward(
         lists: (index, scores of the selected atoms) as saved; norm: [M] or stats [4, M].
         current_scores: [M, C] float32, contiguous like dscores and written.
         values: a `Table`.
-        activation: (top_k, temperature, threshold, eps).
-        threshold: whether the forward applied the threshold.
+        rule: `Rule` of the forward; threshold 0 where it did not apply.
     """
     index, picked = lists
     num_current = values.num_rows - values.num_frozen
@@ -125,20 +123,17 @@ def launch_lists_backward(
 
     def describe() -> Launch:
         num_rows, top_k = index.shape
-        _, temperature, level, eps = activation
         numbers = (
             values.width,
             values.num_frozen,
             num_current,
             grad.stride(0),
             *values.strides,
-            1.0 / temperature,
-            level,
-            floor_of_norm(eps),
+            *numbers_of(rule),
         )
         constants = {
             "TOP_K": top_k,
-            "HAS_THRESHOLD": threshold,
+            "HAS_THRESHOLD": rule.threshold > 0,
             "HAS_CURRENT": not none,
             "ALIGNED": values.aligned,
             "num_warps": 4,

@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
-from ..aliases import Settings, Tile
+from ..aliases import Rule, Tile
 from . import launcher
-from .launcher import Launch, Steps, cdiv, dot_dtype, floor_of_norm, launch, rows
+from .launcher import Launch, Steps, cdiv, dot_dtype, launch, numbers_of, rows
 from .networks import network
 from .segments import Table, row_pointers
 from .threshold import count_from, drop_ties, tied_column
@@ -231,8 +231,7 @@ def launch_resident(
     values: Table,
     residual: Tensor | None,
     out: Tensor,
-    activation: Settings,
-    threshold: bool,
+    rule: Rule,
     precision: str,
     config: Tile,
     save: tuple[Tensor, Tensor] | None,
@@ -243,8 +242,7 @@ def launch_resident(
     Args:
         x: [M, D], unit column stride; keys, values: `Table`s of N <= 192 atoms.
         residual: [M, O] or None; may be out.
-        activation: (top_k, temperature, threshold, eps).
-        threshold: whether the threshold applies (inference).
+        rule: `Rule`; threshold 0 where it does not apply.
         config: {"BLOCK_M", "BLOCK_N", "BLOCK_N2", "BLOCK_D", "BLOCK_O", "num_warps", "num_stages"}.
         save: (scores float32 [M, >= N], stats float32 [4, M]) to fill, or None.
     """
@@ -253,10 +251,9 @@ def launch_resident(
     scores, stats = save or (out, out)
 
     def describe() -> Launch:
-        top_k, temperature, level, eps = activation
         num_rows, width = x.shape
         num_atoms = keys.num_rows
-        every = top_k >= num_atoms
+        every = rule.top_k >= num_atoms
         tile, tile2 = config["BLOCK_N"], config["BLOCK_N2"]
         numbers = (
             num_rows,
@@ -271,17 +268,15 @@ def launch_resident(
             out.stride(0),
             scores.stride(0),
             stats.stride(0),
-            1.0 / temperature,
-            level,
-            floor_of_norm(eps),
+            *numbers_of(rule),
         )
         constants = {
-            "TOP_K": min(top_k, num_atoms),
+            "TOP_K": min(rule.top_k, num_atoms),
             "ALL": every,
-            "HAS_THRESHOLD": threshold,
+            "HAS_THRESHOLD": rule.threshold > 0,
             "HAS_RESIDUAL": residual is not None,
             "SAVE": save is not None,
-            "NETWORK": None if every else network_for(tile, tile2, top_k, x.device),
+            "NETWORK": None if every else network_for(tile, tile2, rule.top_k, x.device),
             "DOT": dot_dtype(x, keys),
             "DOT_VALUES": dot_dtype(x, values, out),
             "PRECISION": precision,

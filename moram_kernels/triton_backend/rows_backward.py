@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..aliases import Settings
-from .launcher import Launch, Steps, cdiv, floor_of_norm, launch, next_power_of_2
+from ..aliases import Rule
+from .launcher import Launch, Steps, cdiv, launch, next_power_of_2, numbers_of
 from .threshold import drop_ties
 from .weights import candidates, clamped_norm, half_scale, shares, softmax_scale
 
@@ -122,8 +122,7 @@ def launch_rows_backward(
     dscores: Tensor,
     written: Tensor,
     num_frozen: int,
-    activation: Settings,
-    threshold: bool,
+    rule: Rule,
     own: Tensor | None = None,
     unscale: Tensor | None = None,
     steps: Steps | None = None,
@@ -136,13 +135,11 @@ def launch_rows_backward(
     Args:
         scores, stats: as the forward saved them; scores may have spare columns.
         pull: float32 [M, N], N <= 8192.
-        activation: (top_k, temperature, threshold, eps).
-        threshold: whether the forward applied the threshold.
+        rule: `Rule` of the forward; threshold 0 where it did not apply.
     """
 
     def describe() -> Launch:
         num_rows, num_atoms = pull.shape
-        top_k, temperature, level, eps = activation
         blocks, warps = tiles(num_atoms)
         numbers = (
             num_rows,
@@ -153,14 +150,12 @@ def launch_rows_backward(
             dscores.stride(0),
             written.stride(0),
             stats.stride(0),
-            1.0 / temperature,
-            level,
-            floor_of_norm(eps),
+            *numbers_of(rule),
         )
         constants = {
-            "TOP_K": min(top_k, num_atoms),
-            "ALL": top_k >= num_atoms,
-            "HAS_THRESHOLD": threshold,
+            "TOP_K": min(rule.top_k, num_atoms),
+            "ALL": rule.top_k >= num_atoms,
+            "HAS_THRESHOLD": rule.threshold > 0,
             "LOG_N": blocks["BLOCK_N"].bit_length() - 1,
             "num_warps": warps,
             **blocks,

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..aliases import Settings
-from .launcher import Launch, Steps, cdiv, floor_of_norm, launch, next_power_of_2
+from ..aliases import Rule
+from .launcher import Launch, Steps, cdiv, launch, next_power_of_2, numbers_of
 from .threshold import select_rows
 from .weights import (
     candidates,
@@ -125,8 +125,7 @@ def tiles(num_atoms: int) -> tuple[dict[str, int], int]:
 
 def launch_select(
     scores: Tensor,
-    activation: Settings,
-    threshold: bool,
+    rule: Rule,
     *,
     written: Tensor | None = None,
     unscale: Tensor | None = None,
@@ -139,8 +138,7 @@ def launch_select(
 
     Args:
         scores: float32, unit column stride.
-        activation: (top_k, temperature, threshold, eps).
-        threshold: whether the threshold applies (inference).
+        rule: `Rule`; threshold 0 where it does not apply.
         written: dense output [M, N], in the dtype of the product that follows, or None.
         unscale: [M] float32 for a float16 written, which is to be multiplied by it; or None.
         lists: (index int32, written float32, scores float32), each [M, min(top_k, N)], or None.
@@ -153,7 +151,6 @@ def launch_select(
 
     def describe() -> Launch:
         num_rows, num_atoms = scores.shape
-        top_k, temperature, level, eps = activation
         blocks, warps = tiles(num_atoms)
         numbers = (
             num_rows,
@@ -162,14 +159,12 @@ def launch_select(
             scores.stride(0),
             written.stride(0),
             0 if stats is None else stats.stride(0),
-            1.0 / temperature,
-            level,
-            floor_of_norm(eps),
+            *numbers_of(rule),
         )
         constants = {
-            "TOP_K": min(top_k, num_atoms),
-            "ALL": top_k >= num_atoms,
-            "HAS_THRESHOLD": threshold,
+            "TOP_K": min(rule.top_k, num_atoms),
+            "ALL": rule.top_k >= num_atoms,
+            "HAS_THRESHOLD": rule.threshold > 0,
             "LISTS": lists is not None,
             "SAVE_CURRENT": current is not None,
             "SAVE_STATS": stats is not None,

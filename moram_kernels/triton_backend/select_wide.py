@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..aliases import Settings
+from ..aliases import Rule
 from .cost import CHUNK
-from .launcher import Launch, Steps, cdiv, floor_of_norm, launch, next_power_of_2
+from .launcher import Launch, Steps, cdiv, launch, next_power_of_2, numbers_of
 from .threshold import select_rows
 from .weights import candidates, clamped_norm, shares, softmax_scale, written_scores
 
@@ -113,8 +113,7 @@ def _combine_kernel(
 
 def launch_select_wide(
     scores: Tensor,
-    activation: Settings,
-    threshold: bool,
+    rule: Rule,
     lists: tuple[Tensor, Tensor, Tensor],
     current: tuple[Tensor, int] | None = None,
     stats: Tensor | None = None,
@@ -125,8 +124,7 @@ def launch_select_wide(
     Args: as for `select.launch_select`; of stats only the norm is filled.
     """
     num_rows, num_atoms = scores.shape
-    top_k, temperature, level, eps = activation
-    chunks = cdiv(num_atoms, CHUNK)
+    top_k, chunks = rule.top_k, cdiv(num_atoms, CHUNK)
     found = scores.new_empty(num_rows, chunks, top_k)
     column = scores.new_empty(num_rows, chunks, top_k, dtype=torch.int32)
     squares = scores.new_empty(num_rows, chunks)
@@ -149,14 +147,14 @@ def launch_select_wide(
         constants = {
             "CHUNKS": chunks,
             "TOP_K": top_k,
-            "HAS_THRESHOLD": threshold,
+            "HAS_THRESHOLD": rule.threshold > 0,
             "SAVE_STATS": stats is not None,
             "BLOCK_C": next_power_of_2(chunks),
             "BLOCK_N": block,
             "LOG_N": block.bit_length() - 1,
             "num_warps": max(1, min(8, block // 512)),
         }
-        numbers = (1.0 / temperature, level, floor_of_norm(eps))
+        numbers = numbers_of(rule)
         return Launch(_combine_kernel, (num_rows,), numbers, constants)
 
     launch((scores, found, column, squares, kept), describe_chunks, steps)
