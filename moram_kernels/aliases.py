@@ -1,12 +1,20 @@
-"""Names of types that several files share. No code lives here."""
+"""Types that several files share. No code lives here."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-# top_k, temperature, threshold, eps of a `SelfActivation`.
-Settings = tuple[int, float, float, float]
+
+class Rule(NamedTuple):
+    """The settings of a `SelfActivation`; to kernels a threshold of 0 says that there is none."""
+
+    top_k: int
+    temperature: float
+    threshold: float
+    eps: float
+
+
 # Frozen keys and values, current keys and values.
 Bank = tuple[Tensor, Tensor, Tensor, Tensor]
 # Of x, the current keys and the current values; None where none is wanted.

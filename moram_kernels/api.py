@@ -1,4 +1,4 @@
-"""The public operator: checks its arguments, picks a backend, flattens the leading dimensions."""
+"""The public operator: picks a backend and flattens the leading dimensions."""
 
 import math
 
@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue] - not in its stub
 
+from . import fused_library  # noqa: F401 - defines ops
 from .activation import SelfActivation
-from .aliases import Bank, Settings
+from .aliases import Bank, Rule
+from .calls import Known, recall
+from .checks import bank_of, check_scores, checked
 from .fused_ops import retrieve_linear_triton, retrieve_triton
 from .ops import retrieve_torch
 from .reference import retrieve_reference
@@ -89,16 +92,26 @@ def retrieve(
     Cost: 2 M N D FLOPs for the scores plus 2 M top_k O for the values of large banks.
     """
     current = (current_keys, current_values)
-    bank = _checked(x, keys, values, activation, *current, residual, num_frozen)
-    if scores is not None:
-        _check_scores(scores, x, bank, num_frozen)
-    backend = pick_backend(backend, x, bank, activation.top_k, precision)
+    known = None
+    if num_frozen is None and backend != "torch":
+        tensors = (x, keys, values, *current, residual, scores)
+        known = recall(tensors, ("retrieve", activation, training, backend, precision))
+    if known is not None and known.checked:
+        bank = bank_of(keys, values, *current)
+        backend = "triton"
+    else:
+        bank = checked(x, keys, values, activation, *current, residual, num_frozen)
+        if scores is not None:
+            check_scores(scores, x, bank, num_frozen)
+        backend = pick_backend(backend, x, bank, activation.top_k, precision)
+        if known is not None:
+            known.checked = backend == "triton"
     lead = x.shape[:-1]
     if len(lead) != 1:
         rows = math.prod(lead)
         x = x.reshape(rows, x.shape[-1])
         residual = None if residual is None else residual.reshape(rows, residual.shape[-1])
-    args = (backend, x, bank, activation, residual, training, num_frozen, precision, scores)
+    args = (backend, x, bank, activation, residual, training, num_frozen, precision, scores, known)
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             output = _run(*args, True)
@@ -139,18 +152,26 @@ def retrieve_linear(
     if not isinstance(x, torch.Tensor) or not isinstance(weight, torch.Tensor):
         kinds = f"{type(x).__name__} and {type(weight).__name__}"
         raise TypeError(f"x and weight must be tensors, got {kinds}")
-    base = [weight] if bias is None else [weight, bias]
-    alone = torch.compiler.is_compiling() or x.is_meta or torch.is_autocast_enabled(x.device.type)
-    alone = alone or any(t.requires_grad or t.dtype != x.dtype for t in base)
-    # What does not fit is for the Linear and for `retrieve` to refuse.
-    alone = alone or not isinstance(values, Tensor)
-    alone = alone or weight.shape != (*values.shape[1:], *x.shape[-1:])
-    alone = alone or (bias is not None and bias.shape != weight.shape[:1])
     current = (current_keys, current_values)
-    bank = None if alone else _checked(x, keys, values, activation, *current, None, None)
-    if bank is not None and scores is not None:
-        _check_scores(scores, x, bank, None)
-    if bank is None or pick_backend(backend, x, bank, activation.top_k, precision) != "triton":
+    # What the signature of a call does not say.
+    alone = x.is_meta or torch.is_autocast_enabled(x.device.type) or weight.requires_grad
+    known = None
+    if not alone and not (bias is not None and bias.requires_grad):
+        tensors = (x, weight, bias, keys, values, *current, scores)
+        known = recall(tensors, ("linear", activation, training, backend, precision))
+    if known is not None and known.checked:
+        bank = bank_of(keys, values, *current)
+    elif alone or _stands_alone(x, weight, bias, values):
+        bank = None
+    else:
+        bank = checked(x, keys, values, activation, *current, None, None)
+        if scores is not None:
+            check_scores(scores, x, bank, None)
+        if pick_backend(backend, x, bank, activation.top_k, precision) != "triton":
+            bank = None
+        elif known is not None:
+            known.checked = True
+    if bank is None:
         return retrieve(
             x,
             keys,
@@ -165,25 +186,25 @@ def retrieve_linear(
             scores=scores,
         )
     rows = x.reshape(-1, x.shape[-1])
-    settings = _settings(activation)
-    output = retrieve_linear_triton(rows, weight, bias, bank, settings, training, precision, scores)
+    settings = _rule(activation)
+    how = (settings, training, precision, scores, known)
+    output = retrieve_linear_triton(rows, weight, bias, bank, *how)
     return output.view(*x.shape[:-1], output.shape[-1])
 
 
-def _settings(activation: SelfActivation) -> Settings:
-    return (activation.top_k, activation.temperature, activation.threshold, activation.eps)
+def _stands_alone(x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor) -> bool:
+    """Whether the base Linear is a call of its own; what does not fit is for that to refuse."""
+    base = [weight] if bias is None else [weight, bias]
+    if torch.compiler.is_compiling() or not isinstance(values, Tensor):
+        return True
+    if any(t.requires_grad or t.dtype != x.dtype for t in base):
+        return True
+    fits = weight.shape == (*values.shape[1:], *x.shape[-1:])
+    return not fits or (bias is not None and bias.shape != weight.shape[:1])
 
 
-def _no_atoms(like: Tensor) -> Tensor:
-    """An empty segment next to a segment; not a matrix where the segment is not one."""
-    if not isinstance(like, torch.Tensor) or like.dim() != 2:
-        return like
-    return like.new_empty(0, like.shape[1])
-
-
-def _detached(tensor: Tensor) -> Tensor:
-    """Frozen atoms have no gradient."""
-    return tensor.detach() if tensor.requires_grad else tensor
+def _rule(activation: SelfActivation) -> Rule:
+    return Rule(activation.top_k, activation.temperature, activation.threshold, activation.eps)
 
 
 def pick_backend(backend: str, x: Tensor, bank: Bank, top_k: int, precision: str = "ieee") -> str:
@@ -238,113 +259,18 @@ def _run(
     num_frozen: Tensor | None,
     precision: str,
     scores: Tensor | None,
+    known: Known | None,
     autocast: bool,
 ) -> Tensor:
-    settings = _settings(activation)
+    settings = _rule(activation)
     if backend == "torch":
         return retrieve_torch(x, *bank, residual, settings, training, num_frozen, autocast)
     if backend == "triton":
-        return retrieve_triton(x, bank, residual, settings, training, num_frozen, precision, scores)
+        how = (settings, training, num_frozen, precision)
+        return retrieve_triton(x, bank, residual, *how, scores, known)
     keys, values, current_keys, current_values = bank
     if num_frozen is not None:
         keys, values = keys[: int(num_frozen)], values[: int(num_frozen)]
     all_keys = torch.cat([keys, current_keys])
     all_values = torch.cat([values, current_values])
     return retrieve_reference(x, all_keys, all_values, activation, residual, training)
-
-
-def _checked(
-    x: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    activation: SelfActivation,
-    current_keys: Tensor | None,
-    current_values: Tensor | None,
-    residual: Tensor | None,
-    num_frozen: Tensor | None,
-) -> Bank:
-    """The bank of a call whose arguments go together, frozen atoms detached."""
-    if current_keys is None and current_values is None:
-        current_keys, current_values = _no_atoms(keys), _no_atoms(values)
-    tensors = {
-        "x": x,
-        "keys": keys,
-        "values": values,
-        "current_keys": current_keys,
-        "current_values": current_values,
-    }
-    if residual is not None:
-        tensors["residual"] = residual
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, torch.Tensor):
-            hint = ""
-            if tensor is None and name.startswith("current_"):
-                hint = "; give both current_keys and current_values or neither"
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}{hint}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
-    assert current_keys is not None and current_values is not None
-    if not isinstance(activation, SelfActivation):
-        raise TypeError(f"activation must be a SelfActivation, got {type(activation).__name__}")
-    if x.dim() < 1:
-        raise ValueError(f"x must be [..., D], got {tuple(x.shape)}")
-    width = x.shape[-1]
-    if keys.dim() != 2 or keys.shape[1] != width:
-        raise ValueError(f"keys must be [F, {width}] to match x, got {tuple(keys.shape)}")
-    if values.dim() != 2 or values.shape[0] != keys.shape[0]:
-        raise ValueError(
-            f"values must be [{keys.shape[0]}, O], one row per key, got {tuple(values.shape)}"
-        )
-    out = values.shape[1]
-    if current_keys.dim() != 2 or current_keys.shape[1] != width:
-        raise ValueError(
-            f"current_keys must be [C, {width}] to match x, got {tuple(current_keys.shape)}"
-        )
-    if current_values.shape != (current_keys.shape[0], out):
-        raise ValueError(
-            f"current_values must be {(current_keys.shape[0], out)} to match current_keys and "
-            f"values, got {tuple(current_values.shape)}"
-        )
-    for name in ("values", "current_keys", "current_values"):
-        if tensors[name].dtype != keys.dtype:
-            raise ValueError(
-                f"{name} must have the dtype of keys, {keys.dtype}, got {tensors[name].dtype}"
-            )
-    if residual is not None and residual.shape != (*x.shape[:-1], out):
-        raise ValueError(
-            f"residual must be {(*x.shape[:-1], out)}, x's leading shape and O, "
-            f"got {tuple(residual.shape)}"
-        )
-    if num_frozen is not None:
-        _check_num_frozen(num_frozen, keys)
-    if keys.shape[0] + current_keys.shape[0] < 1:
-        raise ValueError("keys and current_keys hold no atom; at least one is needed")
-    return _detached(keys), _detached(values), current_keys, current_values
-
-
-def _check_scores(scores: Tensor, x: Tensor, bank: Bank, num_frozen: Tensor | None) -> None:
-    frozen = bank[0].shape[0] if num_frozen is None else int(num_frozen)
-    shape = (math.prod(x.shape[:-1]), frozen + bank[2].shape[0])
-    if not isinstance(scores, torch.Tensor) or scores.dtype != torch.float32:
-        raise TypeError(f"scores must be a float32 tensor, got {getattr(scores, 'dtype', scores)}")
-    if scores.shape != shape or scores.device != x.device or scores.stride(1) != 1:
-        raise ValueError(
-            f"scores must be {shape} on {x.device} with unit column stride, got "
-            f"{tuple(scores.shape)} on {scores.device} with strides {scores.stride()}"
-        )
-
-
-def _check_num_frozen(num_frozen: Tensor, keys: Tensor) -> None:
-    if not isinstance(num_frozen, torch.Tensor) or num_frozen.dtype != torch.int64:
-        raise TypeError(f"num_frozen must be an int64 CPU tensor, got {num_frozen!r}")
-    if num_frozen.dim() or num_frozen.device.type != "cpu":
-        raise ValueError(
-            f"num_frozen must be a CPU tensor without dimensions, got {tuple(num_frozen.shape)} "
-            f"on {num_frozen.device}"
-        )
-    if not torch.compiler.is_compiling() and not 0 <= int(num_frozen) <= keys.shape[0]:
-        raise ValueError(
-            f"num_frozen must be in [0, {keys.shape[0]}], the rows of keys, got {int(num_frozen)}"
-        )

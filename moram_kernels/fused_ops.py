@@ -1,45 +1,29 @@
 """How the Triton backend meets autograd and torch.compile. No mathematics lives here.
 
 Eager calls go straight to the kernels. Under torch.compile, torch.export and CUDA graphs the same
-two functions are opaque ops (`torch.ops.moram.retrieve_fused` and `.._backward`): their shapes
-depend on the capacity of the bank, never on how many of its atoms are live. On a device without
-kernels the ops run the torch backend, so that a graph made for a GPU also runs on a CPU.
+two functions are the opaque ops of `fused_library.py`.
 """
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import torch_backend, torch_backward
-from .aliases import Bank, Gradients, Settings
-from .ops import TAGS, check_live
+from .aliases import Bank, Gradients, Rule
+from .calls import Course, Known, recall
 from .triton_backend import available
-from .triton_backend.plan import Plan, fixed_form, plan, saved_shapes
+from .triton_backend.plan import Plan, plan
 
 if TYPE_CHECKING:
     from .triton_backend.forward import Saved
 
-_LIBRARY = torch.library.Library("moram", "FRAGMENT")
-_BANK = "Tensor keys, Tensor values, Tensor current_keys, Tensor current_values"
-_SETTINGS = "int top_k, float temperature, float threshold, float eps, bool training"
-_SAVED = "Tensor index, Tensor picked, Tensor scores, Tensor stats"
-_LIBRARY.define(
-    f"retrieve_fused(Tensor x, {_BANK}, Tensor? residual, Tensor num_frozen, {_SETTINGS}, "
-    "str precision, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=TAGS,
-)
-_LIBRARY.define(
-    f"retrieve_fused_backward(Tensor grad, Tensor x, {_BANK}, {_SAVED}, Tensor num_frozen, "
-    f"{_SETTINGS}, str precision) -> (Tensor, Tensor, Tensor)",
-    tags=TAGS,
-)
-
 
 def retrieve_triton(
-    x: Tensor, bank: Bank, residual: Tensor | None, settings: Settings, training: bool,
+    x: Tensor, bank: Bank, residual: Tensor | None, settings: Rule, training: bool,
     num_frozen: Tensor | None, precision: str, scores: Tensor | None = None,
+    known: Known | None = None,
 ) -> Tensor:  # fmt: skip
     """Run the Triton backend on rows x [M, D], with its closed-form backward.
 
@@ -47,13 +31,16 @@ def retrieve_triton(
         bank: (keys, values, current_keys, current_values).
         num_frozen: live rows of keys and values, a 0-d int64 CPU tensor, or None for all.
         scores: float32 [M, N] if they are known already; eager calls only.
+        known: what is known of calls of this signature, or None.
         The rest as in `moram_kernels.retrieve`.
     """
-    leaves = (x, *bank[2:], residual)
-    differentiable = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in leaves
+    differentiable = torch.is_grad_enabled() and (
+        x.requires_grad
+        or bank[2].requires_grad
+        or bank[3].requires_grad
+        or (residual is not None and residual.requires_grad)
     )
-    if torch.compiler.is_compiling():
+    if known is None and torch.compiler.is_compiling():
         if num_frozen is None:
             num_frozen = torch.full((), bank[0].shape[0], dtype=torch.int64)
         if not differentiable:
@@ -63,27 +50,29 @@ def retrieve_triton(
         count = int(num_frozen)
         bank, num_frozen = (bank[0][:count], bank[1][:count], *bank[2:]), None
     if not differentiable:
-        return _forward(x, bank, residual, settings, training, precision, None, scores)[0]
+        how = (settings, training, precision, None, scores, None, known)
+        return run_forward(x, bank, residual, *how)[0]
     return _RetrieveFused.apply(
-        x, *bank, residual, num_frozen, settings, training, precision, scores, None, None
+        x, *bank, residual, num_frozen, settings, training, precision, scores, None, None, known
     )
 
 
 def retrieve_linear_triton(
-    x: Tensor, weight: Tensor, bias: Tensor | None, bank: Bank, settings: Settings, training: bool,
-    precision: str, scores: Tensor | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, bank: Bank, settings: Rule, training: bool,
+    precision: str, scores: Tensor | None = None, known: Known | None = None,
 ) -> Tensor:  # fmt: skip
     """x weight^T + bias + update, the base and the update in one output, for a frozen weight.
 
-    Args: x, bank, settings and scores as for `retrieve_triton`; the rest as for
+    Args: x, bank, settings, scores and known as for `retrieve_triton`; the rest as for
         `moram_kernels.retrieve_linear`.
     """
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *bank[2:])):
         return _RetrieveFused.apply(
-            x, *bank, None, None, settings, training, precision, scores, weight, bias
+            x, *bank, None, None, settings, training, precision, scores, weight, bias, known
         )
     base = torch.nn.functional.linear(x, weight, bias)
-    return _forward(x, bank, base, settings, training, precision, None, scores, base)[0]
+    how = (settings, training, precision, None, scores, base, known)
+    return run_forward(x, bank, base, *how)[0]
 
 
 class _RetrieveFused(torch.autograd.Function):
@@ -96,8 +85,8 @@ class _RetrieveFused(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, keys: Tensor, values: Tensor, current_keys: Tensor,
         current_values: Tensor, residual: Tensor | None, num_frozen: Tensor | None,
-        settings: Settings, training: bool, precision: str, scores: Tensor | None,
-        weight: Tensor | None, bias: Tensor | None,
+        settings: Rule, training: bool, precision: str, scores: Tensor | None,
+        weight: Tensor | None, bias: Tensor | None, known: Known | None,
     ) -> Tensor:  # fmt: skip
         bank = (keys, values, current_keys, current_values)
         ctx.backward_form = None
@@ -105,8 +94,8 @@ class _RetrieveFused(torch.autograd.Function):
             out = None
             if weight is not None:
                 residual = out = torch.nn.functional.linear(x, weight, bias)
-            output, saved, ctx.backward_form = _forward(
-                x, bank, residual, settings, training, precision, True, scores, out
+            output, saved, ctx.backward_form = run_forward(
+                x, bank, residual, settings, training, precision, True, scores, out, known
             )
             assert saved is not None
         else:
@@ -131,9 +120,10 @@ class _RetrieveFused(torch.autograd.Function):
         bank = (keys, values, current_keys, current_values)
         # An expanded gradient (of a sum) has stride 0; the kernels want rows.
         grad = grad.contiguous()
-        needs = (ctx.needs_input_grad[0], any(ctx.needs_input_grad[3:5]))
+        wanted = ctx.needs_input_grad
+        needs = (wanted[0], wanted[3] or wanted[4])
         if num_frozen is None:
-            dx, dkeys, dvalues = _backward(
+            dx, dkeys, dvalues = run_backward(
                 grad, x, bank, saved, ctx.settings, ctx.training, ctx.precision, needs,
                 ctx.backward_form,
             )  # fmt: skip
@@ -143,12 +133,12 @@ class _RetrieveFused(torch.autograd.Function):
             )
         if weight is not None and dx is not None:
             dx = torch.addmm(dx, grad, weight, out=dx)
-        dresidual = grad.to(ctx.residual_dtype) if ctx.needs_input_grad[5] else None
-        return dx, None, None, dkeys, dvalues, dresidual, *(None,) * 7
+        dresidual = grad.to(ctx.residual_dtype) if wanted[5] else None
+        return dx, None, None, dkeys, dvalues, dresidual, *(None,) * 8
 
 
 def plan_for(
-    x: Tensor, bank: Bank, settings: Settings, training: bool, precision: str,
+    x: Tensor, bank: Bank, settings: Rule, training: bool, precision: str,
     keep: str | None = None, result: torch.dtype | None = None,
 ) -> Plan:  # fmt: skip
     """The plan of a call with these tensors.
@@ -177,22 +167,40 @@ def plan_for(
     )
 
 
-def _forward(
-    x: Tensor, bank: Bank, residual: Tensor | None, settings: Settings, training: bool,
-    precision: str, save: bool | str | None, scores: Tensor | None = None, out: Tensor | None = None
-) -> tuple[Tensor, "Saved | None", str | None]:  # fmt: skip
-    """(output, saved tensors, form of the backward); save: None, True (either form) or a form."""
-    from .triton_backend import forward as kernels
+@functools.cache
+def _kernels() -> tuple[Any, Any, Any, Any]:
+    """(forward, backward, launcher, Table) of the kernels, which import Triton."""
+    from .triton_backend import backward, forward, launcher
     from .triton_backend.segments import Table
 
+    return forward, backward, launcher, Table
+
+
+def run_forward(
+    x: Tensor, bank: Bank, residual: Tensor | None, settings: Rule, training: bool,
+    precision: str, save: bool | str | None, scores: Tensor | None = None,
+    out: Tensor | None = None, known: Known | None = None,
+) -> tuple[Tensor, "Saved | None", str | None]:  # fmt: skip
+    """(output, saved tensors, form of the backward); save: None, True (either form) or a form."""
+    kernels, _, launcher, Table = _kernels()
     keys, values, current_keys, current_values = bank
     tokens, atoms = x.shape[0], keys.shape[0] + current_keys.shape[0]
     dtype = x.dtype if residual is None else residual.dtype
+    if known is None:
+        how = ("forward", settings, training, precision)
+        known = recall((x, *bank, residual, scores, out), how)
+    tables = Table.of(keys, current_keys), Table.of(values, current_values)
+    # Another planner plans anew.
+    name = (plan, save, out is None)
+    course = None if known is None else known.courses.get(name)
+    if course is None:
+        form = save if isinstance(save, str) else None
+        course = Course(plan_for(x, bank, settings, save is not None, precision, form, dtype))
+        if known is not None:
+            known.courses[name] = course
     if out is None:
         out = x.new_empty(tokens, values.shape[1], dtype=dtype)
-    form = save if isinstance(save, str) else None
-    chosen = plan_for(x, bank, settings, save is not None, precision, form, dtype)
-    saved = None
+    chosen, saved = course.plan, None
     if save is not None:
         saved = kernels.new_saved(
             x, tokens, atoms, current_keys.shape[0], settings[0], chosen.backward
@@ -200,10 +208,18 @@ def _forward(
         if scores is not None and chosen.backward == "dense":
             saved = saved._replace(scores=scores)
     if tokens and atoms and out.shape[1]:
-        tables = Table.of(keys, current_keys), Table.of(values, current_values)
-        kernels.forward(
-            x, *tables, residual, out, settings, training, saved, chosen, precision, scores
-        )
+        with launcher.on(x.device):
+            kind = None
+            if chosen.path.startswith("split"):
+                # The library multiplies what is joined.
+                kind = tables[0].joined, tables[1].joined
+            steps = None if known is None else launcher.Steps(course, kind)
+            kernels.forward(
+                x, *tables, residual, out, settings, training, saved, chosen, precision, scores,
+                steps,
+            )  # fmt: skip
+        if steps is not None:
+            steps.end()
         return out, saved, chosen.backward
     # Nothing to compute; a bank without live atoms updates nothing.
     out.copy_(residual) if residual is not None else out.zero_()
@@ -212,14 +228,11 @@ def _forward(
     return out, saved, chosen.backward
 
 
-def _backward(
-    grad: Tensor, x: Tensor, bank: Bank, saved: Iterable[Tensor], settings: Settings,
-    training: bool, precision: str, needs: Sequence[bool], form: str | None,
+def run_backward(
+    grad: Tensor, x: Tensor, bank: Bank, saved: Sequence[Tensor], settings: Rule,
+    training: bool, precision: str, needs: tuple[bool, bool], form: str | None,
 ) -> Gradients:  # fmt: skip
-    from .triton_backend import backward as kernels
-    from .triton_backend.forward import Saved
-    from .triton_backend.segments import Table
-
+    forward, kernels, launcher, Table = _kernels()
     keys, values, current_keys, current_values = bank
     if not x.shape[0] or not grad.shape[1] or not keys.shape[0] + current_keys.shape[0]:
         return (
@@ -227,124 +240,22 @@ def _backward(
             current_keys.new_zeros(current_keys.shape) if needs[1] else None,
             current_values.new_zeros(current_values.shape) if needs[1] else None,
         )
-    tables = Table.of(keys, current_keys), Table.of(values, current_values)
-    chosen = plan_for(x, bank, settings, True, precision, form, grad.dtype)
-    dx, dkeys, dvalues = kernels.backward(
-        grad, x, *tables, Saved(*saved), settings, training, chosen, precision, needs
+    known = recall(
+        (grad, x, *bank, *saved), ("backward", settings, training, precision, needs, form)
     )
+    tables = Table.of(keys, current_keys), Table.of(values, current_values)
+    course = None if known is None else known.courses.get(plan)
+    if course is None:
+        course = Course(plan_for(x, bank, settings, True, precision, form, grad.dtype))
+        if known is not None:
+            known.courses[plan] = course
+    with launcher.on(x.device):
+        kind = tables[0].joined, tables[1].joined
+        steps = None if known is None else launcher.Steps(course, kind)
+        how = (settings, training, course.plan, precision, needs, steps)
+        dx, dkeys, dvalues = kernels.backward(grad, x, *tables, forward.Saved(*saved), *how)
+    if steps is not None:
+        steps.end()
     if needs[1] and not current_keys.shape[0]:
         dkeys, dvalues = (t.new_zeros(t.shape) for t in (current_keys, current_values))
     return dx, dkeys, dvalues
-
-
-def _retrieve_fused(
-    x: Tensor, keys: Tensor, values: Tensor, current_keys: Tensor, current_values: Tensor,
-    residual: Tensor | None, num_frozen: Tensor, top_k: int, temperature: float, threshold: float,
-    eps: float, training: bool, precision: str, save: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    count, settings = int(num_frozen), (top_k, temperature, threshold, eps)
-    check_live(count, keys)
-    bank = (keys[:count], values[:count], current_keys, current_values)
-    form = _fixed_form(keys, current_keys, top_k) if save else None
-    wanted = _kept(x, keys, current_keys, top_k, form)
-    with torch.autocast(x.device.type, enabled=False):
-        if available.why_not(x.device):
-            args = (x, *bank, residual, settings, training, False)
-            output = torch_backend.forward(*args)[0]
-            return output, *(x.new_zeros(s, dtype=d) for s, d in wanted)
-        output, saved, _ = _forward(x, bank, residual, settings, training, precision, form)
-    if saved is None:
-        return output, *(x.new_empty(s, dtype=d) for s, d in wanted)
-    # What the kernels left unwritten becomes zeros: an op must give the same every time.
-    index, picked, scores, stats = saved
-    if form == "dense":
-        scores = scores[:, : count + current_keys.shape[0]]
-    else:
-        stats = stats[:1]
-    filled = (index, picked, scores, stats)
-    return output, *(_padded(t, shape) for t, (shape, _) in zip(filled, wanted, strict=True))
-
-
-def _padded(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The matrix followed by rows and columns of zeros."""
-    rows, columns = shape[0] - matrix.shape[0], shape[1] - matrix.shape[1]
-    return torch.nn.functional.pad(matrix, (0, columns, 0, rows)).contiguous()
-
-
-def _fixed_form(keys: Tensor, current_keys: Tensor, top_k: int) -> str:
-    return fixed_form(keys.shape[0], current_keys.shape[0], keys.shape[1], top_k)
-
-
-def _kept(
-    x: Tensor, keys: Tensor, current_keys: Tensor, top_k: int, form: str | None
-) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
-    """(shape, dtype) of every tensor an op keeps for its backward."""
-    dtypes = (torch.int32, torch.float32, torch.float32, torch.float32)
-    if form is None:
-        return tuple(((0,), dtype) for dtype in dtypes)
-    current = current_keys.shape[0]
-    shapes = saved_shapes(x.shape[0], keys.shape[0] + current, current, top_k, form)
-    return tuple(zip(shapes, dtypes, strict=True))
-
-
-def _retrieve_fused_fake(
-    x: Tensor, keys: Tensor, values: Tensor, current_keys: Tensor, current_values: Tensor,
-    residual: Tensor | None, num_frozen: Tensor, top_k: int, temperature: float, threshold: float,
-    eps: float, training: bool, precision: str, save: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    dtype = x.dtype if residual is None else residual.dtype
-    form = _fixed_form(keys, current_keys, top_k) if save else None
-    kept = _kept(x, keys, current_keys, top_k, form)
-    return (
-        x.new_empty(x.shape[0], values.shape[1], dtype=dtype),
-        *(x.new_empty(s, dtype=d) for s, d in kept),
-    )
-
-
-def _retrieve_fused_backward(
-    grad: Tensor, x: Tensor, keys: Tensor, values: Tensor, current_keys: Tensor,
-    current_values: Tensor, index: Tensor, picked: Tensor, scores: Tensor, stats: Tensor,
-    num_frozen: Tensor, top_k: int, temperature: float, threshold: float, eps: float,
-    training: bool, precision: str,
-) -> Gradients:  # fmt: skip
-    count, settings = int(num_frozen), (top_k, temperature, threshold, eps)
-    bank = (keys[:count], values[:count], current_keys, current_values)
-    form, live = _fixed_form(keys, current_keys, top_k), count + current_keys.shape[0]
-    if form == "lists":
-        index, picked = (t[:, : min(top_k, live)].contiguous() for t in (index, picked))
-    with torch.autocast(x.device.type, enabled=False):
-        if available.why_not(x.device):
-            saved = torch_backend.forward(x, *bank, None, settings, training, True)[1]
-            assert saved is not None
-            needs = (True, True, True)
-            return torch_backward.backward(grad, x, *bank, saved, settings, training, needs)
-        saved, needs = (index, picked, scores, stats), (True, True)
-        dx, dkeys, dvalues = _backward(
-            grad, x, bank, saved, settings, training, precision, needs, form
-        )
-    # Both gradients of the bank come in one buffer, which results of an op may not share.
-    grads = (dx, dkeys, None if dvalues is None else dvalues.clone())
-    likes = (x, current_keys, current_values)
-    pairs = zip(grads, likes, strict=True)
-    dx, dkeys, dvalues = (t.new_zeros(t.shape) if g is None else g for g, t in pairs)
-    return dx, dkeys, dvalues
-
-
-def _retrieve_fused_backward_fake(
-    grad: Tensor,
-    x: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    current_keys: Tensor,
-    current_values: Tensor,
-    *_: Any,
-) -> tuple[Tensor, ...]:
-    return tuple(t.new_empty(t.shape) for t in (x, current_keys, current_values))
-
-
-for _name, _impl, _fake in (
-    ("retrieve_fused", _retrieve_fused, _retrieve_fused_fake),
-    ("retrieve_fused_backward", _retrieve_fused_backward, _retrieve_fused_backward_fake),
-):
-    _LIBRARY.impl(_name, _impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"moram::{_name}", _fake, lib=_LIBRARY)

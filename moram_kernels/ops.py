@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import torch_backend, torch_backward
-from .aliases import Gradients, Settings
+from .aliases import Gradients, Rule
 
 # The ops read the live count on the host: a captured graph would keep the count of its capture.
 TAGS = tuple(
@@ -43,7 +43,7 @@ def retrieve_torch(
     current_keys: Tensor,
     current_values: Tensor,
     residual: Tensor | None,
-    settings: Settings,
+    settings: Rule,
     training: bool,
     num_frozen: Tensor | None,
     autocast: bool,
@@ -108,7 +108,7 @@ class _Retrieve(torch.autograd.Function):
         current_values: Tensor,
         residual: Tensor | None,
         num_frozen: Tensor | None,
-        settings: Settings,
+        settings: Rule,
         training: bool,
     ) -> Tensor:
         bank = (keys, values, current_keys, current_values)
@@ -193,7 +193,7 @@ def _retrieve(
         current_keys,
         current_values,
         residual,
-        (top_k, temperature, threshold, eps),
+        Rule(top_k, temperature, threshold, eps),
         training,
         True,
         _is_dense(count, top_k),
@@ -277,7 +277,7 @@ def _retrieve_backward(
         current_keys,
         current_values,
         saved,
-        (top_k, temperature, threshold, eps),
+        Rule(top_k, temperature, threshold, eps),
         training,
         (True, True, True),
     )

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import fused_ops
 from .activation import SelfActivation
-from .aliases import Bank
+from .aliases import Bank, Rule, Tile
 from .api import pick_backend
-from .fused_ops import plan_for
+from .calls import Course, recall
 from .triton_backend import cost
 from .triton_backend.plan import Plan
 
@@ -37,6 +38,38 @@ def shared_scores(
     x = x.reshape(-1, x.shape[-1])
     if not 2 <= len(banks) <= MAX_BANKS or not x.shape[0]:
         return None
+    tensors = (x, *(tensor for bank in banks for tensor in bank))
+    known = recall(tensors, ("shared", activation, training, backend, precision))
+    # Another planner plans anew.
+    course = None if known is None else known.courses.get(fused_ops.plan)
+    if course is None:
+        course = Course(_tile(x, banks, activation, training, backend, precision))
+        if known is not None:
+            known.courses[fused_ops.plan] = course
+    if course.plan is None:
+        return None
+    from .triton_backend import launcher
+    from .triton_backend.segments import Table
+    from .triton_backend.shared_scores import launch_shared_scores
+
+    tables = [Table.of(bank[0].detach(), bank[2].detach()) for bank in banks]
+    with torch.no_grad(), launcher.on(x.device):
+        steps = None if known is None else launcher.Steps(course)
+        scores = launch_shared_scores(x, tables, precision, course.plan, steps)
+    if steps is not None:
+        steps.end()
+    return scores
+
+
+def _tile(
+    x: Tensor,
+    banks: Sequence[Bank],
+    activation: SelfActivation,
+    training: bool,
+    backend: str,
+    precision: str,
+) -> Tile | None:
+    """The tile of the kernel, or None where sharing does not pay."""
     if any(bank[0].shape[0] + bank[2].shape[0] == 0 for bank in banks):
         return None
     if any(
@@ -45,16 +78,9 @@ def shared_scores(
         return None
     if len({bank[0].dtype for bank in banks}) > 1:
         return None
-    settings = (activation.top_k, activation.temperature, activation.threshold, activation.eps)
-    plans = [plan_for(x, bank, settings, training, precision) for bank in banks]
-    if not pays(x, banks, plans, precision):
-        return None
-    from .triton_backend.segments import Table
-    from .triton_backend.shared_scores import launch_shared_scores
-
-    tables = [Table.of(bank[0].detach(), bank[2].detach()) for bank in banks]
-    with torch.no_grad():
-        return launch_shared_scores(x, tables, precision, plans[0].tiles["scores"])
+    settings = Rule(activation.top_k, activation.temperature, activation.threshold, activation.eps)
+    plans = [fused_ops.plan_for(x, bank, settings, training, precision) for bank in banks]
+    return plans[0].tiles["scores"] if pays(x, banks, plans, precision) else None
 
 
 def pays(x: Tensor, banks: Sequence[Bank], plans: Sequence[Plan], precision: str) -> bool:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .aliases import Settings
+from .aliases import Rule
 
 # All measured in float32 on one and two AMD Zen cores, top_k = 8. Above this many frozen atoms per
 # selected one, a gather of the selected values beats the dense product: at 1024 tokens the dense
@@ -74,7 +74,7 @@ def forward(
     current_keys: Tensor,
     current_values: Tensor,
     residual: Tensor | None,
-    settings: Settings,
+    settings: Rule,
     training: bool,
     save: bool,
     dense: bool | None = None,
@@ -120,7 +120,7 @@ def forward(
 
 
 def _forward_one(
-    x: Tensor, bank: Sequence[Tensor], residual: Tensor | None, settings: Settings, training: bool
+    x: Tensor, bank: Sequence[Tensor], residual: Tensor | None, settings: Rule, training: bool
 ) -> Tensor | None:
     """One token at inference, its top_k weights as Python numbers: decoding is bound by calls.
 
@@ -167,7 +167,7 @@ def _forward_block(
     x: Tensor,
     bank: Sequence[Tensor],
     residual: Tensor | None,
-    settings: Settings,
+    settings: Rule,
     training: bool,
     save: bool,
     dense: bool,

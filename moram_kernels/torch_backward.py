@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import torch_backend
-from .aliases import Gradients, Settings
+from .aliases import Gradients, Rule
 from .torch_backend import Saved, bag, cast, compute_dtype
 
 
@@ -26,7 +26,7 @@ def backward(
     current_keys: Tensor,
     current_values: Tensor,
     saved: Saved,
-    settings: Settings,
+    settings: Rule,
     training: bool,
     needs: Sequence[bool],
 ) -> Gradients:
@@ -82,7 +82,7 @@ def _backward_block(
     x: Tensor,
     bank: Sequence[Tensor],
     saved: Saved,
-    settings: Settings,
+    settings: Rule,
     training: bool,
     needs: Sequence[bool],
     gram: Tensor | None,

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aliases import Tile
-from .launcher import cdiv, dot_dtype, launch, next_power_of_2
+from .launcher import Launch, Steps, cdiv, dot_dtype, launch, next_power_of_2
 from .segments import Table, row_pointers
 
 
@@ -128,6 +128,7 @@ def launch_aggregate(
     precision: str,
     config: Tile,
     unscale: Tensor | None = None,
+    steps: Steps | None = None,
 ) -> None:
     """out [M, O] = residual + coefficients [M, N] times a table of rows [N, O].
 
@@ -136,38 +137,34 @@ def launch_aggregate(
         unscale: [M] float32 by which the coefficients' rows are multiplied, or None.
         config: {"BLOCK_M", "BLOCK_N", "BLOCK_O", "num_warps", "num_stages"}.
     """
-    num_rows, num_atoms = coefficients.shape
-    frozen, current, num_frozen, stride_frozen, stride_current = table.args()
     given = out if residual is None else residual
-    launch(
-        _aggregate_kernel,
-        (
-            cdiv(num_rows, config["BLOCK_M"]),
-            cdiv(table.width, config["BLOCK_O"]),
-        ),
-        coefficients,
-        coefficients if unscale is None else unscale,
-        frozen,
-        current,
-        given,
-        out,
-        num_rows,
-        num_atoms,
-        table.width,
-        num_frozen,
-        coefficients.stride(0),
-        stride_frozen,
-        stride_current,
-        given.stride(0),
-        out.stride(0),
-        DOT=dot_dtype(coefficients, table.frozen),
-        PRECISION=precision,
-        ALIGNED=table.aligned,
-        HAS_UNSCALE=unscale is not None,
-        HAS_RESIDUAL=residual is not None,
-        EVEN_O=table.width % config["BLOCK_O"] == 0,
-        **config,
-    )
+
+    def describe() -> Launch:
+        num_rows, num_atoms = coefficients.shape
+        grid = cdiv(num_rows, config["BLOCK_M"]), cdiv(table.width, config["BLOCK_O"])
+        numbers = (
+            num_rows,
+            num_atoms,
+            table.width,
+            table.num_frozen,
+            coefficients.stride(0),
+            *table.strides,
+            given.stride(0),
+            out.stride(0),
+        )
+        constants = {
+            "DOT": dot_dtype(coefficients, table),
+            "PRECISION": precision,
+            "ALIGNED": table.aligned,
+            "HAS_UNSCALE": unscale is not None,
+            "HAS_RESIDUAL": residual is not None,
+            "EVEN_O": table.width % config["BLOCK_O"] == 0,
+            **config,
+        }
+        return Launch(_aggregate_kernel, grid, numbers, constants)
+
+    factors = coefficients if unscale is None else unscale
+    launch((coefficients, factors, *table.pieces, given, out), describe, steps)
 
 
 def launch_gather(
@@ -178,6 +175,7 @@ def launch_gather(
     out: Tensor,
     extra: Tensor | None = None,
     factor: Tensor | None = None,
+    steps: Steps | None = None,
 ) -> None:
     """out [M, O] = residual + sum_k coefficients[m, k] table[index[m, k]] - factor[m] extra[m].
 
@@ -185,35 +183,33 @@ def launch_gather(
         index: int32 [M, K]; coefficients: float32 [M, K], both contiguous.
         extra, factor: [M, O] and float32 [M], both or neither.
     """
-    num_rows, top_k = index.shape
-    frozen, current, num_frozen, stride_frozen, stride_current = table.args()
     given = out if residual is None else residual
-    blocks, warps = gather_tiles(top_k, table.width)
-    launch(
-        _gather_kernel,
-        (num_rows, cdiv(table.width, blocks["BLOCK_O"])),
-        index,
-        coefficients,
-        frozen,
-        current,
-        given,
-        out if extra is None else extra,
-        coefficients if factor is None else factor,
-        out,
-        table.width,
-        num_frozen,
-        stride_frozen,
-        stride_current,
-        given.stride(0),
-        (out if extra is None else extra).stride(0),
-        out.stride(0),
-        TOP_K=top_k,
-        HAS_RESIDUAL=residual is not None,
-        HAS_EXTRA=extra is not None,
-        ALIGNED=table.aligned,
-        num_warps=warps,
-        **blocks,
-    )
+    more = out if extra is None else extra
+
+    def describe() -> Launch:
+        num_rows, top_k = index.shape
+        blocks, warps = gather_tiles(top_k, table.width)
+        numbers = (
+            table.width,
+            table.num_frozen,
+            *table.strides,
+            given.stride(0),
+            more.stride(0),
+            out.stride(0),
+        )
+        constants = {
+            "TOP_K": top_k,
+            "HAS_RESIDUAL": residual is not None,
+            "HAS_EXTRA": extra is not None,
+            "ALIGNED": table.aligned,
+            "num_warps": warps,
+            **blocks,
+        }
+        grid = num_rows, cdiv(table.width, blocks["BLOCK_O"])
+        return Launch(_gather_kernel, grid, numbers, constants)
+
+    factors = coefficients if factor is None else factor
+    launch((index, coefficients, *table.pieces, given, more, factors, out), describe, steps)
 
 
 def gather_tiles(top_k: int, width: int) -> tuple[dict[str, int], int]:

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..aliases import Gradients, Settings, Tiles
+from ..aliases import Gradients, Rule, Tiles
 from . import launcher
 from .aggregate import launch_gather
-from .forward import Saved, aggregate, score
+from .forward import Saved, acting, aggregate, score
+from .launcher import Steps
 from .lists_backward import launch_lists_backward
 from .outer import launch_bank_gradient, launch_gram
 from .plan import Plan
@@ -26,11 +27,12 @@ def backward(
     keys: Table,
     values: Table,
     saved: Saved,
-    settings: Settings,
+    settings: Rule,
     training: bool,
     plan: Plan,
     precision: str,
     needs: Sequence[bool],
+    steps: Steps | None = None,
 ) -> Gradients:
     """(dx [M, D] in the dtype of x or None, dkeys [C, D] or None, dvalues [C, O] or None).
 
@@ -39,12 +41,13 @@ def backward(
         saved: `Saved`. settings, training: those of the forward.
         plan: `Plan` with a backward; precision: of float32 products.
         needs: which of (x, the bank) want a gradient.
+        steps: the launches of calls of this signature, or None.
     """
     grad, x = launcher.rows(grad), launcher.rows(x)
     run = _from_scores if plan.backward == "dense" else _from_lists
-    threshold = not training and settings[2] > 0
     needs = (needs[0], needs[1] and keys.num_rows > keys.num_frozen)
-    return run(grad, x, keys, values, saved, settings, threshold, plan.tiles, precision, needs)
+    how = (acting(settings, training), plan.tiles, precision, needs, steps)
+    return run(grad, x, keys, values, saved, *how)
 
 
 def _from_scores(
@@ -53,28 +56,37 @@ def _from_scores(
     keys: Table,
     values: Table,
     saved: Saved,
-    settings: Settings,
-    threshold: bool,
+    rule: Rule,
     tiles: Tiles,
     precision: str,
     needs: Sequence[bool],
+    steps: Steps | None,
 ) -> Gradients:
     tokens, atoms, frozen = x.shape[0], keys.num_rows, keys.num_frozen
-    columns = -(-atoms // 16) * 16
-    pull = x.new_empty(tokens, columns, dtype=torch.float32)[:, :atoms]
-    score(grad, values, pull, precision, tiles["scores"])
-    dscores = x.new_empty(tokens, columns, dtype=launcher.meet(x, keys))[:, :atoms]
+    pull = launcher.new_matrix(x, tokens, atoms, torch.float32)
+    score(grad, values, pull, precision, tiles["scores"], steps)
+    dscores = launcher.new_matrix(x, tokens, atoms, launcher.meet(x, keys))
     written = x.new_empty(tokens, atoms - frozen, dtype=launcher.summed(grad, values))
     own, unscale = dscores[:, frozen:], None
     if dscores.dtype == torch.float16:
         own, unscale = (pull.new_empty(shape) for shape in ((tokens, atoms - frozen), (tokens,)))
+    scores, stats = saved.scores, saved.stats
     launch_rows_backward(
-        saved.scores, pull, saved.stats, dscores, written, frozen, settings, threshold, own, unscale
+        scores,
+        pull,
+        stats,
+        dscores,
+        written,
+        frozen,
+        rule,
+        own,
+        unscale,
+        steps=steps,
     )
     dx = dkeys = dvalues = None
     if needs[0]:
         dx = torch.empty_like(x)
-        aggregate(dscores, keys, None, dx, precision, tiles["aggregate"], unscale)
+        aggregate(dscores, keys, None, dx, precision, tiles["aggregate"], unscale, steps)
     if needs[1]:
         dkeys, dvalues = launch_bank_gradient(
             own,
@@ -85,6 +97,7 @@ def _from_scores(
             precision,
             tiles["bank"],
             tiles["bank_splits"],
+            steps,
         )
     return dx, dkeys, dvalues
 
@@ -95,11 +108,11 @@ def _from_lists(
     keys: Table,
     values: Table,
     saved: Saved,
-    settings: Settings,
-    threshold: bool,
+    rule: Rule,
     tiles: Tiles,
     precision: str,
     needs: Sequence[bool],
+    steps: Steps | None,
 ) -> Gradients:
     tokens = x.shape[0]
     current = keys.num_rows - keys.num_frozen
@@ -116,8 +129,8 @@ def _from_lists(
         factor,
         dscores,
         written,
-        settings,
-        threshold,
+        rule,
+        steps,
     )
     dx = dkeys = dvalues = None
     if needs[0]:
@@ -126,18 +139,18 @@ def _from_lists(
         wide = x.dtype == keys.dtype == torch.float16
         dtype = torch.float32 if wide else launcher.meet(x, keys)
         square = x.new_empty(x.shape[1], x.shape[1], dtype=dtype)
-        if keys.whole is not None and launcher.can_multiply(keys.whole, keys.whole):
-            launcher.multiply(keys.whole.t(), keys.whole, square)
+        if launcher.can_multiply(keys.frozen, keys.frozen) and (whole := keys.whole) is not None:
+            launcher.multiply(whole.t(), whole, square)
         else:
-            launch_gram(keys, square, precision, tiles["gram"])
+            launch_gram(keys, square, precision, tiles["gram"], steps)
         through = x.new_empty(x.shape, dtype=torch.float32)
         exact, tile = ("bf16x6", "through") if wide else (precision, "scores")
-        score(x, Table.of(square, square[:0]), through, exact, tiles[tile])
+        score(x, Table.of(square, square[:0]), through, exact, tiles[tile], steps)
         dx = torch.empty_like(x)
-        launch_gather(saved.index, dlist, keys, None, dx, through, factor)
+        launch_gather(saved.index, dlist, keys, None, dx, through, factor, steps)
     if needs[1]:
         # One pass without splits: the launches stay five, and the bank is small beside the rest.
         dkeys, dvalues = launch_bank_gradient(
-            dscores, x, written, grad, keys.dtype, precision, tiles["bank"], 1
+            dscores, x, written, grad, keys.dtype, precision, tiles["bank"], 1, steps
         )
     return dx, dkeys, dvalues

@@ -6,13 +6,12 @@ each followed by one row of the values: the first maximum is the softmax's, noth
 Inference only. Equations: `moram_kernels/reference.py`.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..aliases import Settings
-from .launcher import cdiv, launch, next_power_of_2
+from ..aliases import Rule
+from .launcher import Launch, Steps, cdiv, launch, next_power_of_2, numbers_of
 from .segments import Table, row_pointers
 from .weights import clamped_norm, softmax_scale
 
@@ -95,48 +94,43 @@ def launch_decode(
     values: Table,
     residual: Tensor | None,
     out: Tensor,
-    activation: Settings,
-    threshold: bool,
+    rule: Rule,
+    steps: Steps | None = None,
 ) -> None:
     """out [M, O] = residual + update, from partial scores [splits, M, N], N <= 8192.
 
     Args:
         partial: float32, contiguous. values: a `Table`. residual: [M, O] or None; may be out.
-        activation: (top_k, temperature, threshold, eps).
-        threshold: whether the threshold applies.
+        rule: `Rule`.
     """
-    splits, num_rows, num_atoms = partial.shape
-    top_k, temperature, level, eps = activation
-    frozen, current, num_frozen, stride_frozen, stride_current = values.args()
     given = out if residual is None else residual
-    block, block_o = config(num_atoms, values.width)
-    launch(
-        _decode_kernel,
-        (num_rows, cdiv(values.width, block_o)),
-        partial,
-        frozen,
-        current,
-        given,
-        out,
-        num_rows,
-        num_atoms,
-        values.width,
-        num_frozen,
-        stride_frozen,
-        stride_current,
-        given.stride(0),
-        out.stride(0),
-        1.0 / temperature,
-        level,
-        float(max(eps, torch.finfo(torch.float32).tiny)),
-        SPLITS=splits,
-        TOP_K=min(top_k, num_atoms),
-        HAS_THRESHOLD=threshold,
-        HAS_RESIDUAL=residual is not None,
-        BLOCK_N=block,
-        BLOCK_O=block_o,
-        num_warps=max(1, min(8, block // 512)),
-    )
+
+    def describe() -> Launch:
+        splits, num_rows, num_atoms = partial.shape
+        block, block_o = config(num_atoms, values.width)
+        numbers = (
+            num_rows,
+            num_atoms,
+            values.width,
+            values.num_frozen,
+            *values.strides,
+            given.stride(0),
+            out.stride(0),
+            *numbers_of(rule),
+        )
+        constants = {
+            "SPLITS": splits,
+            "TOP_K": min(rule.top_k, num_atoms),
+            "HAS_THRESHOLD": rule.threshold > 0,
+            "HAS_RESIDUAL": residual is not None,
+            "BLOCK_N": block,
+            "BLOCK_O": block_o,
+            "num_warps": max(1, min(8, block // 512)),
+        }
+        grid = (num_rows, cdiv(values.width, block_o))
+        return Launch(_decode_kernel, grid, numbers, constants)
+
+    launch((partial, *values.pieces, given, out), describe, steps)
 
 
 def config(num_atoms: int, width: int) -> tuple[int, int]:

@@ -5,10 +5,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..aliases import Settings, Tile
+from ..aliases import Rule, Tile
 from . import launcher
 from .aggregate import launch_aggregate, launch_gather
 from .decode import launch_decode
+from .launcher import Steps
 from .plan import Plan, saved_shapes
 from .resident import launch_resident
 from .scores import launch_scores
@@ -39,9 +40,13 @@ def new_saved(
     Args:
         like: a tensor on the device. The rest as for `saved_shapes`.
     """
-    shapes = saved_shapes(tokens, atoms, current, top_k, backward)
-    dtypes = (torch.int32, torch.float32, torch.float32, torch.float32)
-    return Saved(*(like.new_empty(s, dtype=d) for s, d in zip(shapes, dtypes, strict=True)))
+    index, picked, scores, stats = saved_shapes(tokens, atoms, current, top_k, backward)
+    return Saved(
+        like.new_empty(*index, dtype=torch.int32),
+        like.new_empty(*picked, dtype=torch.float32),
+        like.new_empty(*scores, dtype=torch.float32),
+        like.new_empty(*stats, dtype=torch.float32),
+    )
 
 
 def forward(
@@ -50,36 +55,37 @@ def forward(
     values: Table,
     residual: Tensor | None,
     out: Tensor,
-    settings: Settings,
+    settings: Rule,
     training: bool,
     saved: Saved | None,
     plan: Plan,
     precision: str,
     scores: Tensor | None = None,
+    steps: Steps | None = None,
 ) -> None:
     """Fill out [M, O] and, for a backward, saved.
 
     Args:
         x: [M, D], M >= 1. keys, values: `Table`s. residual: [M, O] or None; may be out.
-        settings: (top_k, temperature, threshold, eps).
+        settings: `Rule`.
         training: if true, the threshold is not applied.
         saved: `Saved` of the sizes of plan.backward, or None.
         plan: `Plan`; precision: of float32 products.
         scores: x keys^T in float32 [M, N] if it is known already.
+        steps: the launches of calls of this signature, or None.
     """
     residual = None if residual is None else launcher.rows(residual)
-    threshold = not training and settings[2] > 0
-    how = (settings, threshold)
+    rule = acting(settings, training)
     if plan.path == "resident" and scores is None:
         keep = None if saved is None else (saved.scores, saved.stats)
         launch_resident(
-            x, keys, values, residual, out, *how, precision, plan.tiles["resident"], keep
+            x, keys, values, residual, out, rule, precision, plan.tiles["resident"], keep, steps
         )
     elif plan.path == "decode" and scores is None:
         shape = (plan.tiles["splits"], x.shape[0], keys.num_rows)
-        partial = x.new_empty(shape, dtype=torch.float32)
-        launch_scores(x, keys, partial, precision, plan.tiles["scores"], shape[0])
-        launch_decode(partial, values, residual, out, *how)
+        partial = x.new_empty(*shape, dtype=torch.float32)
+        launch_scores(x, keys, partial, precision, plan.tiles["scores"], shape[0], steps)
+        launch_decode(partial, values, residual, out, rule, steps)
     else:
         # Scores that the backward needs are kept whole; others exist a chunk at a time.
         keeps = saved is not None and plan.backward == "dense"
@@ -96,12 +102,19 @@ def forward(
                 values,
                 None if residual is None else residual[part],
                 out[part],
-                *how,
+                rule,
                 kept,
                 plan,
                 precision,
                 None if scores is None else scores[part],
+                steps,
             )
+
+
+def acting(settings: Rule, training: bool) -> Rule:
+    """The rule as it acts: in training without a threshold."""
+    top_k, temperature, threshold, eps = settings
+    return Rule(top_k, temperature, 0.0 if training else threshold, eps)
 
 
 def _split(
@@ -110,38 +123,38 @@ def _split(
     values: Table,
     residual: Tensor | None,
     out: Tensor,
-    settings: Settings,
-    threshold: bool,
+    rule: Rule,
     saved: Saved | None,
     plan: Plan,
     precision: str,
     scores: Tensor | None,
+    steps: Steps | None,
 ) -> None:
     tokens, atoms = x.shape[0], keys.num_rows
     # None, "apart" or "fused": whether selection goes by groups, and who finds their maxima.
     by_groups, groups = plan.groups, None
     if scores is None:
-        shape = saved_shapes(tokens, atoms, 0, 0, "dense")[2]
         if saved is not None and plan.backward == "dense":
-            buffer = saved.scores
+            scores = saved.scores[:, :atoms]
         else:
-            buffer = x.new_empty(shape, dtype=torch.float32)
-        scores = buffer[:, :atoms]
+            scores = launcher.new_matrix(x, tokens, atoms, torch.float32)
+        tile = plan.tiles["scores"]
         if by_groups == "fused":
             groups = new_groups(scores)
-            launch_scores(x, keys, scores, precision, plan.tiles["scores"], groups=groups)
+            launch_scores(x, keys, scores, precision, tile, groups=groups, steps=steps)
         else:
-            score(x, keys, scores, precision, plan.tiles["scores"])
+            score(x, keys, scores, precision, tile, steps)
     stats = None if saved is None else saved.stats
     if plan.path != "split-gather":
-        columns = -(-atoms // 16) * 16
         dtype = launcher.meet(x, values, out)
-        written = x.new_empty(tokens, columns, dtype=dtype)[:, :atoms]
+        written = launcher.new_matrix(x, tokens, atoms, dtype)
         unscale = scores.new_empty(tokens) if dtype == torch.float16 else None
-        launch_select(scores, settings, threshold, written=written, unscale=unscale, stats=stats)
-        aggregate(written, values, residual, out, precision, plan.tiles["aggregate"], unscale)
+        dense = {"written": written, "unscale": unscale, "stats": stats}
+        launch_select(scores, rule, **dense, steps=steps)
+        tile = plan.tiles["aggregate"]
+        aggregate(written, values, residual, out, precision, tile, unscale, steps)
         return
-    count = min(settings[0], atoms)
+    count = min(rule.top_k, atoms)
     if saved is None:
         index = x.new_empty(tokens, count, dtype=torch.int32)
         picked, current = scores.new_empty(tokens, count), None
@@ -149,25 +162,26 @@ def _split(
         index, picked = saved.index, saved.picked
         current = (saved.scores, keys.num_frozen) if atoms > keys.num_frozen else None
     lists = (index, scores.new_empty(tokens, count), picked)
-    how = (scores, settings, threshold)
     if by_groups:
-        launch_select_groups(*how, lists, current, stats, groups)
+        launch_select_groups(scores, rule, lists, current, stats, groups, steps)
     else:
-        launch_select(*how, lists=lists, current=current, stats=stats)
-    launch_gather(lists[0], lists[1], values, residual, out)
+        launch_select(scores, rule, lists=lists, current=current, stats=stats, steps=steps)
+    launch_gather(lists[0], lists[1], values, residual, out, steps=steps)
 
 
-def score(a: Tensor, table: Table, out: Tensor, precision: str, config: Tile) -> None:
+def score(
+    a: Tensor, table: Table, out: Tensor, precision: str, config: Tile, steps: Steps | None
+) -> None:
     """out = a rows^T in float32, by the vendor's library where it can.
 
     Args:
         a: [M, D]. table: `Table` of N rows of D numbers. out: float32 [M, N].
-        precision: of float32 products. config: the tile of the kernel.
+        precision: of float32 products. config: the tile of the kernel. steps: of the call.
     """
-    if table.whole is not None and launcher.can_multiply(a, table.whole):
-        launcher.multiply(launcher.rows(a), table.whole.t(), out)
+    if launcher.can_multiply(a, table.frozen) and (whole := table.whole) is not None:
+        launcher.multiply(launcher.rows(a), whole.t(), out)
     else:
-        launch_scores(a, table, out, precision, config)
+        launch_scores(a, table, out, precision, config, steps=steps)
 
 
 def aggregate(
@@ -177,7 +191,8 @@ def aggregate(
     out: Tensor,
     precision: str,
     config: Tile,
-    unscale: Tensor | None = None,
+    unscale: Tensor | None,
+    steps: Steps | None,
 ) -> None:
     """out = residual + coefficients times a table's rows, by the vendor's library where it can.
 
@@ -187,10 +202,10 @@ def aggregate(
         precision: of float32 products. config: the tile of the kernel.
         unscale: factors [M] of the rows of float16 coefficients, which the library does not know,
             or None.
+        steps: of the call.
     """
-    whole = table.whole if out.dtype == table.dtype and unscale is None else None
-    if whole is not None and not launcher.can_multiply(coefficients, whole):
-        whole = None
+    usable = out.dtype == table.dtype and unscale is None
+    whole = table.whole if usable and launcher.can_multiply(coefficients, table.frozen) else None
     # Onto another tensor than the residual the library would copy the residual first.
     in_place = residual is not None and (
         residual.data_ptr() == out.data_ptr() and residual.stride() == out.stride()
@@ -200,4 +215,4 @@ def aggregate(
     elif whole is not None and residual is None:
         launcher.multiply(coefficients, whole, out)
     else:
-        launch_aggregate(coefficients, table, residual, out, precision, config, unscale)
+        launch_aggregate(coefficients, table, residual, out, precision, config, unscale, steps)

@@ -6,13 +6,12 @@ current atoms, which need a gradient of their own, both parts are written as den
 Equations: `rows_backward.py`.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..aliases import Settings
-from .launcher import launch, next_power_of_2
+from ..aliases import Rule
+from .launcher import Launch, Steps, launch, next_power_of_2, numbers_of
 from .rows_backward import score_gradient
 from .segments import Table, row_pointers
 from .weights import clamped_norm, softmax_scale
@@ -106,8 +105,8 @@ def launch_lists_backward(
     factor: Tensor,
     dscores: Tensor,
     written: Tensor,
-    activation: Settings,
-    threshold: bool,
+    rule: Rule,
+    steps: Steps | None = None,
 ) -> None:
     """Fill dlist [M, K], factor [M] and, for the current atoms, dscores and written [M, C].
 
@@ -116,45 +115,35 @@ def launch_lists_backward(
         lists: (index, scores of the selected atoms) as saved; norm: [M] or stats [4, M].
         current_scores: [M, C] float32, contiguous like dscores and written.
         values: a `Table`.
-        activation: (top_k, temperature, threshold, eps).
-        threshold: whether the forward applied the threshold.
+        rule: `Rule` of the forward; threshold 0 where it did not apply.
     """
     index, picked = lists
-    num_rows, top_k = index.shape
-    _, temperature, level, eps = activation
-    frozen, current, num_frozen, stride_frozen, stride_current = values.args()
-    num_current = values.num_rows - num_frozen
+    num_current = values.num_rows - values.num_frozen
     none = num_current == 0
-    launch(
-        _lists_backward_kernel,
-        (num_rows,),
-        index,
-        picked,
-        norm,
-        picked if none else current_scores,
-        grad,
-        frozen,
-        current,
-        dlist,
-        factor,
-        dlist if none else dscores,
-        dlist if none else written,
-        values.width,
-        num_frozen,
-        num_current,
-        grad.stride(0),
-        stride_frozen,
-        stride_current,
-        1.0 / temperature,
-        level,
-        float(max(eps, torch.finfo(torch.float32).tiny)),
-        TOP_K=top_k,
-        HAS_THRESHOLD=threshold,
-        HAS_CURRENT=not none,
-        ALIGNED=values.aligned,
-        num_warps=4,
-        **config(top_k, num_current, values.width),
-    )
+
+    def describe() -> Launch:
+        num_rows, top_k = index.shape
+        numbers = (
+            values.width,
+            values.num_frozen,
+            num_current,
+            grad.stride(0),
+            *values.strides,
+            *numbers_of(rule),
+        )
+        constants = {
+            "TOP_K": top_k,
+            "HAS_THRESHOLD": rule.threshold > 0,
+            "HAS_CURRENT": not none,
+            "ALIGNED": values.aligned,
+            "num_warps": 4,
+            **config(top_k, num_current, values.width),
+        }
+        return Launch(_lists_backward_kernel, (num_rows,), numbers, constants)
+
+    scores, *own = (picked, dlist, dlist) if none else (current_scores, dscores, written)
+    tensors = (index, picked, norm, scores, grad, *values.pieces, dlist, factor, *own)
+    launch(tensors, describe, steps)
 
 
 def config(top_k: int, num_current: int, width: int) -> dict[str, int]:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aliases import Tile
-from .launcher import cdiv, dot_dtype, launch, rows
+from .launcher import Launch, Steps, cdiv, dot_dtype, launch, rows
 from .segments import Table, row_pointers
 from .weights import half_scale
 
@@ -212,6 +212,7 @@ def launch_bank_gradient(
     precision: str,
     config: Tile,
     splits: int,
+    steps: Steps | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(dkeys [C, D], dvalues [C, O]) in a dtype, in one launch or, with splits > 1, in two.
 
@@ -228,51 +229,46 @@ def launch_bank_gradient(
     splits = max(1, min(splits, cdiv(num_rows, config["BLOCK_M"])))
     split_rows = cdiv(cdiv(num_rows, splits), config["BLOCK_M"]) * config["BLOCK_M"]
     splits = cdiv(num_rows, split_rows)
-    result = torch.empty(size, dtype=dtype, device=x.device)
-    partial = result
+    result = partial = x.new_empty(size, dtype=dtype)
     if splits > 1:
-        partial = torch.empty(splits, size, dtype=torch.float32, device=x.device)
-    key_tiles = cdiv(width, config["BLOCK_B"])
-    launch(
-        _bank_gradient_kernel,
-        (
+        partial = x.new_empty(splits, size, dtype=torch.float32)
+
+    def describe() -> Launch:
+        key_tiles = cdiv(width, config["BLOCK_B"])
+        grid = (
             cdiv(count, config["BLOCK_A"]),
             key_tiles + cdiv(out, config["BLOCK_B"]),
             splits,
-        ),
-        dscores,
-        x,
-        written,
-        grad,
-        partial,
-        num_rows,
-        count,
-        width,
-        out,
-        key_tiles,
-        split_rows,
-        dscores.stride(0),
-        x.stride(0),
-        written.stride(0),
-        grad.stride(0),
-        DOT=_dot_dtype(dscores, x, dtype),
-        DOT_VALUES=_dot_dtype(written, grad, dtype),
-        PRECISION=precision,
-        **config,
-    )
-    if splits > 1:
-        launch(
-            _sum_splits_kernel,
-            (cdiv(size, 1024),),
-            partial,
-            result,
-            size,
-            SPLITS=splits,
-            BLOCK=1024,
-            num_warps=4,
         )
-    dkeys, dvalues = result[: count * width], result[count * width :]
-    return dkeys.view(count, width), dvalues.view(count, out)
+        numbers = (
+            num_rows,
+            count,
+            width,
+            out,
+            key_tiles,
+            split_rows,
+            dscores.stride(0),
+            x.stride(0),
+            written.stride(0),
+            grad.stride(0),
+        )
+        constants = {
+            "DOT": _dot_dtype(dscores, x, dtype),
+            "DOT_VALUES": _dot_dtype(written, grad, dtype),
+            "PRECISION": precision,
+            **config,
+        }
+        return Launch(_bank_gradient_kernel, grid, numbers, constants)
+
+    def describe_sum() -> Launch:
+        constants = {"SPLITS": splits, "BLOCK": 1024, "num_warps": 4}
+        return Launch(_sum_splits_kernel, (cdiv(size, 1024),), (size,), constants)
+
+    launch((dscores, x, written, grad, partial), describe, steps)
+    if splits > 1:
+        launch((partial, result), describe_sum, steps)
+    dkeys = result.as_strided((count, width), (width, 1))
+    return dkeys, result.as_strided((count, out), (out, 1), count * width)
 
 
 def _dot_dtype(factors: Tensor, rows_: Tensor, dtype: torch.dtype) -> tl.dtype:
@@ -281,26 +277,24 @@ def _dot_dtype(factors: Tensor, rows_: Tensor, dtype: torch.dtype) -> tl.dtype:
     return tl.float16 if half else dot_dtype(factors, rows_)
 
 
-def launch_gram(keys: Table, out: Tensor, precision: str, config: Tile) -> None:
+def launch_gram(
+    keys: Table, out: Tensor, precision: str, config: Tile, steps: Steps | None = None
+) -> None:
     """out [D, D] = keys^T keys over all rows of a table.
 
     Args:
         config: {"BLOCK_N", "BLOCK_A", "BLOCK_B", "num_warps", "num_stages"}.
     """
-    frozen, current, num_frozen, stride_frozen, stride_current = keys.args()
-    launch(
-        _gram_kernel,
-        (cdiv(keys.width, config["BLOCK_A"]), cdiv(keys.width, config["BLOCK_B"])),
-        frozen,
-        current,
-        out,
-        keys.num_rows,
-        keys.width,
-        num_frozen,
-        stride_frozen,
-        stride_current,
-        DOT=dot_dtype(keys.frozen),
-        PRECISION=precision,
-        ALIGNED=keys.aligned,
-        **config,
-    )
+
+    def describe() -> Launch:
+        grid = cdiv(keys.width, config["BLOCK_A"]), cdiv(keys.width, config["BLOCK_B"])
+        numbers = (keys.num_rows, keys.width, keys.num_frozen, *keys.strides)
+        constants = {
+            "DOT": dot_dtype(keys),
+            "PRECISION": precision,
+            "ALIGNED": keys.aligned,
+            **config,
+        }
+        return Launch(_gram_kernel, grid, numbers, constants)
+
+    launch((*keys.pieces, out), describe, steps)

@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import KernelInterface
 
-from ..aliases import Settings, Tile
+from ..aliases import Rule, Tile
 from . import launcher
-from .launcher import cdiv, dot_dtype, launch, rows
+from .launcher import Launch, Steps, cdiv, dot_dtype, launch, numbers_of, rows
 from .networks import network
 from .segments import Table, row_pointers
 from .threshold import count_from, drop_ties, tied_column
@@ -231,75 +231,65 @@ def launch_resident(
     values: Table,
     residual: Tensor | None,
     out: Tensor,
-    activation: Settings,
-    threshold: bool,
+    rule: Rule,
     precision: str,
     config: Tile,
     save: tuple[Tensor, Tensor] | None,
+    steps: Steps | None = None,
 ) -> None:
     """out [M, O] = residual + update of the rows of x, in one launch.
 
     Args:
         x: [M, D], unit column stride; keys, values: `Table`s of N <= 192 atoms.
         residual: [M, O] or None; may be out.
-        activation: (top_k, temperature, threshold, eps).
-        threshold: whether the threshold applies (inference).
+        rule: `Rule`; threshold 0 where it does not apply.
         config: {"BLOCK_M", "BLOCK_N", "BLOCK_N2", "BLOCK_D", "BLOCK_O", "num_warps", "num_stages"}.
         save: (scores float32 [M, >= N], stats float32 [4, M]) to fill, or None.
     """
     x = rows(x)
-    num_rows, width = x.shape
-    top_k, temperature, level, eps = activation
-    num_atoms = keys.num_rows
-    every = top_k >= num_atoms
-    tile, tile2 = config["BLOCK_N"], config["BLOCK_N2"]
-    frozen_keys, current_keys, num_frozen, stride_keys, stride_current_keys = keys.args()
-    frozen_values, current_values, _, stride_values, stride_current_values = values.args()
     given = out if residual is None else residual
     scores, stats = save or (out, out)
-    launch(
-        _resident_kernel,
-        (cdiv(num_rows, config["BLOCK_M"]),),
-        x,
-        frozen_keys,
-        current_keys,
-        frozen_values,
-        current_values,
-        given,
-        out,
-        scores,
-        stats,
-        num_rows,
-        num_atoms,
-        width,
-        values.width,
-        num_frozen,
-        x.stride(0),
-        stride_keys,
-        stride_current_keys,
-        stride_values,
-        stride_current_values,
-        given.stride(0),
-        out.stride(0),
-        scores.stride(0),
-        stats.stride(0),
-        1.0 / temperature,
-        level,
-        float(max(eps, torch.finfo(torch.float32).tiny)),
-        TOP_K=min(top_k, num_atoms),
-        ALL=every,
-        HAS_THRESHOLD=threshold,
-        HAS_RESIDUAL=residual is not None,
-        SAVE=save is not None,
-        NETWORK=None if every else network_for(tile, tile2, top_k, x.device),
-        DOT=dot_dtype(x, keys),
-        DOT_VALUES=dot_dtype(x, values, out),
-        PRECISION=precision,
-        ALIGNED=keys.aligned and values.aligned,
-        LOG_N=tile.bit_length() - 1,
-        LOG_N2=max(0, tile2.bit_length() - 1),
-        **config,
-    )
+
+    def describe() -> Launch:
+        num_rows, width = x.shape
+        num_atoms = keys.num_rows
+        every = rule.top_k >= num_atoms
+        tile, tile2 = config["BLOCK_N"], config["BLOCK_N2"]
+        numbers = (
+            num_rows,
+            num_atoms,
+            width,
+            values.width,
+            keys.num_frozen,
+            x.stride(0),
+            *keys.strides,
+            *values.strides,
+            given.stride(0),
+            out.stride(0),
+            scores.stride(0),
+            stats.stride(0),
+            *numbers_of(rule),
+        )
+        constants = {
+            "TOP_K": min(rule.top_k, num_atoms),
+            "ALL": every,
+            "HAS_THRESHOLD": rule.threshold > 0,
+            "HAS_RESIDUAL": residual is not None,
+            "SAVE": save is not None,
+            "NETWORK": None if every else network_for(tile, tile2, rule.top_k, x.device),
+            "DOT": dot_dtype(x, keys),
+            "DOT_VALUES": dot_dtype(x, values, out),
+            "PRECISION": precision,
+            "ALIGNED": keys.aligned and values.aligned,
+            "LOG_N": tile.bit_length() - 1,
+            "LOG_N2": max(0, tile2.bit_length() - 1),
+            **config,
+        }
+        grid = (cdiv(num_rows, config["BLOCK_M"]),)
+        return Launch(_resident_kernel, grid, numbers, constants)
+
+    tensors = (x, *keys.pieces, *values.pieces, given, out, scores, stats)
+    launch(tensors, describe, steps)
 
 
 def network_for(tile: int, tile2: int, top_k: int, device: torch.device) -> KernelInterface[Any]:

@@ -6,13 +6,12 @@ max(||s||, eps) and the last term is absent where the clamp is active. The weigh
 from the saved scores; the selection from the saved border value and the forward's rule for ties.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..aliases import Settings
-from .launcher import cdiv, launch, next_power_of_2
+from ..aliases import Rule
+from .launcher import Launch, Steps, cdiv, launch, next_power_of_2, numbers_of
 from .threshold import drop_ties
 from .weights import candidates, clamped_norm, half_scale, shares, softmax_scale
 
@@ -123,10 +122,10 @@ def launch_rows_backward(
     dscores: Tensor,
     written: Tensor,
     num_frozen: int,
-    activation: Settings,
-    threshold: bool,
+    rule: Rule,
     own: Tensor | None = None,
     unscale: Tensor | None = None,
+    steps: Steps | None = None,
 ) -> None:
     """Fill dscores [M, N] and the weighted scores of the current atoms, written [M, C].
 
@@ -136,37 +135,36 @@ def launch_rows_backward(
     Args:
         scores, stats: as the forward saved them; scores may have spare columns.
         pull: float32 [M, N], N <= 8192.
-        activation: (top_k, temperature, threshold, eps).
-        threshold: whether the forward applied the threshold.
+        rule: `Rule` of the forward; threshold 0 where it did not apply.
     """
-    num_rows, num_atoms = pull.shape
-    top_k, temperature, level, eps = activation
-    blocks, warps = tiles(num_atoms)
-    launch(
-        _rows_backward_kernel,
-        (cdiv(num_rows, blocks["BLOCK_M"]),),
-        scores,
-        pull,
-        stats,
-        dscores,
-        stats if unscale is None else unscale,
-        own if own is not None and own.shape[1] else stats,
-        written if written.shape[1] else dscores,
-        num_rows,
-        num_atoms,
-        num_frozen,
-        scores.stride(0),
-        pull.stride(0),
-        dscores.stride(0),
-        written.stride(0),
-        stats.stride(0),
-        1.0 / temperature,
-        level,
-        float(max(eps, torch.finfo(torch.float32).tiny)),
-        TOP_K=min(top_k, num_atoms),
-        ALL=top_k >= num_atoms,
-        HAS_THRESHOLD=threshold,
-        LOG_N=blocks["BLOCK_N"].bit_length() - 1,
-        num_warps=warps,
-        **blocks,
-    )
+
+    def describe() -> Launch:
+        num_rows, num_atoms = pull.shape
+        blocks, warps = tiles(num_atoms)
+        numbers = (
+            num_rows,
+            num_atoms,
+            num_frozen,
+            scores.stride(0),
+            pull.stride(0),
+            dscores.stride(0),
+            written.stride(0),
+            stats.stride(0),
+            *numbers_of(rule),
+        )
+        constants = {
+            "TOP_K": min(rule.top_k, num_atoms),
+            "ALL": rule.top_k >= num_atoms,
+            "HAS_THRESHOLD": rule.threshold > 0,
+            "LOG_N": blocks["BLOCK_N"].bit_length() - 1,
+            "num_warps": warps,
+            **blocks,
+        }
+        grid = (cdiv(num_rows, blocks["BLOCK_M"]),)
+        return Launch(_rows_backward_kernel, grid, numbers, constants)
+
+    # What has no elements gives way to what has.
+    unscale = stats if unscale is None else unscale
+    own = own if own is not None and own.shape[1] else stats
+    wrote = written if written.shape[1] else dscores
+    launch((scores, pull, stats, dscores, unscale, own, wrote), describe, steps)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..aliases import Tile
 from .cost import GROUP
-from .launcher import cdiv, dot_dtype, launch, rows
+from .launcher import Launch, Steps, cdiv, dot_dtype, launch, rows
 from .segments import Table, row_pointers
 from .select_groups import group_maxima
 
@@ -90,6 +90,7 @@ def launch_scores(
     config: Tile,
     splits: int = 1,
     groups: tuple[Tensor, Tensor] | None = None,
+    steps: Steps | None = None,
 ) -> None:
     """Write a [M, D] times the rows of a table, transposed, to out [M, N] or [splits, M, N].
 
@@ -100,39 +101,36 @@ def launch_scores(
         groups: (maxima, squares) of `select_groups.new_groups` to fill, or None.
     """
     a = rows(a)
-    num_rows, width = a.shape
-    block_d = config["BLOCK_D"]
-    split_width = cdiv(cdiv(width, splits), block_d) * block_d
-    frozen, current, num_frozen, stride_frozen, stride_current = table.args()
-    grid = (
-        cdiv(num_rows, config["BLOCK_M"]),
-        cdiv(table.num_rows, config["BLOCK_N"]),
-        splits,
-    )
-    launch(
-        _score_kernel,
-        grid,
-        a,
-        frozen,
-        current,
-        out,
-        *(groups or (out, out)),
-        num_rows,
-        table.num_rows,
-        width,
-        num_frozen,
-        a.stride(0),
-        stride_frozen,
-        stride_current,
-        out.stride(0) if out.dim() == 3 else 0,
-        out.stride(-2),
-        groups[0].stride(0) if groups else 0,
-        split_width,
-        DOT=dot_dtype(a, table.frozen),
-        PRECISION=precision,
-        ALIGNED=table.aligned,
-        EVEN_D=width % block_d == 0,
-        HAS_GROUPS=groups is not None,
-        GROUP=GROUP,
-        **config,
-    )
+
+    def describe() -> Launch:
+        num_rows, width = a.shape
+        block_d = config["BLOCK_D"]
+        grid = (
+            cdiv(num_rows, config["BLOCK_M"]),
+            cdiv(table.num_rows, config["BLOCK_N"]),
+            splits,
+        )
+        numbers = (
+            num_rows,
+            table.num_rows,
+            width,
+            table.num_frozen,
+            a.stride(0),
+            *table.strides,
+            out.stride(0) if out.dim() == 3 else 0,
+            out.stride(-2),
+            groups[0].stride(0) if groups else 0,
+            cdiv(cdiv(width, splits), block_d) * block_d,
+        )
+        constants = {
+            "DOT": dot_dtype(a, table),
+            "PRECISION": precision,
+            "ALIGNED": table.aligned,
+            "EVEN_D": width % block_d == 0,
+            "HAS_GROUPS": groups is not None,
+            "GROUP": GROUP,
+            **config,
+        }
+        return Launch(_score_kernel, grid, numbers, constants)
+
+    launch((a, *table.pieces, out, *(groups or (out, out))), describe, steps)

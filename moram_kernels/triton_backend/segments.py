@@ -11,20 +11,15 @@ from .launcher import rows
 
 
 class Table(NamedTuple):
-    """Keys or values of a bank [N, width]: `frozen` rows, then `current`; either may be empty.
-
-    Where the current rows lie right behind the frozen ones in one buffer, `whole` is both.
-    """
+    """Keys or values of a bank [N, width]: `frozen` rows, then `current`; either may be empty."""
 
     frozen: Tensor
     current: Tensor
-    whole: Tensor | None
 
     @classmethod
     def of(cls, frozen: Tensor, current: Tensor) -> "Table":
         """A table from two matrices of equal width, which are not copied if rows are contiguous."""
-        frozen, current = rows(frozen), rows(current)
-        return cls(frozen, current, _joined(frozen, current))
+        return cls(rows(frozen), rows(current))
 
     @property
     def num_frozen(self) -> int:
@@ -51,28 +46,39 @@ class Table(NamedTuple):
             for piece in pieces
         )
 
-    def args(self) -> tuple[Tensor, Tensor, int, int, int]:
-        """(frozen, current, num_frozen, stride of frozen, stride of current) for a kernel."""
-        frozen = self.frozen if self.num_frozen else self.current
-        current = self.current if self.current.shape[0] else self.frozen
-        return frozen, current, self.num_frozen, frozen.stride(0), current.stride(0)
+    @property
+    def pieces(self) -> tuple[Tensor, Tensor]:
+        """(frozen, current) for a kernel; the other one where one is empty."""
+        if not self.current.shape[0]:
+            return self.frozen, self.frozen
+        return self.frozen if self.frozen.shape[0] else self.current, self.current
 
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Between rows of the pieces."""
+        frozen, current = self.pieces
+        return frozen.stride(0), current.stride(0)
 
-def _joined(frozen: Tensor, current: Tensor) -> Tensor | None:
-    if current.shape[0] == 0:
-        return frozen
-    if frozen.shape[0] == 0:
-        return current
-    step = frozen.stride(0)
-    follows = frozen.data_ptr() + frozen.shape[0] * step * frozen.element_size()
-    storage = frozen.untyped_storage()
-    if (
-        current.data_ptr() != follows
-        or current.stride(0) != step
-        or current.untyped_storage().data_ptr() != storage.data_ptr()
-    ):
-        return None
-    return frozen.as_strided((frozen.shape[0] + current.shape[0], frozen.shape[1]), (step, 1))
+    @property
+    def joined(self) -> bool:
+        """Whether the current rows lie right behind the frozen ones in one buffer."""
+        frozen, current = self
+        size = frozen.shape[0]
+        if not size or not current.shape[0]:
+            return True
+        step = frozen.stride(0)
+        follows = frozen.data_ptr() + size * step * frozen.itemsize
+        if current.data_ptr() != follows or current.stride(0) != step:
+            return False
+        return current.untyped_storage().data_ptr() == frozen.untyped_storage().data_ptr()
+
+    @property
+    def whole(self) -> Tensor | None:
+        """All rows as one matrix, where they are joined."""
+        if not self.joined:
+            return None
+        frozen = self.pieces[0]
+        return frozen.as_strided((self.num_rows, self.width), (frozen.stride(0), 1))
 
 
 @triton.jit

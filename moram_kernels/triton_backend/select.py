@@ -5,13 +5,12 @@ result is dense (for a product with all values) or lists of the selected atoms i
 gather). Larger banks: `select_groups.py`. Equations: `moram_kernels/reference.py`.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..aliases import Settings
-from .launcher import cdiv, launch, next_power_of_2
+from ..aliases import Rule
+from .launcher import Launch, Steps, cdiv, launch, next_power_of_2, numbers_of
 from .threshold import select_rows
 from .weights import (
     candidates,
@@ -126,59 +125,55 @@ def tiles(num_atoms: int) -> tuple[dict[str, int], int]:
 
 def launch_select(
     scores: Tensor,
-    activation: Settings,
-    threshold: bool,
+    rule: Rule,
     *,
     written: Tensor | None = None,
     unscale: Tensor | None = None,
     lists: tuple[Tensor, Tensor, Tensor] | None = None,
     current: tuple[Tensor, int] | None = None,
     stats: Tensor | None = None,
+    steps: Steps | None = None,
 ) -> None:
     """Select from scores [M, N], N <= 8192, into preallocated outputs.
 
     Args:
         scores: float32, unit column stride.
-        activation: (top_k, temperature, threshold, eps).
-        threshold: whether the threshold applies (inference).
+        rule: `Rule`; threshold 0 where it does not apply.
         written: dense output [M, N], in the dtype of the product that follows, or None.
         unscale: [M] float32 for a float16 written, which is to be multiplied by it; or None.
         lists: (index int32, written float32, scores float32), each [M, min(top_k, N)], or None.
         current: (scores of current atoms [M, C] float32, num_frozen) or None.
         stats: [4, M] float32 or None.
     """
-    num_rows, num_atoms = scores.shape
-    top_k, temperature, level, eps = activation
     index, written, picked = lists or (scores, written, scores)
     assert written is not None, "either written or lists"
     kept, num_frozen = current or (scores, 0)
-    blocks, warps = tiles(num_atoms)
-    launch(
-        _select_kernel,
-        (cdiv(num_rows, blocks["BLOCK_M"]),),
-        scores,
-        written,
-        scores if unscale is None else unscale,
-        index,
-        picked,
-        kept,
-        scores if stats is None else stats,
-        num_rows,
-        num_atoms,
-        num_frozen,
-        scores.stride(0),
-        written.stride(0),
-        0 if stats is None else stats.stride(0),
-        1.0 / temperature,
-        level,
-        float(max(eps, torch.finfo(torch.float32).tiny)),
-        TOP_K=min(top_k, num_atoms),
-        ALL=top_k >= num_atoms,
-        HAS_THRESHOLD=threshold,
-        LISTS=lists is not None,
-        SAVE_CURRENT=current is not None,
-        SAVE_STATS=stats is not None,
-        LOG_N=blocks["BLOCK_N"].bit_length() - 1,
-        num_warps=warps,
-        **blocks,
-    )
+
+    def describe() -> Launch:
+        num_rows, num_atoms = scores.shape
+        blocks, warps = tiles(num_atoms)
+        numbers = (
+            num_rows,
+            num_atoms,
+            num_frozen,
+            scores.stride(0),
+            written.stride(0),
+            0 if stats is None else stats.stride(0),
+            *numbers_of(rule),
+        )
+        constants = {
+            "TOP_K": min(rule.top_k, num_atoms),
+            "ALL": rule.top_k >= num_atoms,
+            "HAS_THRESHOLD": rule.threshold > 0,
+            "LISTS": lists is not None,
+            "SAVE_CURRENT": current is not None,
+            "SAVE_STATS": stats is not None,
+            "LOG_N": blocks["BLOCK_N"].bit_length() - 1,
+            "num_warps": warps,
+            **blocks,
+        }
+        return Launch(_select_kernel, (cdiv(num_rows, blocks["BLOCK_M"]),), numbers, constants)
+
+    unscale = scores if unscale is None else unscale
+    about = scores if stats is None else stats
+    launch((scores, written, unscale, index, picked, kept, about), describe, steps)

@@ -6,14 +6,13 @@ number in 32 is searched, then 32 top_k scores. Exact, ties included: groups and
 stay in index order, and of equal ones the first win twice.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..aliases import Settings
+from ..aliases import Rule
 from .cost import GROUP
-from .launcher import cdiv, launch, next_power_of_2
+from .launcher import Launch, Steps, cdiv, launch, next_power_of_2, numbers_of
 from .threshold import select_rows
 from .weights import candidates, clamped_norm, shares, softmax_scale, written_scores
 
@@ -129,12 +128,12 @@ def _group_kernel(
 
 def launch_select_groups(
     scores: Tensor,
-    activation: Settings,
-    threshold: bool,
+    rule: Rule,
     lists: tuple[Tensor, Tensor, Tensor],
     current: tuple[Tensor, int] | None = None,
     stats: Tensor | None = None,
     groups: tuple[Tensor, Tensor] | None = None,
+    steps: Steps | None = None,
 ) -> None:
     """Select from scores [M, N] of at least `GROUP` (top_k - 1) + top_k atoms into lists.
 
@@ -143,44 +142,33 @@ def launch_select_groups(
         The rest as for `select.launch_select`; of stats only the norm is filled.
     """
     num_rows, num_atoms = scores.shape
-    top_k, temperature, level, eps = activation
     maxima, squares = groups or new_groups(scores)
     kept, num_frozen = current or (scores, 0)
-    index, written, picked = lists
-    block_g = next_power_of_2(cdiv(num_atoms, GROUP))
-    block_c = next_power_of_2(GROUP * top_k)
-    launch(
-        _group_kernel,
-        (num_rows,),
-        scores,
-        maxima,
-        squares,
-        index,
-        written,
-        picked,
-        kept,
-        scores if stats is None else stats,
-        num_atoms,
-        num_frozen,
-        scores.stride(0),
-        maxima.stride(0),
-        1.0 / temperature,
-        level,
-        float(max(eps, torch.finfo(torch.float32).tiny)),
-        TOP_K=top_k,
-        HAS_MAXIMA=groups is not None,
-        HAS_THRESHOLD=threshold,
-        SAVE_CURRENT=current is not None,
-        SAVE_STATS=stats is not None,
-        GROUP=GROUP,
-        BLOCK_N=GROUP * GROUPS_AT_ONCE,
-        BLOCK_G=block_g,
-        BLOCK_C=block_c,
-        LOG_G=block_g.bit_length() - 1,
-        LOG_C=block_c.bit_length() - 1,
-        # 32 maxima a lane; of the atoms, whose places take registers as well, 16.
-        num_warps=max(1, min(8, block_g // 1024), block_c // 512),
-    )
+
+    def describe() -> Launch:
+        block_g = next_power_of_2(cdiv(num_atoms, GROUP))
+        block_c = next_power_of_2(GROUP * rule.top_k)
+        constants = {
+            "TOP_K": rule.top_k,
+            "HAS_MAXIMA": groups is not None,
+            "HAS_THRESHOLD": rule.threshold > 0,
+            "SAVE_CURRENT": current is not None,
+            "SAVE_STATS": stats is not None,
+            "GROUP": GROUP,
+            "BLOCK_N": GROUP * GROUPS_AT_ONCE,
+            "BLOCK_G": block_g,
+            "BLOCK_C": block_c,
+            "LOG_G": block_g.bit_length() - 1,
+            "LOG_C": block_c.bit_length() - 1,
+            # 32 maxima a lane; of the atoms, whose places take registers as well, 16.
+            "num_warps": max(1, min(8, block_g // 1024), block_c // 512),
+        }
+        strides = (scores.stride(0), maxima.stride(0))
+        numbers = (num_atoms, num_frozen, *strides, *numbers_of(rule))
+        return Launch(_group_kernel, (num_rows,), numbers, constants)
+
+    about = scores if stats is None else stats
+    launch((scores, maxima, squares, *lists, kept, about), describe, steps)
 
 
 def new_groups(scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aliases import Tile
-from .launcher import cdiv, dot_dtype, launch, rows
+from .launcher import Launch, Steps, cdiv, dot_dtype, launch, rows
 from .segments import Table, row_pointers
 
 MAX_TABLES = 3
@@ -97,7 +97,11 @@ def _shared_score_kernel(
 
 
 def launch_shared_scores(
-    x: Tensor, tables: Sequence[Table], precision: str, config: Tile
+    x: Tensor,
+    tables: Sequence[Table],
+    precision: str,
+    config: Tile,
+    steps: Steps | None = None,
 ) -> list[Tensor]:
     """Scores float32 [M, N_i] of x [M, D] for two or three tables, views of one tensor.
 
@@ -114,32 +118,33 @@ def launch_shared_scores(
         starts.append(starts[-1] + -(-count // 16) * 16)
     out = x.new_empty(num_rows, starts[-1], dtype=torch.float32)
     filled = (*tables, tables[-1])[:MAX_TABLES]
-    args = [table.args() for table in filled]
-    ends = [0]
-    for count in counts:
-        ends.append(ends[-1] + cdiv(count, config["BLOCK_N"]))
-    sizes = [table.num_rows for table in filled]
-    launch(
-        _shared_score_kernel,
-        (cdiv(num_rows, config["BLOCK_M"]), ends[-1]),
-        x,
-        out,
-        *(pointer for frozen, current, *_ in args for pointer in (frozen, current)),
-        num_rows,
-        width,
-        *sizes,
-        *(num_frozen for _, _, num_frozen, _, _ in args),
-        *(stride for *_, frozen, current in args for stride in (frozen, current)),
-        starts[1],
-        starts[2] if len(tables) > 2 else 0,
-        ends[1],
-        ends[2] if len(tables) > 2 else ends[-1],
-        x.stride(0),
-        out.stride(0),
-        DOT=dot_dtype(x, tables[0].frozen),
-        PRECISION=precision,
-        ALIGNED=all(table.aligned for table in tables),
-        EVEN_D=width % config["BLOCK_D"] == 0,
-        **config,
-    )
+
+    def describe() -> Launch:
+        ends = [0]
+        for count in counts:
+            ends.append(ends[-1] + cdiv(count, config["BLOCK_N"]))
+        numbers = (
+            num_rows,
+            width,
+            *(table.num_rows for table in filled),
+            *(table.num_frozen for table in filled),
+            *(stride for table in filled for stride in table.strides),
+            starts[1],
+            starts[2] if len(tables) > 2 else 0,
+            ends[1],
+            ends[2] if len(tables) > 2 else ends[-1],
+            x.stride(0),
+            out.stride(0),
+        )
+        constants = {
+            "DOT": dot_dtype(x, tables[0]),
+            "PRECISION": precision,
+            "ALIGNED": all(table.aligned for table in tables),
+            "EVEN_D": width % config["BLOCK_D"] == 0,
+            **config,
+        }
+        grid = cdiv(num_rows, config["BLOCK_M"]), ends[-1]
+        return Launch(_shared_score_kernel, grid, numbers, constants)
+
+    launch((x, out, *(piece for table in filled for piece in table.pieces)), describe, steps)
     return [out[:, start : start + count] for start, count in zip(starts, counts, strict=False)]

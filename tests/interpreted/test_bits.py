@@ -14,6 +14,7 @@ from paths import forced
 from support import LEAVES, make_case, run, with_spare_rows
 
 from moram_kernels import retrieve
+from moram_kernels.aliases import Rule
 from moram_kernels.triton_backend.select import launch_select
 
 PATHS = ("resident", "split-dense", "split-gather")
@@ -97,7 +98,7 @@ def test_a_resident_row_is_the_same_alone_and_in_a_batch(frozen):
 @pytest.mark.parametrize("atoms", [25, 300])
 def test_selection_from_a_row_is_the_same_alone_and_in_a_batch(atoms, lists):
     scores = torch.randn(70, atoms, generator=torch.Generator().manual_seed(0))
-    rule = (8, 0.3, 0.2, 1e-12)
+    rule = Rule(8, 0.3, 0.2, 1e-12)
 
     def select(scores):
         """What is selected, and the stats; of the border value only which scores it separates."""
@@ -105,10 +106,10 @@ def test_selection_from_a_row_is_the_same_alone_and_in_a_batch(atoms, lists):
         stats = scores.new_empty(4, rows)
         if lists:
             out = (torch.empty(rows, 8, dtype=torch.int32), *torch.empty(2, rows, 8))
-            launch_select(scores, rule, True, lists=out, stats=stats)
+            launch_select(scores, rule, lists=out, stats=stats)
         else:
             out = (torch.empty(rows, atoms),)
-            launch_select(scores, rule, True, written=out[0], stats=stats)
+            launch_select(scores, rule, written=out[0], stats=stats)
         return (*out, stats[:3].T, scores >= stats[3, :, None])
 
     whole = select(scores)

@@ -12,6 +12,7 @@ import torch
 from oracle import check_values, fired, follow, stable_top
 from support import make_case
 
+from moram_kernels.aliases import Rule
 from moram_kernels.triton_backend.lists_backward import launch_lists_backward
 from moram_kernels.triton_backend.rows_backward import launch_rows_backward
 from moram_kernels.triton_backend.segments import Table
@@ -47,9 +48,9 @@ def scored(size, training, eps=1e-12):
     return case, stable_top(case.x, min(top_k, num_atoms))
 
 
-def settings(case):
+def rule_of(case):
     a = case.activation
-    return (a.top_k, a.temperature, a.threshold, a.eps), not case.training and a.threshold > 0
+    return Rule(a.top_k, a.temperature, 0.0 if case.training else a.threshold, a.eps)
 
 
 def saved_stats(case, kept):
@@ -82,7 +83,7 @@ def test_gradient_of_the_scores_from_saved_scores(size, training):
     written = torch.full((rows, current), NAN)
     launch_rows_backward(
         saved, pull[:, :-2], saved_stats(case, kept), dscores[:, :-1], written, frozen,
-        *settings(case),
+        rule_of(case),
     )  # fmt: skip
     assert dscores[:, -1].isnan().all()
     compare(case, kept, dscores[:, :-1])
@@ -119,7 +120,7 @@ def test_gradient_of_the_scores_from_lists(size, training, dtype):
         factor,
         dscores,
         written,
-        *settings(case),
+        rule_of(case),
     )
     spread = torch.zeros_like(case.x).scatter(1, index.long(), dlist)
     every = spread - factor[:, None] * case.x
@@ -138,7 +139,7 @@ def test_where_the_norm_is_clamped_it_has_no_gradient(form):
     if form == "scores":
         dscores, written = torch.full_like(pull, NAN), torch.full((5, 4), NAN)
         launch_rows_backward(
-            case.x, pull, saved_stats(case, kept), dscores, written, 7, *settings(case)
+            case.x, pull, saved_stats(case, kept), dscores, written, 7, rule_of(case)
         )
     else:
         index = kept.nonzero()[:, 1].view(5, -1).to(torch.int32)
@@ -147,7 +148,7 @@ def test_where_the_norm_is_clamped_it_has_no_gradient(form):
         lists = (index, case.x.gather(1, index.long()))
         launch_lists_backward(
             case.grad, lists, saved_stats(case, kept), None, table, dlist, factor, None, None,
-            *settings(case),
+            rule_of(case),
         )  # fmt: skip
         assert (factor == 0).all()
         dscores = torch.zeros_like(pull).scatter(1, index.long(), dlist)
@@ -165,7 +166,7 @@ def test_row_that_is_not_finite_stays_alone():
             scores[2, 4], stats[0, 2] = NAN, NAN
             scores[3, 4], stats[0, 3] = float("inf"), float("inf")
         dscores, written = torch.full_like(pull, 0.0), torch.full((6, 4), 0.0)
-        launch_rows_backward(scores, pull, stats, dscores, written, 9, *settings(case))
+        launch_rows_backward(scores, pull, stats, dscores, written, 9, rule_of(case))
         results.append(dscores)
     others = [0, 1, 4, 5]
     assert torch.equal(results[0][others], results[1][others])

@@ -7,6 +7,7 @@ import torch
 from oracle import check_selection, check_values, kept_above, live
 from support import make_case
 
+from moram_kernels.aliases import Rule
 from moram_kernels.triton_backend.resident import launch_resident
 from moram_kernels.triton_backend.segments import Table
 from moram_kernels.triton_backend.tiles import TILES
@@ -36,8 +37,7 @@ def resident(case, pair, *, precision="ieee", save=True):
         Table.of(case.values, current[1]),
         case.residual,
         out,
-        (a.top_k, a.temperature, a.threshold, a.eps),
-        not case.training and a.threshold > 0,
+        Rule(a.top_k, a.temperature, 0.0 if case.training else a.threshold, a.eps),
         precision,
         config,
         saved if save else None,

@@ -15,6 +15,7 @@ from oracle import check_selection, check_values, kept_above, kept_in_lists, sta
 from paths import piece_table
 from support import make_case
 
+from moram_kernels.aliases import Rule
 from moram_kernels.triton_backend import networks, select_groups
 from moram_kernels.triton_backend.decode import launch_decode
 from moram_kernels.triton_backend.select import launch_select
@@ -36,9 +37,9 @@ def scored(rows, num_atoms, top_k, *, temperature=0.1, threshold=0.15, seed=0, *
     return replace(case, keys=torch.eye(num_atoms), values=torch.eye(num_atoms))
 
 
-def settings(case):
+def rule_of(case):
     a = case.activation
-    return (a.top_k, a.temperature, a.threshold, a.eps), not case.training and a.threshold > 0
+    return Rule(a.top_k, a.temperature, 0.0 if case.training else a.threshold, a.eps)
 
 
 def check_written(case, kept, written):
@@ -71,7 +72,7 @@ def test_dense_selection(size, training):
     stats = torch.full((4, rows), NAN)
     wide = torch.full((rows, num_atoms + 2), NAN)
     wide[:, :num_atoms] = case.x
-    launch_select(wide[:, :num_atoms], *settings(case), written=written[:, :num_atoms], stats=stats)
+    launch_select(wide[:, :num_atoms], rule_of(case), written=written[:, :num_atoms], stats=stats)
     kept = kept_above(case.x, stats[3], min(top_k, num_atoms))
     check_written(case, kept, written[:, :num_atoms])
     check_stats(case, kept, stats)
@@ -93,7 +94,7 @@ def test_selection_into_lists(size, frozen, training):
         frozen = min(frozen, num_atoms)
         current = (torch.full((rows, num_atoms - frozen), NAN), frozen)
     lists = (index, written, picked)
-    launch_select(case.x, *settings(case), lists=lists, current=current, stats=stats)
+    launch_select(case.x, rule_of(case), lists=lists, current=current, stats=stats)
     check_lists(case, lists, current)
     check_stats(case, kept_in_lists(index, num_atoms), stats)
 
@@ -132,7 +133,7 @@ def test_selection_by_groups(size, fused, training):
     current = (torch.full((rows, num_atoms - 33), NAN), 33)
     stats = torch.full((4, rows), NAN)
     groups = groups_of(case.x) if fused else None
-    select_groups.launch_select_groups(case.x, *settings(case), lists, current, stats, groups)
+    select_groups.launch_select_groups(case.x, rule_of(case), lists, current, stats, groups)
     torch.testing.assert_close(stats[0].double(), case.x.double().norm(dim=-1), rtol=1e-6, atol=0)
     check_lists(case, lists, current)
 
@@ -144,7 +145,7 @@ def test_ties_between_groups_go_to_the_lowest_index(seed):
     x = torch.randint(0, 1 + seed, (4, 700), generator=generator).float()
     index = torch.full((4, 16), -1, dtype=torch.int32)
     lists = (index, *torch.full((2, 4, 16), NAN))
-    select_groups.launch_select_groups(x, (16, 0.1, 0.0, 1e-12), False, lists)
+    select_groups.launch_select_groups(x, Rule(16, 0.1, 0.0, 1e-12), lists)
     assert torch.equal(kept_in_lists(index, 700), stable_top(x, 16))
 
 
@@ -152,7 +153,7 @@ def test_selection_from_a_large_bank():
     case = large(2, 8200, 8)
     index = torch.full((2, 8), -1, dtype=torch.int32)
     lists = (index, *torch.full((2, 2, 8), NAN))
-    select_groups.launch_select_groups(case.x, *settings(case), lists)
+    select_groups.launch_select_groups(case.x, rule_of(case), lists)
     kept = kept_in_lists(index, 8200)
     assert torch.equal(kept, stable_top(case.x, 8))
     assert torch.equal(lists[2], case.x[kept].view(2, 8))
@@ -175,13 +176,13 @@ def test_rows_that_are_not_finite_end_and_stay_alone(kernel):
         if kernel == "decode":
             out = torch.empty(8, 130)
             table = piece_table(130, 0, 130, F32)
-            launch_decode(scores[None].contiguous(), table, None, out, *settings(case))
+            launch_decode(scores[None].contiguous(), table, None, out, rule_of(case))
             results.append(out)
             continue
         index = torch.zeros(8, 4, dtype=torch.int32)
         lists = (index, torch.full((8, 4), NAN), torch.empty(8, 4))
         launch = launch_select if kernel == "select" else select_groups.launch_select_groups
-        launch(scores, *settings(case), lists=lists)
+        launch(scores, rule_of(case), lists=lists)
         results.append(lists[1])
     clean, poisoned = results
     assert not poisoned[1:7].isfinite().any()
@@ -204,7 +205,7 @@ def test_decode_selects_and_gathers(size, splits, dtype, training):
     partial = torch.stack([case.x * share for share in shares])
     residual = case.x.new_tensor(range(rows * out)).view(rows, out).to(dtype) / 8
     got = torch.full((rows, out), NAN, dtype=dtype)
-    launch_decode(partial, table, residual, got, *settings(case))
+    launch_decode(partial, table, residual, got, rule_of(case))
     kept = stable_top(case.x, min(top_k, frozen + current))
     case = replace(case, values=values, residual=residual, grad=torch.zeros(rows, out))
     check_values({"output": got}, case, kept)

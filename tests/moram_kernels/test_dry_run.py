@@ -1,59 +1,18 @@
 """The whole road to a launch, without a GPU: Triton's runtime binds, specialises and compiles every
 kernel that the operator launches, for an H100; only the launch itself is recorded, not done."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-import triton
+from recording_driver import recorded
 from support import make_case
-from triton.backends.compiler import GPUTarget
 
 from moram_kernels import SelfActivation, fused_ops, retrieve, retrieve_linear, sharing
-from moram_kernels.triton_backend import available, launcher
-
-# Limits of a CUDA grid, per dimension.
-GRID = (2**31 - 1, 65535, 65535)
-SHARED_BYTES = 227 * 1024
-
-
-class RecordingDriver:
-    """Stands in for the CUDA driver: knows an H100, loads nothing, records launches."""
-
-    def __init__(self):
-        self.launched = []
-        properties = {"max_shared_mem": SHARED_BYTES, "multiprocessor_count": 132}
-        self.utils = SimpleNamespace(
-            get_device_properties=lambda device: properties,
-            load_binary=lambda name, binary, shared, device: (None, name, 64, 0, 1024),
-            unload_module=lambda module: None,
-        )
-
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device):
-        return 0
-
-    def launcher_cls(self, source, metadata):
-        def record(x, y, z, stream, function, *rest):
-            assert all(0 < size <= limit for size, limit in zip((x, y, z), GRID, strict=True))
-            self.launched.append(function)
-
-        return record
 
 
 @pytest.fixture
-def driver(monkeypatch):
-    recorder = RecordingDriver()
-    monkeypatch.setattr(triton.runtime.driver, "_active", recorder)
-    monkeypatch.setattr(available, "why_not", lambda device=None: None)
-    monkeypatch.setattr(available, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(launcher, "target", lambda device: 90)
-    return recorder
+def driver():
+    with recorded() as recorder:
+        yield recorder
 
 
 # Path: launches of the forward and of the backward; both segments, so no library products.
