@@ -89,8 +89,8 @@ def launch_scores(
     precision: str,
     config: Tile,
     splits: int = 1,
-    groups: tuple[Tensor, Tensor] | None = None,
     steps: Steps | None = None,
+    groups: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Write a [M, D] times the rows of a table, transposed, to out [M, N] or [splits, M, N].
 
