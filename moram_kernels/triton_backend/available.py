@@ -7,6 +7,8 @@ from collections.abc import Collection
 
 import torch
 
+from .devices import INTERPRETER, Device, of_properties
+
 
 def installed() -> bool:
     """Whether Triton can be imported."""
@@ -42,7 +44,13 @@ def why_not(device: torch.device | None = None) -> str | None:
         )
     if device is not None and device.type != "cuda":
         return f'the tensors are on {device}; move them to the GPU or use backend="torch"'
-    return None
+    return _why_not_gpu(None if device is None else device.index)
+
+
+# Of a GPU that is there nothing changes, so torch.compile need not look into it.
+@torch.compiler.assume_constant_result
+def _why_not_gpu(index: int | None) -> str | None:
+    return device_of(torch.device("cuda", index)).why_not
 
 
 def why_not_dtypes(dtypes: Collection[torch.dtype]) -> str | None:
@@ -58,6 +66,22 @@ def why_not_dtypes(dtypes: Collection[torch.dtype]) -> str | None:
     return None
 
 
+def device_of(device: torch.device) -> Device:
+    """A torch device as plan, model and tiles know it; the interpreter's where it is no GPU."""
+    if device.type != "cuda":
+        return INTERPRETER
+    return _gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _gpu(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    arch = 10 * properties.major + properties.minor
+    if torch.version.hip:
+        arch = properties.gcnArchName.split(":")[0]
+    return of_properties(arch, properties)
+
+
 def device_name(device: torch.device) -> str:
-    """The name by which the plan knows a device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+    """The name by which tables know a device."""
+    return device_of(device).name

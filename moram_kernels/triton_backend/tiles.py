@@ -9,16 +9,18 @@ from typing import Any
 
 from ..aliases import Tile
 from . import cost
+from .devices import Device
 
-# GPUs by the compiler's target; tiles are chosen per target.
-TARGETS = {
-    "sm_90": ("H100", "H200", "H800", "H20", "interpreter"),
-    "sm_100": ("B100", "B200", "B300"),
-    "gfx942": ("MI300", "MI325", "AMD", "gfx"),
-}
 # Columns of the resident tile or tiles, and the most of them that compile without spills.
 TILES = ((16, 0), (32, 0), (64, 0), (64, 32), (128, 0), (128, 32), (128, 64))
-WIDEST = {"sm_80": 128, "sm_90": 192, "sm_100": 96, "gfx942": 128}
+WIDEST = {
+    "sm_80": 128,
+    "sm_89": 64,
+    "sm_90": 192,
+    "sm_100": 96,
+    "sm_120": 128,
+    "gfx942": 128,
+}
 # Rows, columns and warps of products of 16-bit tensors; the large ones only where shared memory
 # and registers are large.
 SCORES = ((64, 128, 4), (32, 128, 4), (128, 128, 8), (128, 256, 8))
@@ -26,32 +28,25 @@ AGGREGATES = ((64, 128, 4), (128, 128, 8), (128, 256, 8))
 LARGE = ("sm_90", "sm_100")
 
 
-def target_of(device: str) -> str:
-    """The compiler's target for a GPU's name; sm_80, whose tiles fit everywhere, if unknown."""
-    names = ((part, target) for target, parts in TARGETS.items() for part in parts)
-    return next((target for part, target in names if part in device), "sm_80")
-
-
-def resident_tile(atoms: int, dtype: str, device: str) -> tuple[int, int] | None:
+def resident_tile(atoms: int, dtype: str, device: Device) -> tuple[int, int] | None:
     """(first, second) tile of the resident kernel that holds that many atoms, or None."""
-    target = target_of(device)
     # What is wider spills: a float32 product takes registers of its own.
-    widest = 64 if dtype == "float32" else WIDEST[target]
+    widest = 64 if dtype == "float32" else WIDEST[device.target]
     # On gfx942 two tiles of unequal width have unequal layouts, and spill.
-    pairs = (p for p in TILES if not p[1] or target != "gfx942")
+    pairs = (p for p in TILES if not p[1] or device.target != "gfx942")
     return next((pair for pair in pairs if widest >= sum(pair) >= atoms), None)
 
 
 def tiles(
-    shape: cost.Shape, pair: tuple[int, int] | None, device: str, units: int, dtype: str
+    shape: cost.Shape, pair: tuple[int, int] | None, device: Device, dtype: str
 ) -> dict[str, Any]:
     """Tiles of every kernel a shape can need, by the kernel's name.
 
     Args:
         shape: `cost.Shape`. pair: the resident tile, or None where that kernel does not fit.
-        device: a GPU's name. units: its multiprocessors. dtype: of the products.
+        device: `Device` that has a target. dtype: of the products.
     """
-    small, target = shape.itemsize == 4, target_of(device)
+    small, target, units = shape.itemsize == 4, device.target, device.units
     stages = 2 if target == "gfx942" else 3
     common = {"num_warps": 4, "num_stages": stages}
     six = common if target == "gfx942" else {**common, "maxnreg": 255}
@@ -85,7 +80,7 @@ def _power_of_2(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _scores(shape: cost.Shape, device: str, rows: int, loose: int, common: Tile) -> Tile:
+def _scores(shape: cost.Shape, device: Device, rows: int, loose: int, common: Tile) -> Tile:
     block, columns = 32 if shape.itemsize == 4 else 64, max(16, _power_of_2(shape.atoms))
     if shape.tokens <= 64:
         few = max(16, min(rows, _power_of_2(shape.tokens)))
@@ -94,29 +89,29 @@ def _scores(shape: cost.Shape, device: str, rows: int, loose: int, common: Tile)
     usual = {**usual, "BLOCK_D": block, **common}
     if loose:
         usual["BLOCK_N"] = min(usual["BLOCK_N"], block)
-    if loose or block == 32 or target_of(device) not in LARGE:
+    if loose or block == 32 or device.target not in LARGE:
         return usual
     choices = [
         {**usual, "BLOCK_M": m, "BLOCK_N": min(n, columns), "num_warps": warps}
         for m, n, warps in SCORES
         # Eight warps only where they all have columns; on sm_100 the largest spills.
-        if warps == 4 or (columns >= n and (n < 256 or target_of(device) == "sm_90"))
+        if warps == 4 or (columns >= n and (n < 256 or device.target == "sm_90"))
     ]
     return _fastest(choices, lambda tile: cost.scores(shape, device, tile))
 
 
-def _aggregate(shape: cost.Shape, device: str, rows: int, loose: int, common: Tile) -> Tile:
+def _aggregate(shape: cost.Shape, device: Device, rows: int, loose: int, common: Tile) -> Tile:
     small = shape.itemsize == 4
     usual = {"BLOCK_M": rows, "BLOCK_N": 32, "BLOCK_O": 128, **common}
     if small:
         usual["BLOCK_O"] = 32 if loose else 64
-    if loose or small or target_of(device) not in LARGE or shape.tokens <= 64:
+    if loose or small or device.target not in LARGE or shape.tokens <= 64:
         return usual
     choices = [
         {**usual, "BLOCK_M": m, "BLOCK_O": o, "num_warps": warps}
         for m, o, warps in AGGREGATES
         # On sm_100, and with masks anywhere, the largest spills.
-        if o < 256 or (target_of(device) == "sm_90" and not (shape.width % o or shape.out % o))
+        if o < 256 or (device.target == "sm_90" and not (shape.width % o or shape.out % o))
     ]
     return _fastest(choices, lambda tile: cost.aggregate(shape, device, tile))
 

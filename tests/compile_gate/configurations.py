@@ -16,9 +16,9 @@ import triton.language as tl
 from machine_code import TARGETS
 
 from moram_kernels.triton_backend import backward, forward, launcher, networks, plan, tiles
+from moram_kernels.triton_backend.devices import REFERENCES
 from moram_kernels.triton_backend.segments import Table
 
-DEVICES = {"sm_80": "A100", "sm_90": "H100", "sm_100": "B200", "gfx942": "MI300"}
 _REAL = {"launch": launcher.launch, "target": launcher.target}
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32"}
 
@@ -240,10 +240,11 @@ def record(call, target):
     met = call.dtype if call.dtype == result else "float32"
     shape = (call.tokens, call.width, call.out, call.atoms, call.top_k, met, call.training)
     how = {"current": call.current, "precision": call.precision, "table": {}}
-    if call.path not in plan.plan(*shape, DEVICES[target], **how).seconds:
+    device = REFERENCES[target][0]
+    if call.path not in plan.plan(*shape, device, **how).seconds:
         # The plan does not offer it here.
         return []
-    chosen = plan.plan(*shape, DEVICES[target], **how, path=call.path)
+    chosen = plan.plan(*shape, device, **how, path=call.path)
     current = min(call.current, call.atoms)
     keys, values = (
         Table.of(new(call.atoms - current, width), new(current, width))

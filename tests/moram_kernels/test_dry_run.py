@@ -10,7 +10,8 @@ from support import make_case
 from triton.backends.compiler import GPUTarget
 
 from moram_kernels import SelfActivation, fused_ops, retrieve, retrieve_linear, sharing
-from moram_kernels.triton_backend import available, launcher
+from moram_kernels.triton_backend import available
+from moram_kernels.triton_backend.devices import H100
 
 # Limits of a CUDA grid, per dimension.
 GRID = (2**31 - 1, 65535, 65535)
@@ -51,8 +52,7 @@ def driver(monkeypatch):
     recorder = RecordingDriver()
     monkeypatch.setattr(triton.runtime.driver, "_active", recorder)
     monkeypatch.setattr(available, "why_not", lambda device=None: None)
-    monkeypatch.setattr(available, "device_name", lambda device: "NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(launcher, "target", lambda device: 90)
+    monkeypatch.setattr(available, "device_of", lambda device: H100)
     return recorder
 
 
