@@ -2,8 +2,10 @@
 
 import functools
 import importlib.util
+import re
 import sys
 from collections.abc import Collection
+from pathlib import Path
 
 import torch
 
@@ -19,6 +21,23 @@ def installed() -> bool:
 @functools.cache
 def _found() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def triton_version() -> tuple[int, int] | None:
+    """(major, minor) of the Triton that kernels are compiled with, None without one; not imported.
+
+    It comes under several names, for NVIDIA and AMD, so no package is asked for its version.
+    """
+    if "triton" in sys.modules:
+        text = sys.modules["triton"].__version__
+    else:
+        spec = importlib.util.find_spec("triton")
+        if spec is None or spec.origin is None:
+            return None
+        text = Path(spec.origin).read_text(encoding="utf-8").partition("__version__")[2]
+    found = re.search(r"(\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def interpreting() -> bool:
@@ -47,10 +66,13 @@ def why_not(device: torch.device | None = None) -> str | None:
     return _why_not_gpu(None if device is None else device.index)
 
 
-# Of a GPU that is there nothing changes, so torch.compile need not look into it.
-@torch.compiler.assume_constant_result
 def _why_not_gpu(index: int | None) -> str | None:
     return device_of(torch.device("cuda", index)).why_not
+
+
+# Of a GPU that is there nothing changes, so torch.compile need not look into it. This is all that
+# torch.compiler.assume_constant_result does, but for importing the compiler.
+_why_not_gpu._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def why_not_dtypes(dtypes: Collection[torch.dtype]) -> str | None:

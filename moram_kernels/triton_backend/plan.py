@@ -170,7 +170,7 @@ def _plan(
         tokens, width, out, atoms, current, top_k, 4 if dtype == "float32" else 2, rate, joined,
         training,
     )  # fmt: skip
-    pair = resident_tile(atoms, dtype, device)
+    pair = resident_tile(atoms, top_k, dtype, device)
     if width % 32 or out % 32 or not (top_k in NETWORK_TOP_K or top_k >= atoms):
         pair = None
     sizes = tiles(shape, pair, device, dtype)

@@ -8,32 +8,29 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..aliases import Tile
-from . import cost
+from . import available, cost
 from .devices import Device
 
 # Columns of the resident tile or tiles, and the most of them that compile without spills.
 TILES = ((16, 0), (32, 0), (64, 0), (64, 32), (128, 0), (128, 32), (128, 64))
-WIDEST = {
-    "sm_80": 128,
-    "sm_89": 64,
-    "sm_90": 192,
-    "sm_100": 96,
-    "sm_120": 128,
-    "gfx942": 128,
-}
-# Rows, columns and warps of products of 16-bit tensors; the large ones only where shared memory
-# and registers are large.
+WIDEST = dict.fromkeys(("sm_80", "sm_89", "sm_120", "gfx942"), 128) | {"sm_90": 192, "sm_100": 96}
+# Where two tiles spill: on gfx942 tiles of unequal width have unequal layouts; on sm_89 a thread
+# that stores the scores of 96 atoms takes 112 to 192 bytes of stack.
+SINGLE = ("sm_89", "gfx942")
+# Rows, columns and warps of products of 16-bit tensors; the large ones only where registers are
+# many and shared memory holds the largest, three times 128 and 256 rows of 64 numbers.
 SCORES = ((64, 128, 4), (32, 128, 4), (128, 128, 8), (128, 256, 8))
 AGGREGATES = ((64, 128, 4), (128, 128, 8), (128, 256, 8))
-LARGE = ("sm_90", "sm_100")
+LARGE, LARGE_BYTES = ("sm_90", "sm_100"), 3 * (128 + 256) * 64 * 2
 
 
-def resident_tile(atoms: int, dtype: str, device: Device) -> tuple[int, int] | None:
+def resident_tile(atoms: int, top_k: int, dtype: str, device: Device) -> tuple[int, int] | None:
     """(first, second) tile of the resident kernel that holds that many atoms, or None."""
     # What is wider spills: a float32 product takes registers of its own.
     widest = 64 if dtype == "float32" else WIDEST[device.target]
-    # On gfx942 two tiles of unequal width have unequal layouts, and spill.
-    pairs = (p for p in TILES if not p[1] or device.target != "gfx942")
+    if _is_early(device) and top_k == 8:
+        widest = min(widest, 128)
+    pairs = (p for p in TILES if not p[1] or device.target not in SINGLE)
     return next((pair for pair in pairs if widest >= sum(pair) >= atoms), None)
 
 
@@ -52,7 +49,7 @@ def tiles(
     six = common if target == "gfx942" else {**common, "maxnreg": 255}
     block = 32 if small else 64
     # Six products of bfloat16 are wide where 64 rows meet, which one of float32 has no room for.
-    rows = 64 if shape.rate == "six" and target in LARGE else block
+    rows = 64 if shape.rate == "six" and _is_large(device) else block
     # Masked or unaligned rows are not copied to shared memory but held in registers.
     loose = shape.width % block or shape.out % block
     if shape.rate == "six" or (not small and (loose or target == "sm_100")):
@@ -72,8 +69,22 @@ def tiles(
     # Splits fill the device twice over and leave each at least 256 features.
     chosen["splits"] = max(1, min(2 * units // programs, shape.width // 256, 16))
     if pair:
-        chosen["resident"] = _resident(shape, pair, target, rows, common, dtype)
+        chosen["resident"] = _resident(shape, pair, device, rows, common, dtype)
     return chosen
+
+
+def _is_early(device: Device) -> bool:
+    """Whether Triton is one before 3.8 that compiles for sm_90.
+
+    The gate shows of 3.6.0 there: above 128 atoms 136 to 216 bytes of stack with top_k 8; 40 bytes
+    where 128 rows meet 160 atoms; and scores of 128 x 128 whose products ptxas lets not overlap.
+    """
+    version = available.triton_version()
+    return device.target == "sm_90" and version is not None and version < (3, 8)
+
+
+def _is_large(device: Device) -> bool:
+    return device.target in LARGE and device.shared >= LARGE_BYTES
 
 
 def _power_of_2(size: int) -> int:
@@ -89,13 +100,14 @@ def _scores(shape: cost.Shape, device: Device, rows: int, loose: int, common: Ti
     usual = {**usual, "BLOCK_D": block, **common}
     if loose:
         usual["BLOCK_N"] = min(usual["BLOCK_N"], block)
-    if loose or block == 32 or device.target not in LARGE:
+    if loose or block == 32 or not _is_large(device):
         return usual
     choices = [
         {**usual, "BLOCK_M": m, "BLOCK_N": min(n, columns), "num_warps": warps}
         for m, n, warps in SCORES
         # Eight warps only where they all have columns; on sm_100 the largest spills.
         if warps == 4 or (columns >= n and (n < 256 or device.target == "sm_90"))
+        if not (_is_early(device) and m == n == 128)
     ]
     return _fastest(choices, lambda tile: cost.scores(shape, device, tile))
 
@@ -105,7 +117,7 @@ def _aggregate(shape: cost.Shape, device: Device, rows: int, loose: int, common:
     usual = {"BLOCK_M": rows, "BLOCK_N": 32, "BLOCK_O": 128, **common}
     if small:
         usual["BLOCK_O"] = 32 if loose else 64
-    if loose or small or device.target not in LARGE or shape.tokens <= 64:
+    if loose or small or not _is_large(device) or shape.tokens <= 64:
         return usual
     choices = [
         {**usual, "BLOCK_M": m, "BLOCK_O": o, "num_warps": warps}
@@ -122,14 +134,14 @@ def _fastest(choices: Sequence[Tile], seconds: Callable[[Tile], float]) -> Tile:
 
 
 def _resident(
-    shape: cost.Shape, pair: tuple[int, int], target: str, rows: int, common: Tile, dtype: str
+    shape: cost.Shape, pair: tuple[int, int], device: Device, rows: int, common: Tile, dtype: str
 ) -> dict[str, int]:
     first, second = pair
     columns, small = first + second, shape.itemsize == 4
     tall = columns > 64 and not small
     # Eight warps on 64 rows halve a thread's scores, at the price of layout conversions.
     narrow = columns > 128
-    if columns == 160 and dtype == "bfloat16" and not shape.training:
+    if columns == 160 and dtype == "bfloat16" and not shape.training and not _is_early(device):
         # Just fits without them, in steps of 64.
         narrow = bool(shape.width % 64 or shape.out % 64)
     config = {
@@ -141,6 +153,6 @@ def _resident(
         **common,
         "num_warps": 8 if tall else 4,
     }
-    if tall and target != "sm_100":
+    if tall and device.target != "sm_100":
         config.pop("maxnreg", None)
     return config
