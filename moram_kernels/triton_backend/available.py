@@ -40,6 +40,12 @@ def triton_version() -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
+def is_early() -> bool:
+    """Whether Triton is one before 3.8, of which `tests/compile_gate` compiles 3.6.0."""
+    version = triton_version()
+    return version is not None and version < (3, 8)
+
+
 def interpreting() -> bool:
     """Whether Triton was told to interpret kernels on the CPU."""
     if not installed():
@@ -67,12 +73,24 @@ def why_not(device: torch.device | None = None) -> str | None:
 
 
 def _why_not_gpu(index: int | None) -> str | None:
-    return device_of(torch.device("cuda", index)).why_not
+    return why_not_compiled(device_of(torch.device("cuda", index)))
 
 
 # Of a GPU that is there nothing changes, so torch.compile need not look into it. This is all that
 # torch.compiler.assume_constant_result does, but for importing the compiler.
 _why_not_gpu._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def why_not_compiled(device: Device) -> str | None:
+    """Why kernels do not compile well for a GPU with this Triton, one sentence, or None."""
+    if device.why_not is None and device.target == "gfx942" and is_early():
+        version = ".".join(map(str, triton_version() or ()))
+        return (
+            f"for {device.arch} ({device.name}) the kernels need Triton 3.8 or newer, because "
+            f'{version} fails to compile them; install it, or use backend="torch", which "auto" '
+            "takes there"
+        )
+    return device.why_not
 
 
 def why_not_dtypes(dtypes: Collection[torch.dtype]) -> str | None:

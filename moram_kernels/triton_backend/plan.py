@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..aliases import Tile, Tiles
-from . import cost
+from . import available, cost
 from .cost import CHUNK, ROW_ATOMS, SCORE_BYTES
 from .devices import Device, device_model
 from .tiles import resident_tile, tiles
@@ -122,7 +122,7 @@ def plan(
         ValueError: path names one that does not cover the call, or device one that is not known.
     """
     model = device_model(device)
-    problem = model.why_not or why_not_covered(atoms, top_k, dtype, precision)
+    problem = available.why_not_compiled(model) or why_not_covered(atoms, top_k, dtype, precision)
     if problem:
         return Plan("torch", None, problem)
     # Sizes of 0 need no kernel; the model divides by them.

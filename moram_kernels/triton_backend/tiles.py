@@ -14,6 +14,16 @@ from .devices import Device
 # Columns of the resident tile or tiles, and the most of them that compile without spills.
 TILES = ((16, 0), (32, 0), (64, 0), (64, 32), (128, 0), (128, 32), (128, 64))
 WIDEST = dict.fromkeys(("sm_80", "sm_89", "sm_120", "gfx942"), 128) | {"sm_90": 192, "sm_100": 96}
+# The same before Triton 3.8, for top_k 8 and for others. Of 3.6.0 the gate shows with top_k 8 above
+# that 392 bytes of stack on sm_80, 296 on sm_89 and 136 to 216 on sm_90, and none with others. On
+# sm_100 it does not compile two tiles.
+EARLY = {
+    "sm_80": (96, 128),
+    "sm_89": (64, 128),
+    "sm_90": (128, 192),
+    "sm_100": (64, 64),
+    "sm_120": (96, 128),
+}
 # Where two tiles spill: on gfx942 tiles of unequal width have unequal layouts; on sm_89 a thread
 # that stores the scores of 96 atoms takes 112 to 192 bytes of stack.
 SINGLE = ("sm_89", "gfx942")
@@ -26,10 +36,10 @@ LARGE, LARGE_BYTES = ("sm_90", "sm_100"), 3 * (128 + 256) * 64 * 2
 
 def resident_tile(atoms: int, top_k: int, dtype: str, device: Device) -> tuple[int, int] | None:
     """(first, second) tile of the resident kernel that holds that many atoms, or None."""
-    # What is wider spills: a float32 product takes registers of its own.
-    widest = 64 if dtype == "float32" else WIDEST[device.target]
-    if _is_early(device) and top_k == 8:
-        widest = min(widest, 128)
+    widest = EARLY[device.target][top_k != 8] if available.is_early() else WIDEST[device.target]
+    if dtype == "float32":
+        # What is wider spills: a float32 product takes registers of its own.
+        widest = 64
     pairs = (p for p in TILES if not p[1] or device.target not in SINGLE)
     return next((pair for pair in pairs if widest >= sum(pair) >= atoms), None)
 
@@ -73,16 +83,6 @@ def tiles(
     return chosen
 
 
-def _is_early(device: Device) -> bool:
-    """Whether Triton is one before 3.8 that compiles for sm_90.
-
-    The gate shows of 3.6.0 there: above 128 atoms 136 to 216 bytes of stack with top_k 8; 40 bytes
-    where 128 rows meet 160 atoms; and scores of 128 x 128 whose products ptxas lets not overlap.
-    """
-    version = available.triton_version()
-    return device.target == "sm_90" and version is not None and version < (3, 8)
-
-
 def _is_large(device: Device) -> bool:
     return device.target in LARGE and device.shared >= LARGE_BYTES
 
@@ -107,7 +107,8 @@ def _scores(shape: cost.Shape, device: Device, rows: int, loose: int, common: Ti
         for m, n, warps in SCORES
         # Eight warps only where they all have columns; on sm_100 the largest spills.
         if warps == 4 or (columns >= n and (n < 256 or device.target == "sm_90"))
-        if not (_is_early(device) and m == n == 128)
+        # Before Triton 3.8 ptxas lets the products of this one not overlap (C7515).
+        if not (m == n == 128 and device.target == "sm_90" and available.is_early())
     ]
     return _fastest(choices, lambda tile: cost.scores(shape, device, tile))
 
@@ -141,9 +142,9 @@ def _resident(
     tall = columns > 64 and not small
     # Eight warps on 64 rows halve a thread's scores, at the price of layout conversions.
     narrow = columns > 128
-    if columns == 160 and dtype == "bfloat16" and not shape.training and not _is_early(device):
-        # Just fits without them, in steps of 64.
-        narrow = bool(shape.width % 64 or shape.out % 64)
+    if columns == 160 and dtype == "bfloat16" and not shape.training:
+        # Just fits without them, in steps of 64; before Triton 3.8 it takes 40 bytes of stack.
+        narrow = bool(shape.width % 64 or shape.out % 64) or available.is_early()
     config = {
         "BLOCK_M": (64 if narrow else 128) if tall else rows,
         "BLOCK_N": first,

@@ -9,6 +9,7 @@ import triton
 
 from moram_kernels.triton_backend import available, cost
 from moram_kernels.triton_backend.devices import REFERENCES
+from moram_kernels.triton_backend.plan import plan
 from moram_kernels.triton_backend.tiles import resident_tile, tiles
 
 CARDS = {target: card for target, (card, _) in REFERENCES.items()}
@@ -43,14 +44,35 @@ def test_each_target_has_its_own_resident_tiles(target, version):
     assert resident_tile(65, 16, "float32", card) is None
 
 
-@pytest.mark.parametrize("top_k, widest", [(4, 192), (8, 128), (16, 192), (200, 192)])
-def test_before_triton_3_8_an_h100_holds_fewer_atoms_with_top_k_8(top_k, widest, version):
+# Most atoms with top_k 8 and with another, before Triton 3.8.
+EARLY = {"sm_80": (96, 128), "sm_89": (64, 128), "sm_90": (128, 192), "sm_100": (64, 64)}
+
+
+@pytest.mark.parametrize("top_k", [4, 8, 16, 200])
+@pytest.mark.parametrize("target", EARLY)
+def test_before_triton_3_8_fewer_atoms_are_resident(target, top_k, version):
     version(3, 6)
-    card = CARDS["sm_90"]
+    card, widest = CARDS[target], EARLY[target][0 if top_k == 8 else 1]
     assert sum(resident_tile(widest, top_k, "bfloat16", card)) == widest
     assert resident_tile(widest + 1, top_k, "bfloat16", card) is None
+    assert resident_tile(65, top_k, "float32", card) is None
     version(3, 8)
-    assert sum(resident_tile(192, top_k, "bfloat16", card)) == 192
+    assert sum(resident_tile(WIDEST[target], top_k, "bfloat16", card)) == WIDEST[target]
+
+
+def test_before_triton_3_8_amds_gpus_take_torch_and_say_why(version):
+    card = CARDS["gfx942"]
+    version(3, 8)
+    assert plan(4096, 768, 768, 64, 8, device=card).path != "torch"
+    version(3, 6)
+    chosen = plan(4096, 768, 768, 64, 8, device=card)
+    assert (chosen.path, chosen.reason) == (
+        "torch",
+        "for gfx942 (MI300) the kernels need Triton 3.8 or newer, because 3.6 fails to compile "
+        'them; install it, or use backend="torch", which "auto" takes there',
+    )
+    # Below 8.0 no Triton helps.
+    assert "compute capability 8.0" in plan(4096, 768, 768, 64, 8, device="sm_75").reason
 
 
 @pytest.mark.parametrize("found, rows", [((3, 6), 64), ((3, 7), 64), ((3, 8), 128), ((), 128)])
