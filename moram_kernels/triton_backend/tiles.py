@@ -15,13 +15,13 @@ from .devices import Device
 TILES = ((16, 0), (32, 0), (64, 0), (64, 32), (128, 0), (128, 32), (128, 64))
 WIDEST = dict.fromkeys(("sm_80", "sm_89", "sm_120", "gfx942"), 128) | {"sm_90": 192, "sm_100": 96}
 # The same before Triton 3.8, for top_k 8 and for others. Of 3.6.0 the gate shows with top_k 8 above
-# that 392 bytes of stack on sm_80, 296 on sm_89 and 136 to 216 on sm_90, and none with others. On
-# sm_100 it does not compile two tiles.
+# that 392 bytes of stack on sm_80, 296 on sm_89, 536 on sm_120 and 136 to 216 on sm_90, and none
+# with others. For sm_100 it does not compile this kernel: a pass over tensor memory fails.
 EARLY = {
     "sm_80": (96, 128),
     "sm_89": (64, 128),
     "sm_90": (128, 192),
-    "sm_100": (64, 64),
+    "sm_100": (0, 0),
     "sm_120": (96, 128),
 }
 # Where two tiles spill: on gfx942 tiles of unequal width have unequal layouts; on sm_89 a thread
@@ -39,7 +39,7 @@ def resident_tile(atoms: int, top_k: int, dtype: str, device: Device) -> tuple[i
     widest = EARLY[device.target][top_k != 8] if available.is_early() else WIDEST[device.target]
     if dtype == "float32":
         # What is wider spills: a float32 product takes registers of its own.
-        widest = 64
+        widest = min(64, widest)
     pairs = (p for p in TILES if not p[1] or device.target not in SINGLE)
     return next((pair for pair in pairs if widest >= sum(pair) >= atoms), None)
 

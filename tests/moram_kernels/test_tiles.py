@@ -45,7 +45,7 @@ def test_each_target_has_its_own_resident_tiles(target, version):
 
 
 # Most atoms with top_k 8 and with another, before Triton 3.8.
-EARLY = {"sm_80": (96, 128), "sm_89": (64, 128), "sm_90": (128, 192), "sm_100": (64, 64)}
+EARLY = {"sm_80": (96, 128), "sm_89": (64, 128), "sm_90": (128, 192), "sm_120": (96, 128)}
 
 
 @pytest.mark.parametrize("top_k", [4, 8, 16, 200])
@@ -58,6 +58,13 @@ def test_before_triton_3_8_fewer_atoms_are_resident(target, top_k, version):
     assert resident_tile(65, top_k, "float32", card) is None
     version(3, 8)
     assert sum(resident_tile(WIDEST[target], top_k, "bfloat16", card)) == WIDEST[target]
+
+
+def test_before_triton_3_8_nothing_is_resident_on_a_b200(version):
+    version(3, 6)
+    for dtype in ("float32", "bfloat16"):
+        assert resident_tile(1, 4, dtype, CARDS["sm_100"]) is None
+        assert resident_tile(1, 4, dtype, CARDS["sm_90"]) == (16, 0)
 
 
 def test_before_triton_3_8_amds_gpus_take_torch_and_say_why(version):
