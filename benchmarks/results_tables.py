@@ -285,6 +285,11 @@ def gate_table(golden):
     return markdown(["kernel", *targets], rows)
 
 
+def version(golden):
+    """The Triton version of recorded numbers, to be compared."""
+    return tuple(map(int, golden["triton"].split(".")))
+
+
 def most_stack(golden):
     """The most bytes of stack that any configuration takes."""
     found = (entries.values() for target, entries in golden.items() if target != "triton")
