@@ -244,13 +244,18 @@ def model_block(root):
 
 def gate_block(root):
     """What moram_kernels/README.md says of compiled kernels."""
-    golden = tables.read(root / "tests" / "compile_gate" / "golden.json")
-    said = wrap(
-        f"**Compiled**, Triton {golden['triton']}. A cell is the number of configurations, then "
-        "the most registers, KB of shared memory and instructions of one. The most bytes of stack "
-        f"are {tables.most_stack(golden)}."
-    )
-    return f"{said}\n\n{tables.gate_table(golden)}"
+    paths = (root / "tests" / "compile_gate" / "golden").glob("*.json")
+    found = sorted((tables.read(path) for path in paths), key=tables.version, reverse=True)
+    blocks = [
+        wrap(
+            "**Compiled.** A cell is the number of configurations, then the most registers, KB of "
+            "shared memory and instructions of one."
+        )
+    ]
+    for golden in found:
+        said = f"Triton {golden['triton']}; the most bytes of stack are {tables.most_stack(golden)}"
+        blocks += [f"{said}:", tables.gate_table(golden)]
+    return "\n\n".join(blocks)
 
 
 def methods_block(root):

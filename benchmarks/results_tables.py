@@ -276,13 +276,24 @@ def _number(text):
 
 def gate_table(golden):
     """Configurations of each kernel, and over them the most registers, shared memory and length."""
-    targets = [target for target in golden if target != "triton"]
-    kinds = {}
+    targets, kinds = [target for target in golden if target != "triton"], {}
     for target in targets:
         for label, facts in golden[target].items():
             kinds.setdefault(label.split()[0], {}).setdefault(target, []).append(facts)
-    rows = [[kind, *(_facts(found.get(t, ())) for t in targets)] for kind, found in kinds.items()]
-    return markdown(["kernel", *targets], rows)
+    # Three targets a table, because a page is narrow.
+    parts = [targets[start : start + 3] for start in range(0, len(targets), 3)]
+    return "\n\n".join(
+        markdown(
+            ["kernel", *part],
+            [[kind, *(_facts(found.get(t, ())) for t in part)] for kind, found in kinds.items()],
+        )
+        for part in parts
+    )
+
+
+def version(golden):
+    """The Triton version of recorded numbers, to be compared."""
+    return tuple(map(int, golden["triton"].split(".")))
 
 
 def most_stack(golden):

@@ -6,6 +6,7 @@ import torch
 
 from .activation import SelfActivation
 from .triton_backend import available
+from .triton_backend.devices import device_model
 from .triton_backend.plan import Plan, plan
 
 
@@ -29,14 +30,15 @@ def explain(
         activation: `SelfActivation`; of it only top_k matters.
         dtype: of x and the bank; mixed ones count as float32.
         training: whether a backward follows.
-        device: a torch device, or the name of a GPU ("H100", "A100", "MI300", ...); None is this
-            machine's GPU, or an H100 where there is none.
+        device: a torch device, a GPU's name ("H100", "A100", "L40S", "RTX 4090", "MI300", ...) or
+            a capability ("sm_86", "gfx90a"); None is this machine's GPU, or an H100 where there is
+            none.
         num_current: trainable atoms among num_atoms.
         precision: as for `retrieve`.
     Returns:
         The `Plan` that was printed: path, backward, modelled seconds, tiles.
     Raises:
-        ValueError: a size is not positive.
+        ValueError: a size is not positive, or the device is not known.
     """
     sizes = {"tokens": tokens, "in_features": in_features, "out_features": out_features}
     for name, size in (sizes | {"num_atoms": num_atoms}).items():
@@ -47,7 +49,9 @@ def explain(
     activation = SelfActivation() if activation is None else activation
     if device is None:
         device = torch.device("cuda") if torch.cuda.is_available() else "H100"
-    name = device if isinstance(device, str) else available.device_name(device)
+    if isinstance(device, str) and device.split(":")[0] in ("cpu", "cuda"):
+        device = torch.device(device)
+    model = device_model(device if isinstance(device, str) else available.device_of(device))
     chosen = plan(
         tokens,
         in_features,
@@ -56,7 +60,7 @@ def explain(
         activation.top_k,
         str(dtype).removeprefix("torch."),
         training,
-        name,
+        model,
         current=num_current,
         joined=num_current in (0, num_atoms),
         precision=precision,
@@ -64,7 +68,8 @@ def explain(
     here = available.why_not()
     lines = [
         f"{tokens} tokens, {in_features} -> {out_features}, {num_atoms} atoms, "
-        f"top_k {activation.top_k}, {dtype}, {'training' if training else 'inference'}, {name}",
+        f"top_k {activation.top_k}, {dtype}, {'training' if training else 'inference'}, "
+        f"{model.name}",
         f"path: {chosen.path}" + (f", backward from {chosen.backward}" if chosen.backward else ""),
         f"why: {chosen.reason}",
         f"here: {here}" if here else "here: the kernels can run",

@@ -159,7 +159,7 @@ def plan_for(
         settings[0],
         str(dtype).removeprefix("torch."),
         training,
-        available.device_name(x.device),
+        available.device_of(x.device),
         current=current_keys.shape[0],
         joined=keys.shape[0] == 0 or current_keys.shape[0] == 0,
         precision=precision,

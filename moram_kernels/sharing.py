@@ -10,7 +10,7 @@ from .activation import SelfActivation
 from .aliases import Bank, Rule, Tile
 from .api import pick_backend
 from .calls import Course, recall
-from .triton_backend import cost
+from .triton_backend import available, cost
 from .triton_backend.plan import Plan
 
 MAX_BANKS = 3
@@ -93,9 +93,7 @@ def pays(x: Tensor, banks: Sequence[Bank], plans: Sequence[Plan], precision: str
         return False
     itemsize = 2 if x.itemsize == banks[0][0].itemsize == 2 else 4
     rate = "half" if itemsize == 2 else "single" if precision == "ieee" else "six"
-    device = cost.device_model(str(x.device))
-    if x.is_cuda:
-        device = cost.device_model(torch.cuda.get_device_name(x.device))
+    device = available.device_of(x.device)
     sizes = [bank[0].shape[0] + bank[2].shape[0] for bank in banks]
     single = [(bank[0].shape[0] == 0 or bank[2].shape[0] == 0) for bank in banks]
 

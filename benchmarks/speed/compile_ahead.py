@@ -142,14 +142,11 @@ def this_machine(device=0):
     import torch
     import triton
 
-    from moram_kernels.triton_backend import launcher
-
     driver, device = triton.runtime.driver.active, torch.device("cuda", device)
     target, kind = driver.get_current_target(), driver.launcher_cls
     return Machine(
         gpu_cases.gpu_name(device),
         (target.backend, target.arch, target.warp_size),
-        launcher.target(device),
         dict(driver.utils.get_device_properties(device.index)),
         (kind.__module__, kind.__name__),
     )

@@ -28,19 +28,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from moram_kernels.triton_backend import available, launcher
+from moram_kernels.triton_backend.devices import Device
 
 
 class Machine(NamedTuple):
     """The GPU that kernels are compiled for.
 
-    name: as the plan knows it. target: (backend, arch, warp size) of Triton's `GPUTarget`.
-    arch: what `launcher.target` says of it. properties: Triton's of the device.
+    device: as the plan knows it. target: (backend, arch, warp size) of Triton's `GPUTarget`.
+    properties: Triton's of the device.
     launcher: (module, class) of Triton's launcher, built ahead as well, or None.
     """
 
-    name: str
+    device: Device
     target: tuple
-    arch: int | str
     properties: dict
     launcher: tuple | None = None
 
@@ -99,8 +99,7 @@ def pretend(machine, launched):
     can_multiply = launcher.can_multiply
     fakes = (
         (available.why_not, lambda device=None: None),
-        (available.device_name, lambda device: machine.name),
-        (launcher.target, lambda device: machine.arch),
+        (available.device_of, lambda device: machine.device),
         (launcher.can_multiply, lambda left, right: can_multiply(_on_gpu(left), right)),
         (launcher.multiply, lambda *args: None),
         (launcher.multiply_add, lambda *args: None),
@@ -121,15 +120,15 @@ def _on_gpu(tensor):
     return SimpleNamespace(is_cuda=True, dtype=tensor.dtype, itemsize=tensor.itemsize)
 
 
-def launch_item(item, name):
-    """Make all launches of a `Check`, or of a (Case, contender), on the device of that name."""
+def launch_item(item, device):
+    """Make all launches of a `Check`, or of a (Case, contender), planned for a `Device`."""
     if isinstance(item, gpu_parity.Check):
         case = gpu_parity.case_of(item)
         data = gpu_cases.blank_data(case, *gpu_parity.dtypes_of(item))
-        gpu_cases.run_path(case, data, item.path, name, gpu_parity.settings_of(item))
+        gpu_cases.run_path(case, data, item.path, device, gpu_parity.settings_of(item))
         return
     case, contender = item
-    gpu_cases.make_call(case, gpu_cases.blank_data(case), contender, name)()
+    gpu_cases.make_call(case, gpu_cases.blank_data(case), contender, device)()
 
 
 class Worker:
@@ -148,7 +147,7 @@ class Worker:
             for index, item in enumerate(self.order.items):
                 self.needs.clear()
                 try:
-                    launch_item(item, self.order.machine.name)
+                    launch_item(item, self.order.machine.device)
                 except Exception as error:
                     problem = f"{item}: {type(error).__name__}: {' '.join(str(error).split())}"
                     self.send({"problem": problem[:400]})

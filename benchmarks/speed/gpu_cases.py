@@ -243,6 +243,6 @@ def run_path(case, data, path, device_name, settings, eps=1e-12):
 
 
 def gpu_name(device):
-    """The name by which the plan knows a device, or None where kernels cannot run."""
+    """The device as the plan knows it, or None where kernels cannot run."""
     device = torch.device(device)
-    return None if available.why_not(device) else available.device_name(device)
+    return None if available.why_not(device) else available.device_of(device)

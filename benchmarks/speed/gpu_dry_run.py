@@ -21,6 +21,7 @@ from compile_ahead import Ahead
 from compile_worker import Machine
 
 from moram_kernels.triton_backend import cost
+from moram_kernels.triton_backend.devices import device_model
 
 PROCESSES = 16
 # Seconds until the device answers, of the ceilings, of a check's work on the device and of its
@@ -31,9 +32,10 @@ INDUCTOR, CAPTURE, PLOTS = 20.0, 0.3, 6.0
 # Bytes that are overwritten before each timed call, and that plain may take.
 FLUSHED, MEMORY = 2**28, 80e9
 DEVICES = {
-    "A100": Machine("NVIDIA A100-SXM4-80GB", ("cuda", 80, 32), 80, {"max_shared_mem": 166912}),
-    "H100": Machine("NVIDIA H100 80GB HBM3", ("cuda", 90, 32), 90, {"max_shared_mem": 232448}),
-    "H200": Machine("NVIDIA H200", ("cuda", 90, 32), 90, {"max_shared_mem": 232448}),
+    name: Machine(
+        device_model(name), ("cuda", arch, 32), {"max_shared_mem": device_model(name).shared}
+    )
+    for name, arch in (("A100", 80), ("H100", 90), ("H200", 90))
 }
 
 
@@ -131,7 +133,7 @@ def schedule(agenda, machine, clock, ready, needs, drawn, seconds):
             for name in contenders:
                 if (case, name) in ready:
                     now = max(now, ready[case, name]) + loads[case, name]
-                now += timing_seconds(case, name, machine.name, clock)
+                now += timing_seconds(case, name, machine.device, clock)
         return now
 
     compiled = [timing for timing in agenda.timings if gpu_agenda.COMPILED in timing.contenders]

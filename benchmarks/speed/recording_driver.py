@@ -10,12 +10,14 @@ from unittest import mock
 import triton
 from triton.backends.compiler import GPUTarget
 
-from moram_kernels.triton_backend import available, launcher
+from moram_kernels.triton_backend import available
+from moram_kernels.triton_backend.devices import A100, H100
 
 # Limits of a CUDA grid, per dimension.
 GRID = (2**31 - 1, 65535, 65535)
 SHARED_BYTES = 227 * 1024
 MULTIPROCESSORS = 132
+DEVICES = {80: A100, 90: H100}
 
 
 class Function(str):
@@ -87,8 +89,7 @@ def recorded(driver=None):
     patches = (
         (triton.runtime.driver, "_active", driver),
         (available, "why_not", lambda device=None: None),
-        (available, "device_name", lambda device: "NVIDIA H100 80GB HBM3"),
-        (launcher, "target", lambda device: driver.arch),
+        (available, "device_of", lambda device: DEVICES[driver.arch]),
     )
     with contextlib.ExitStack() as stack:
         for patch in patches:

@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..aliases import Tile, Tiles
+from .devices import DEVICES, H100, Device, device_model
 from .rates import (
     CACHE_SHARE,
-    DEVICES,
-    H100,
     ISSUE_SHARE,
     KERNEL_SHARE,
     LAUNCH,
@@ -22,8 +21,6 @@ from .rates import (
     SHORTEST,
     STEP,
     TILES,
-    Device,
-    device_model,
     flops,
     product,
     stream,
@@ -171,7 +168,7 @@ def gather(device: Device, shape: Shape, width: int, passes: float) -> float:
     """Seconds to read the rows of top_k atoms for each token.
 
     Args:
-        device: as from `device_model`. shape: `Shape`. width: numbers in a row.
+        device: `Device`. shape: `Shape`. width: numbers in a row.
         passes: bytes a token that only stream.
     """
     moved = shape.tokens * min(shape.top_k, shape.atoms) * width * shape.itemsize
@@ -180,17 +177,15 @@ def gather(device: Device, shape: Shape, width: int, passes: float) -> float:
     return max(3e-6, moved / rate + shape.tokens * passes / (device.memory * MEMORY_SHARE))
 
 
-def scores(shape: Shape, device: str, tile: Tile) -> float:
+def scores(shape: Shape, device: Device, tile: Tile) -> float:
     """Seconds of a shape's scores with a tile {"BLOCK_M", "BLOCK_N", "BLOCK_D"}, by our kernel."""
     shape = replace(shape, joined=False)
-    return _scores(device_model(device), shape, shape.width, {"scores": tile})
+    return _scores(device, shape, shape.width, {"scores": tile})
 
 
-def aggregate(shape: Shape, device: str, tile: Tile) -> float:
+def aggregate(shape: Shape, device: Device, tile: Tile) -> float:
     """Seconds of a shape's sum of values with a tile {"BLOCK_M", "BLOCK_O", "BLOCK_N"}."""
-    return _aggregate_values(
-        device_model(device), replace(shape, joined=False), {"aggregate": tile}
-    )
+    return _aggregate_values(device, replace(shape, joined=False), {"aggregate": tile})
 
 
 def _product(

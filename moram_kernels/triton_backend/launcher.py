@@ -17,6 +17,7 @@ from triton.runtime.jit import KernelInterface
 
 from ..aliases import Rule
 from ..calls import Course
+from . import available
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _TINY = torch.finfo(torch.float32).tiny
@@ -179,15 +180,9 @@ def _interpreted_precisions() -> Collection[str]:
     return interpreter_builder.options.allowed_dot_input_precisions
 
 
-@functools.cache
 def target(device: torch.device) -> int | str:
-    """Compute capability (90 for 9.0), "gfx..." on AMD, or "interpreter"."""
-    if device.type != "cuda":
-        return "interpreter"
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return properties.gcnArchName.split(":")[0]
-    return 10 * properties.major + properties.minor
+    """Compute capability (90 for 9.0) or "gfx..." on AMD; the interpreter has an H100's."""
+    return available.device_of(device).arch
 
 
 def numbers_of(rule: Rule) -> tuple[float, float, float]:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..aliases import Tile, Tiles
-from . import cost
+from . import available, cost
 from .cost import GROUP, ROW_ATOMS, SCORE_BYTES
+from .devices import Device, device_model
 from .tiles import resident_tile, tiles
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -96,7 +97,7 @@ def plan(
     top_k: int,
     dtype: str = "bfloat16",
     training: bool = False,
-    device: str = "H100",
+    device: Device | str = "H100",
     *,
     current: int = 0,
     joined: bool = False,
@@ -111,26 +112,28 @@ def plan(
         tokens: M. width: D. out: O. atoms: N, live ones. top_k: atoms per token.
         dtype: of the products, "float32", "bfloat16" or "float16".
         training: whether something is kept for a backward.
-        device: name of the GPU, or "interpreter".
+        device: `Device`, or a name that `device_model` knows.
         current: trainable atoms among the atoms.
         joined: whether keys (and values) are one piece of memory.
         precision: of float32 products, "ieee" or "bf16x6".
         path: take this path instead of the fastest.
         keep: what must be kept for the backward, "dense" or "lists"; None chooses.
-        table: {device: {"paths": .., "tiles": ..}}, overrides the shipped tuned.json.
+        table: {name of device: {"paths": .., "tiles": ..}}, overrides the shipped tuned.json.
     Returns:
         `Plan`.
     Raises:
-        ValueError: path names one that does not cover the call.
+        ValueError: path names one that does not cover the call, or device one that is not known.
     """
-    problem = why_not_covered(atoms, top_k, dtype, precision)
+    model = device_model(device)
+    problem = available.why_not_compiled(model) or why_not_covered(atoms, top_k, dtype, precision)
     if problem:
         return Plan("torch", None, problem)
     # Sizes of 0 need no kernel; the model divides by them.
     tokens, width, out, atoms = (max(1, size) for size in (tokens, width, out, atoms))
     rounded = _bucket(tokens)
-    args = (rounded, width, out, atoms, top_k, dtype, training, device, current, joined, precision)
-    entry = (shipped_table() if table is None else table).get(device)
+    args = (rounded, width, out, atoms, top_k, dtype, training, model, current, joined, precision)
+    name = device if isinstance(device, str) else device.name
+    entry = (shipped_table() if table is None else table).get(name)
     if not entry:
         return _plan(*args, path, keep)
     purpose = "training" if training else "inference"
@@ -158,7 +161,7 @@ def _plan(
     top_k: int,
     dtype: str,
     training: bool,
-    device: str,
+    device: Device,
     current: int,
     joined: bool,
     precision: str,
@@ -170,17 +173,16 @@ def _plan(
         tokens, width, out, atoms, current, top_k, 4 if dtype == "float32" else 2, rate, joined,
         training,
     )  # fmt: skip
-    model = cost.device_model(device)
-    pair = resident_tile(atoms, dtype, device)
+    pair = resident_tile(atoms, top_k, dtype, device)
     if width % 32 or out % 32 or not (top_k in NETWORK_TOP_K or top_k >= atoms):
         pair = None
-    sizes = tiles(shape, pair, device, model.units, dtype)
-    seconds = cost.forward_times(model, shape, sum(pair) if pair else None, sizes)
+    sizes = tiles(shape, pair, device, dtype)
+    seconds = cost.forward_times(device, shape, sum(pair) if pair else None, sizes)
     if path == "resident" and pair:
         seconds.setdefault("resident", 0.0)
     if top_k > LIST_TOP_K or (top_k >= atoms and keep != "lists"):
         seconds.pop("split-gather", None)
-    backwards = cost.backward_times(model, shape, sizes) if training else {}
+    backwards = cost.backward_times(device, shape, sizes) if training else {}
     if training:
         seconds = {
             name: time + backwards[_backward_of(name)]
@@ -194,7 +196,7 @@ def _plan(
         raise ValueError(f"path {path!r} does not cover this call; {', '.join(seconds)} do")
     chosen = path or min(seconds, key=seconds.__getitem__)
     others = [f"{n} {t * 1e6:.0f} us" for n, t in sorted(seconds.items(), key=lambda i: i[1])]
-    reason = f"modelled on {model.name}: {', '.join(others)}" if path is None else "asked for"
+    reason = f"modelled on {device.name}: {', '.join(others)}" if path is None else "asked for"
     rows = max(64, SCORE_BYTES // (4 * atoms))
     return Plan(
         chosen,
@@ -203,7 +205,7 @@ def _plan(
         seconds,
         sizes if chosen == "resident" else {k: v for k, v in sizes.items() if k != "resident"},
         rows // 64 * 64,
-        cost.groups(model, shape, sizes) if chosen == "split-gather" else None,
+        cost.groups(device, shape, sizes) if chosen == "split-gather" else None,
     )
 
 

@@ -1,14 +1,15 @@
-"""Rates of GPUs, and how long a copy or a product should take at them. Modelled, not measured.
+"""How long a copy or a product should take at a GPU's rates. Modelled, not measured.
 
 A kernel takes the longest of: its bytes through device memory, its bytes through L2, its products,
 and the latency of one program. Operands that several programs read count once for memory and every
-time for L2. Rates are the makers' peak figures times a fraction that streaming kernels and skinny
-products reach in published measurements.
+time for L2. Of the peak rates in `devices.py` it gets the fraction that streaming kernels and
+skinny products reach in published measurements.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from .devices import Device
 
 # Fractions of the peak rates that kernels reach.
 MEMORY_SHARE, CACHE_SHARE = 0.88, 0.90
@@ -25,40 +26,6 @@ TILES = {
     2: {"scores": (64, 128, 64), "aggregate": (64, 128, 32), "gram": (64, 64, 32)},
     4: {"scores": (32, 64, 32), "aggregate": (32, 64, 32), "gram": (64, 64, 32)},
 }
-
-
-@dataclass(frozen=True)
-class Device:
-    """Peak rates of a GPU: bytes/s of memory and L2, FLOP/s in 16 bit and float32, issue slots."""
-
-    name: str
-    units: int
-    memory: float
-    cache: float
-    half: float
-    single: float
-    clock: float = 1.7e9
-    cache_bytes: float = 40e6
-
-    @property
-    def issue(self) -> float:
-        """Warp instructions a second."""
-        return 4 * self.units * self.clock
-
-
-H100 = Device("H100", 132, 3.35e12, 5.5e12, 989e12, 67e12)
-DEVICES = (
-    Device("B200", 148, 8.0e12, 10e12, 2250e12, 80e12, 1.8e9, 100e6),
-    Device("H200", 132, 4.8e12, 5.5e12, 989e12, 67e12),
-    H100,
-    Device("A100", 108, 2.0e12, 4.0e12, 312e12, 19.5e12, 1.4e9, 30e6),
-    Device("MI300", 304, 5.3e12, 8.0e12, 1307e12, 163e12, 2.1e9, 200e6),
-)
-
-
-def device_model(name: str) -> Device:
-    """The rates for a device's full name; an H100's where it is not listed."""
-    return next((device for device in DEVICES if device.name in name), H100)
 
 
 def flops(device: Device, rate: str) -> float:

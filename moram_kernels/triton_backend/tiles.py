@@ -8,56 +8,58 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..aliases import Tile
-from . import cost
+from . import available, cost
+from .devices import Device
 
-# GPUs by the compiler's target; tiles are chosen per target.
-TARGETS = {
-    "sm_90": ("H100", "H200", "H800", "H20", "interpreter"),
-    "sm_100": ("B100", "B200", "B300"),
-    "gfx942": ("MI300", "MI325", "AMD", "gfx"),
-}
 # Columns of the resident tile or tiles, and the most of them that compile without spills.
 TILES = ((16, 0), (32, 0), (64, 0), (64, 32), (128, 0), (128, 32), (128, 64))
-WIDEST = {"sm_80": 128, "sm_90": 192, "sm_100": 96, "gfx942": 128}
-# Rows, columns and warps of products of 16-bit tensors; the large ones only where shared memory
-# and registers are large.
+WIDEST = dict.fromkeys(("sm_80", "sm_89", "sm_120", "gfx942"), 128) | {"sm_90": 192, "sm_100": 96}
+# The same before Triton 3.8, for top_k 8 and for others. Of 3.6.0 the gate shows with top_k 8 above
+# that 392 bytes of stack on sm_80, 296 on sm_89, 536 on sm_120 and 136 to 216 on sm_90, and none
+# with others. For sm_100 it does not compile this kernel: a pass over tensor memory fails.
+EARLY = {
+    "sm_80": (96, 128),
+    "sm_89": (64, 128),
+    "sm_90": (128, 192),
+    "sm_100": (0, 0),
+    "sm_120": (96, 128),
+}
+# Where two tiles spill: on gfx942 tiles of unequal width have unequal layouts; on sm_89 a thread
+# that stores the scores of 96 atoms takes 112 to 192 bytes of stack.
+SINGLE = ("sm_89", "gfx942")
+# Rows, columns and warps of products of 16-bit tensors; the large ones only where registers are
+# many and shared memory holds the largest, three times 128 and 256 rows of 64 numbers.
 SCORES = ((64, 128, 4), (32, 128, 4), (128, 128, 8), (128, 256, 8))
 AGGREGATES = ((64, 128, 4), (128, 128, 8), (128, 256, 8))
-LARGE = ("sm_90", "sm_100")
+LARGE, LARGE_BYTES = ("sm_90", "sm_100"), 3 * (128 + 256) * 64 * 2
 
 
-def target_of(device: str) -> str:
-    """The compiler's target for a GPU's name; sm_80, whose tiles fit everywhere, if unknown."""
-    names = ((part, target) for target, parts in TARGETS.items() for part in parts)
-    return next((target for part, target in names if part in device), "sm_80")
-
-
-def resident_tile(atoms: int, dtype: str, device: str) -> tuple[int, int] | None:
+def resident_tile(atoms: int, top_k: int, dtype: str, device: Device) -> tuple[int, int] | None:
     """(first, second) tile of the resident kernel that holds that many atoms, or None."""
-    target = target_of(device)
-    # What is wider spills: a float32 product takes registers of its own.
-    widest = 64 if dtype == "float32" else WIDEST[target]
-    # On gfx942 two tiles of unequal width have unequal layouts, and spill.
-    pairs = (p for p in TILES if not p[1] or target != "gfx942")
+    widest = EARLY[device.target][top_k != 8] if available.is_early() else WIDEST[device.target]
+    if dtype == "float32":
+        # What is wider spills: a float32 product takes registers of its own.
+        widest = min(64, widest)
+    pairs = (p for p in TILES if not p[1] or device.target not in SINGLE)
     return next((pair for pair in pairs if widest >= sum(pair) >= atoms), None)
 
 
 def tiles(
-    shape: cost.Shape, pair: tuple[int, int] | None, device: str, units: int, dtype: str
+    shape: cost.Shape, pair: tuple[int, int] | None, device: Device, dtype: str
 ) -> dict[str, Any]:
     """Tiles of every kernel a shape can need, by the kernel's name.
 
     Args:
         shape: `cost.Shape`. pair: the resident tile, or None where that kernel does not fit.
-        device: a GPU's name. units: its multiprocessors. dtype: of the products.
+        device: `Device` that has a target. dtype: of the products.
     """
-    small, target = shape.itemsize == 4, target_of(device)
+    small, target, units = shape.itemsize == 4, device.target, device.units
     stages = 2 if target == "gfx942" else 3
     common = {"num_warps": 4, "num_stages": stages}
     six = common if target == "gfx942" else {**common, "maxnreg": 255}
     block = 32 if small else 64
     # Six products of bfloat16 are wide where 64 rows meet, which one of float32 has no room for.
-    rows = 64 if shape.rate == "six" and target in LARGE else block
+    rows = 64 if shape.rate == "six" and _is_large(device) else block
     # Masked or unaligned rows are not copied to shared memory but held in registers.
     loose = shape.width % block or shape.out % block
     if shape.rate == "six" or (not small and (loose or target == "sm_100")):
@@ -77,15 +79,19 @@ def tiles(
     # Splits fill the device twice over and leave each at least 256 features.
     chosen["splits"] = max(1, min(2 * units // programs, shape.width // 256, 16))
     if pair:
-        chosen["resident"] = _resident(shape, pair, target, rows, common, dtype)
+        chosen["resident"] = _resident(shape, pair, device, rows, common, dtype)
     return chosen
+
+
+def _is_large(device: Device) -> bool:
+    return device.target in LARGE and device.shared >= LARGE_BYTES
 
 
 def _power_of_2(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _scores(shape: cost.Shape, device: str, rows: int, loose: int, common: Tile) -> Tile:
+def _scores(shape: cost.Shape, device: Device, rows: int, loose: int, common: Tile) -> Tile:
     block, columns = 32 if shape.itemsize == 4 else 64, max(16, _power_of_2(shape.atoms))
     if shape.tokens <= 64:
         few = max(16, min(rows, _power_of_2(shape.tokens)))
@@ -94,29 +100,31 @@ def _scores(shape: cost.Shape, device: str, rows: int, loose: int, common: Tile)
     usual = {**usual, "BLOCK_D": block, **common}
     if loose:
         usual["BLOCK_N"] = min(usual["BLOCK_N"], block)
-    if loose or block == 32 or target_of(device) not in LARGE:
+    if loose or block == 32 or not _is_large(device):
         return usual
     choices = [
         {**usual, "BLOCK_M": m, "BLOCK_N": min(n, columns), "num_warps": warps}
         for m, n, warps in SCORES
         # Eight warps only where they all have columns; on sm_100 the largest spills.
-        if warps == 4 or (columns >= n and (n < 256 or target_of(device) == "sm_90"))
+        if warps == 4 or (columns >= n and (n < 256 or device.target == "sm_90"))
+        # Before Triton 3.8 ptxas lets the products of this one not overlap (C7515).
+        if not (m == n == 128 and device.target == "sm_90" and available.is_early())
     ]
     return _fastest(choices, lambda tile: cost.scores(shape, device, tile))
 
 
-def _aggregate(shape: cost.Shape, device: str, rows: int, loose: int, common: Tile) -> Tile:
+def _aggregate(shape: cost.Shape, device: Device, rows: int, loose: int, common: Tile) -> Tile:
     small = shape.itemsize == 4
     usual = {"BLOCK_M": rows, "BLOCK_N": 32, "BLOCK_O": 128, **common}
     if small:
         usual["BLOCK_O"] = 32 if loose else 64
-    if loose or small or target_of(device) not in LARGE or shape.tokens <= 64:
+    if loose or small or not _is_large(device) or shape.tokens <= 64:
         return usual
     choices = [
         {**usual, "BLOCK_M": m, "BLOCK_O": o, "num_warps": warps}
         for m, o, warps in AGGREGATES
         # On sm_100, and with masks anywhere, the largest spills.
-        if o < 256 or (target_of(device) == "sm_90" and not (shape.width % o or shape.out % o))
+        if o < 256 or (device.target == "sm_90" and not (shape.width % o or shape.out % o))
     ]
     return _fastest(choices, lambda tile: cost.aggregate(shape, device, tile))
 
@@ -127,7 +135,7 @@ def _fastest(choices: Sequence[Tile], seconds: Callable[[Tile], float]) -> Tile:
 
 
 def _resident(
-    shape: cost.Shape, pair: tuple[int, int], target: str, rows: int, common: Tile, dtype: str
+    shape: cost.Shape, pair: tuple[int, int], device: Device, rows: int, common: Tile, dtype: str
 ) -> dict[str, int]:
     first, second = pair
     columns, small = first + second, shape.itemsize == 4
@@ -135,8 +143,8 @@ def _resident(
     # Eight warps on 64 rows halve a thread's scores, at the price of layout conversions.
     narrow = columns > 128
     if columns == 160 and dtype == "bfloat16" and not shape.training:
-        # Just fits without them, in steps of 64.
-        narrow = bool(shape.width % 64 or shape.out % 64)
+        # Just fits without them, in steps of 64; before Triton 3.8 it takes 40 bytes of stack.
+        narrow = bool(shape.width % 64 or shape.out % 64) or available.is_early()
     config = {
         "BLOCK_M": (64 if narrow else 128) if tall else rows,
         "BLOCK_N": first,
@@ -146,6 +154,6 @@ def _resident(
         **common,
         "num_warps": 8 if tall else 4,
     }
-    if tall and target != "sm_100":
+    if tall and device.target != "sm_100":
         config.pop("maxnreg", None)
     return config

@@ -15,9 +15,9 @@ import triton.language as tl
 from machine_code import TARGETS
 
 from moram_kernels.triton_backend import backward, forward, launcher, networks, plan, tiles
+from moram_kernels.triton_backend.devices import REFERENCES
 from moram_kernels.triton_backend.segments import Table
 
-DEVICES = {"sm_80": "A100", "sm_90": "H100", "sm_100": "B200", "gfx942": "MI300"}
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32"}
 
 
@@ -234,9 +234,9 @@ def planned(call, target):
     met = call.dtype if call.dtype == (call.result or call.dtype) else "float32"
     shape = (call.tokens, call.width, call.out, call.atoms, call.top_k, met, call.training)
     how = {"current": call.current, "precision": call.precision, "table": {}}
-    if call.path not in plan.plan(*shape, DEVICES[target], **how).seconds:
+    if call.path not in plan.plan(*shape, REFERENCES[target][0], **how).seconds:
         return None
-    return plan.plan(*shape, DEVICES[target], **how, path=call.path)
+    return plan.plan(*shape, REFERENCES[target][0], **how, path=call.path)
 
 
 def record(call, target, chosen=None):

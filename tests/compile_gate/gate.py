@@ -1,8 +1,9 @@
 """Compiles every shipped configuration and fails where the machine code is not what it should be.
 
-    python tests/compile_gate/gate.py [--targets 80,90,100,gfx942] [--subset ci] [--update]
+    python tests/compile_gate/gate.py [--targets 80,89,90,100,120,gfx942] [--subset ci] [--update]
 
-Needs no GPU. What it cannot see: bank conflicts, bandwidth, launch overhead, races.
+The numbers of each Triton version are in a golden file of its own. Needs no GPU. What it cannot
+see: bank conflicts, bandwidth, launch overhead, races.
 """
 
 import argparse
@@ -16,17 +17,36 @@ import triton
 from configurations import shipped
 from machine_code import TARGETS, compile_launch, read
 
-from moram_kernels.triton_backend import launcher
+from moram_kernels.triton_backend import available, launcher
+from moram_kernels.triton_backend.devices import REFERENCES
 
-GOLDEN = Path(__file__).with_name("golden.json")
+GOLDEN = Path(__file__).with_name("golden")
 RECORDED = ("registers", "stack", "shared", "instructions", "mma")
 # Bytes a thread that may live in local memory: what the ABI takes, but no spilled tile.
 STACK = 16
-# Shared memory a program can have. sm_80's tiles also serve GPUs that the plan does not know, of
-# which the smallest have 99 KB.
-SHARED = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 # Growth of the number of instructions that is a regression.
 GROWTH = 1.15
+
+
+def golden_file():
+    """The numbers of this Triton version."""
+    return GOLDEN / f"{triton.__version__}.json"
+
+
+def why_unknown():
+    """Why nothing is known of this Triton version, one sentence with the remedy, or None."""
+    if golden_file().exists():
+        return None
+    known = sorted(path.stem for path in GOLDEN.glob("*.json"))
+    return (
+        f"Triton must be {' or '.join(known)}, of which numbers are recorded, got "
+        f"{triton.__version__}; run `make gate TRITON={known[-1]}`, or look at the numbers of this "
+        "version and record them with --update"
+    )
+
+
+def _read():
+    return json.loads(golden_file().read_text()) if golden_file().exists() else {}
 
 
 def check(launch, target, facts, golden):
@@ -36,14 +56,17 @@ def check(launch, target, facts, golden):
         wrong.append(f"{facts['stack']} bytes of stack, at most {STACK}")
     if facts["local"]:
         wrong.append(f"{facts['local']} spills to local memory, none allowed")
-    if facts["shared"] > SHARED[target]:
-        wrong.append(f"{facts['shared']} bytes of shared memory, at most {SHARED[target]}")
+    most = REFERENCES[target][0].shared
+    if facts["shared"] > most:
+        wrong.append(f"{facts['shared']} bytes of shared memory, at most {most}")
+    if facts.get("serialised"):
+        wrong.append("ptxas lets no products of warp groups overlap (C7515)")
     if facts["narrow_offsets"]:
         # Rows that lie far apart, as the last tokens of long sequences, would wrap around.
         wrong.append(f"{facts['narrow_offsets']} rows counted by their stride in 32 bits")
     wrong += _check_products(launch, target, facts)
     if golden is None:
-        wrong.append("not in golden.json; look at the numbers, then run with --update")
+        wrong.append(f"not in {golden_file().name}; look at the numbers, then run with --update")
     elif facts["instructions"] > GROWTH * golden["instructions"]:
         wrong.append(f"{facts['instructions']} instructions, {golden['instructions']} in golden")
     return wrong
@@ -71,15 +94,18 @@ def _check_products(launch, target, facts):
 
 def run(targets, subset=None, update=False, only=None):
     """Check configurations, print a line each; {target/label: [what is wrong]}."""
-    golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
-    new_version = golden.get("triton") not in (None, triton.__version__)
-    if new_version:
-        print(f"golden.json is of Triton {golden['triton']}, this is {triton.__version__}")
+    golden = _read()
     failures, summary = {}, {}
     for target in targets:
         recorded = golden.get(target, {})
         fresh = {}
-        for label, launch in sorted(shipped(target, subset).items()):
+        found = shipped(target, subset)
+        reason = available.why_not_compiled(REFERENCES[target][0])
+        if reason:
+            print(f"{target} | nothing is compiled: {reason}")
+        elif not found:
+            failures[target] = ["no configuration"]
+        for label, launch in sorted(found.items()):
             if only and not re.search(only, label):
                 continue
             start = time.perf_counter()
@@ -99,12 +125,12 @@ def run(targets, subset=None, update=False, only=None):
 
 
 def _record(target, fresh, whole):
-    """Put a target's numbers in golden.json; whole: they replace all that it has of it."""
+    """Put a target's numbers in the golden file; whole: they replace all that it has of it."""
     # Read again, because another target may have been recorded meanwhile.
-    golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    golden = _read()
     golden[target] = fresh if whole else golden.get(target, {}) | fresh
     ordered = {name: golden[name] for name in TARGETS if name in golden}
-    GOLDEN.write_text(_dump({"triton": triton.__version__, **ordered}))
+    golden_file().write_text(_dump({"triton": triton.__version__, **ordered}))
 
 
 def _measure(launch, target, golden, update):
@@ -145,13 +171,15 @@ def _dump(golden):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--targets", default=",".join(TARGETS), help="80,90,100,gfx942")
+    parser.add_argument("--targets", default=",".join(TARGETS), help="80,89,90,100,120,gfx942")
     parser.add_argument("--subset", choices=("ci",), help="ci: a cross-section")
     parser.add_argument("--only", help="configurations whose label this regular expression finds")
-    parser.add_argument("--update", action="store_true", help="record golden.json anew")
+    parser.add_argument("--update", action="store_true", help="record the golden file anew")
     args = parser.parse_args()
     if launcher.interpreting():
         parser.error("TRITON_INTERPRET is set, but kernels are to be compiled; unset it")
+    if not args.update and why_unknown():
+        parser.error(why_unknown())
     targets = [f"sm_{t}" if t.isdigit() else t for t in args.targets.split(",")]
     failures = run(targets, args.subset, args.update, args.only)
     print(f"\n{len(failures)} configurations failed")

@@ -5,6 +5,8 @@ real launch specialises them. NVIDIA's code is read with the cuobjdump that ship
 from its assembly. No threshold lives here.
 """
 
+import contextlib
+import io
 import re
 import subprocess
 import tempfile
@@ -17,8 +19,10 @@ from triton.runtime.jit import create_function_from_signature
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -54,14 +58,32 @@ def read(compiled, target):
     registers on AMD), instructions, mma (tensor-core ones), copies (asynchronous ones), barriers,
     shuffles and, in the compiler's intermediate code, conversions (of a tile's layout),
     async_copies (tiles copied asynchronously) and narrow_offsets (32-bit products with a stride).
+    For wgmma also serialised: whether the assembler let no products of warp groups overlap.
     """
     middle = compiled.asm["ttgir"]
     facts = _read_amd(compiled) if target.startswith("gfx") else _read_nvidia(compiled)
     facts["shared"] = compiled.metadata.shared
     facts["conversions"] = middle.count("ttg.convert_layout")
     facts["async_copies"] = middle.count("ttg.async_copy_global_to_local")
+    if "wgmma" in compiled.asm.get("ptx", ""):
+        facts["serialised"] = serialised(assembler_log(compiled, target))
     facts["narrow_offsets"] = _narrow_offsets(compiled.asm["ttir"])
     return facts
+
+
+def assembler_log(compiled, target):
+    """What ptxas says of a compiled kernel, called once more as Triton calls it."""
+    backend = make_backend(TARGETS[target])
+    options = backend.parse_options(compiled.metadata._asdict())
+    with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(io.StringIO()) as log:
+        triton.knobs.nvidia.dump_ptxas_log = True
+        backend.make_cubin(compiled.asm["ptx"], {}, options, TARGETS[target].arch)
+    return log.getvalue()
+
+
+def serialised(log):
+    """How many kernels ptxas says it gave wgmma products that wait for each other."""
+    return len(re.findall(r"\(C7515\)", log))
 
 
 def _narrow_offsets(code):

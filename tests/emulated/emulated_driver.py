@@ -17,13 +17,10 @@ from address_space import Space
 from machine import Program
 from triton.backends.compiler import GPUTarget
 
-from moram_kernels.triton_backend import available, launcher
+from moram_kernels.triton_backend import available
+from moram_kernels.triton_backend.devices import A100, H100
 
-# Name, bytes of shared memory of a CTA and multiprocessors by compute capability.
-DEVICES = {
-    80: ("NVIDIA A100-SXM4-80GB", 163 * 1024, 108),
-    90: ("NVIDIA H100 80GB HBM3", 227 * 1024, 132),
-}
+DEVICES = {80: A100, 90: H100}
 
 
 @dataclass(frozen=True)
@@ -57,8 +54,8 @@ class EmulatingDriver:
         self.kept = {tensor.untyped_storage().data_ptr() for tensor in kept}
         # `Launched` of all launches, in order, and all opcodes that the kernels have.
         self.launched, self.opcodes = [], set()
-        _, shared, units = DEVICES[arch]
-        properties = {"max_shared_mem": shared, "multiprocessor_count": units}
+        device = DEVICES[arch]
+        properties = {"max_shared_mem": device.shared, "multiprocessor_count": device.units}
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: properties,
             load_binary=self._load,
@@ -146,8 +143,7 @@ def emulated(arch, kept=(), kind=EmulatingDriver):
         (triton.runtime.driver, "_active", driver),
         (triton.knobs.runtime, "add_stages_inspection_hook", _without_machine_code),
         (available, "why_not", lambda device=None: None),
-        (available, "device_name", lambda device: DEVICES[arch][0]),
-        (launcher, "target", lambda device: arch),
+        (available, "device_of", lambda device: DEVICES[arch]),
     )
     with contextlib.ExitStack() as stack:
         for patch in patches:

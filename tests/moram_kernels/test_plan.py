@@ -9,6 +9,7 @@ import torch
 from support import ROOT
 
 from moram_kernels import SelfActivation, explain
+from moram_kernels.triton_backend.devices import device_model
 from moram_kernels.triton_backend.plan import LIST_TOP_K, ROW_ATOMS, plan
 from moram_kernels.triton_backend.tiles import resident_tile
 
@@ -274,7 +275,7 @@ def test_the_shipped_table_is_in_the_package():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("device", ["H100", "A100", "B200", "MI300", "interpreter"])
 def test_the_resident_tile_is_the_narrowest_that_holds_a_bank(device, dtype):
-    found = {atoms: resident_tile(atoms, dtype, device) for atoms in range(1, 300)}
+    found = {atoms: resident_tile(atoms, 4, dtype, device_model(device)) for atoms in range(1, 300)}
     columns = sorted({sum(tile) for tile in found.values() if tile})
     # What compiles without spills: 64 for float32, and at least 96 otherwise.
     assert columns[:3] == [16, 32, 64]
