@@ -35,7 +35,12 @@ LARGE, LARGE_BYTES = ("sm_90", "sm_100"), 3 * (128 + 256) * 64 * 2
 
 
 def resident_tile(atoms: int, top_k: int, dtype: str, device: Device) -> tuple[int, int] | None:
-    """(first, second) tile of the resident kernel that holds that many atoms, or None."""
+    """(first, second) tile of the resident kernel that holds that many atoms, or None.
+
+    Args:
+        atoms: of the bank. top_k: atoms per token. dtype: of the products.
+        device: `Device` that has a target.
+    """
     widest = EARLY[device.target][top_k != 8] if available.is_early() else WIDEST[device.target]
     if dtype == "float32":
         # What is wider spills: a float32 product takes registers of its own.
