@@ -40,8 +40,19 @@ def check_fit(model: nn.Module, about: Mapping[str, Any]) -> dict[str, str]:
             f"model and checkpoint adapt different projections, for example {odd[0]}; "
             "load into the plain base model"
         )
+    check_layers(model, about)
+    return actual
+
+
+def check_layers(model: nn.Module, about: Mapping[str, Any]) -> None:
+    """Raise unless a model has the layers of a checkpoint, in their sizes and with their weights.
+
+    Raises:
+        ValueError: it says which layer.
+    """
+    actual = plain_paths(model)
     modules = {plain: model.get_submodule(path) for plain, path in actual.items()}
-    for path, sizes in wanted.items():
+    for path, sizes in about["layers"].items():
         module = modules.get(path)
         if module is None:
             raise ValueError(
@@ -70,7 +81,6 @@ def check_fit(model: nn.Module, about: Mapping[str, Any]) -> dict[str, str]:
                 f"layer {path} holds other weights than the model this checkpoint was trained on"
                 f"{_made(about)}"
             )
-    return actual
 
 
 def check_trained(model: nn.Module, about: Mapping[str, Any]) -> dict[str, tuple[nn.Module, str]]:
