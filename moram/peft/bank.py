@@ -49,10 +49,12 @@ class TunerBank(AtomBank):
         saved, rows = dict(sizes), dict(known)
         self.path, self.sizes, self.known = path, sizes, known
         self.protect_size: int = settings.protect_size
-        # Which bank keeps the sketch, or the directions of a guard, that this one shares.
+        # Which bank keeps the sketch, or the directions of a guard, that a file has once for both.
         self.lenders: dict[str, TunerBank] = {}
-        self._sketch: InputSketch | None = None
-        self._guard: Guard | None = None
+        # What the buffers stand for, with the buffer that it was made from or copied to. Layers
+        # that read one input share one of these, but no buffer, which not every writer allows.
+        self._sketch: tuple[Tensor | None, InputSketch | None] = (None, None)
+        self._guard: tuple[Tensor | None, Guard | None] = (None, None)
         capacity = 8 * settings.atoms_per_task if settings.capacity is None else settings.capacity
         super().__init__(
             in_features,
@@ -78,7 +80,7 @@ class TunerBank(AtomBank):
             self._put("guard_basis", torch.zeros(rows["guard_rows"], in_features, device=device))
 
     def _put(self, name: str, tensor: Tensor | None) -> None:
-        self.register_buffer(name, tensor)
+        self.register_buffer(name, None if tensor is None else tensor.detach().clone())
 
     @property
     def learned(self) -> bool:
@@ -96,17 +98,18 @@ class TunerBank(AtomBank):
         rows, total = self.sketch_rows, self.sketch_total
         if rows is None or total is None:
             return None
-        if self._sketch is None or self._sketch.rows is not rows:
-            self._sketch = InputSketch(self.known.get("size", self.protect_size), rows, total)
-        return self._sketch
+        if self._sketch[0] is not rows:
+            size = self.known.get("size", self.protect_size)
+            self._sketch = (rows, InputSketch(size, rows, total))
+        return self._sketch[1]
 
     @sketch.setter
     def sketch(self, sketch: InputSketch | None) -> None:
         self.lenders.pop("sketch", None)
-        self._sketch = sketch
         rows, total = (None, None) if sketch is None else (sketch.rows, sketch.total)
         self._put("sketch_rows", rows)
         self._put("sketch_total", total)
+        self._sketch = (self.sketch_rows, sketch)
         for name in ("of", "size", "rows"):
             self.known.pop(name, None)
         if sketch is not None and rows is not None:
@@ -121,17 +124,16 @@ class TunerBank(AtomBank):
         basis = self.guard_basis if lender is None else lender.guard_basis
         if basis is None:
             return None
-        if self._guard is None or self._guard.basis is not basis:
-            self._guard = Guard(basis, float(gain))
-        return self._guard
+        if self._guard[0] is not basis:
+            self._guard = (basis, Guard(basis, float(gain)))
+        return self._guard[1]
 
     @guard.setter
     def guard(self, guard: Guard | None) -> None:
         self.lenders.pop("guard", None)
-        self._guard = guard
         self._put("guard_basis", None if guard is None else guard.basis)
-        gain = None if guard is None else torch.tensor(guard.gain, device=guard.basis.device)
-        self._put("guard_gain", gain)
+        self._put("guard_gain", None if guard is None else guard.basis.new_tensor(guard.gain))
+        self._guard = (self.guard_basis, guard)
         for name in ("guard_of", "guard_rows"):
             self.known.pop(name, None)
         if guard is not None:
@@ -143,6 +145,10 @@ class TunerBank(AtomBank):
         for tensor in (*self.parameters(), *self.buffers()):
             if type(tensor) in (Tensor, nn.Parameter) and tensor.data_ptr() % 64:
                 tensor.data = tensor.data.clone()
+        if "sketch" in self.lenders:
+            self.sketch = self.sketch
+        if "guard" in self.lenders:
+            self.guard = self.guard
         return super().train(mode)
 
     def _set_live(self, count: int) -> None:

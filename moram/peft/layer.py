@@ -47,13 +47,15 @@ class MoRAMTunerLinear(MoRAMLinear, BaseTunerLayer):
         Args:
             path: of the layer in the plain model, under which the config keeps its sizes.
         """
-        settings = config.settings_of(path)
+        settings, sizes = config.settings_of(path), config.layers.setdefault(path, {})
+        if settings.atoms_per_task != config.atoms_per_task:
+            sizes["atoms_per_task"] = settings.atoms_per_task
         self.moram_bank[name] = TunerBank(
             self.in_features,
             self.out_features,
             settings,
             path=path,
-            sizes=config.layers.setdefault(path, {}),
+            sizes=sizes,
             known=config.protection.setdefault(path, {}),
             device=device_of(self.base_layer),
         )
