@@ -11,7 +11,7 @@ try:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from peft.utils import register_peft_method
 except ModuleNotFoundError as error:
-    if error.name != "peft":
+    if (error.name or "").partition(".")[0] != "peft":
         raise
     raise ModuleNotFoundError(
         "moram.peft needs PEFT, which is not installed: pip install 'moram[peft]'", name="peft"
