@@ -132,7 +132,9 @@ def test_two_adapters_at_once_are_refused():
 
 
 def test_settings_are_checked_as_everywhere():
-    with pytest.raises(ValueError, match=re.escape("threshold must be in [0, 1) (0 turns it off), got 1.5")):
+    with pytest.raises(
+        ValueError, match=re.escape("threshold must be in [0, 1) (0 turns it off), got 1.5")
+    ):
         config(threshold=1.5)
     with pytest.raises(TypeError, match=re.escape("atoms_pattern['q'] must be an integer >= 1")):
         config(atoms_pattern={"q": "many"})
