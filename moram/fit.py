@@ -112,9 +112,9 @@ def _made(about: Mapping[str, Any]) -> str:
     return f" (made for {name})" if name else ""
 
 
-def fingerprint(found: dict[str, MoRAMLinear]) -> dict[str, list[float]]:
+def fingerprint(found: Mapping[str, MoRAMLinear]) -> dict[str, list[float]]:
     """A few base weights of the first and the last layer, to recognise the base model by."""
-    ends = {path: found[path] for path in (next(iter(found)), next(reversed(found)))}
+    ends = {path: found[path] for path in (next(iter(found)), [*found][-1])}
     # A base weight that was trained along is the checkpoint's own.
     frozen = {path: a for path, a in ends.items() if not a.weight.requires_grad}
     samples = {path: _samples(adapter) for path, adapter in frozen.items()}

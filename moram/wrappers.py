@@ -4,6 +4,7 @@ A checkpoint made of a wrapped model must load into the plain one, and the other
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import nn
 
@@ -31,17 +32,24 @@ def inner_name(module: nn.Module) -> str | None:
             name = _INNER[kind.__name__]
             if name == "modules_to_save":
                 # A copy for each of PEFT's adapters.
-                active = module.active_adapters
+                active = cast(Sequence[str], module.active_adapters)
                 return f"{name}.{active[0]}" if active else "original_module"
             return name
     return None
 
 
+def wrapping(model: nn.Module) -> list[nn.Module]:
+    """The wrappers around the whole of a model, from outside, and the model inside them; adapters
+    are not taken off."""
+    found = [model]
+    while (name := inner_name(found[-1])) not in (None, "base_layer"):
+        found.append(found[-1].get_submodule(name))
+    return found
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside all wrappers around the whole of it; adapters are not taken off."""
-    while (name := inner_name(model)) not in (None, "base_layer"):
-        model = model.get_submodule(name)
-    return model
+    return wrapping(model)[-1]
 
 
 def plain_names(model: nn.Module) -> dict[str, str]:

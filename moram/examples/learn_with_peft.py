@@ -3,7 +3,6 @@
 python -m moram.examples.learn_with_peft
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,7 +13,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 import moram.peft
 from moram.trainer import train_tasks
 
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 64}
 # protect is this project's addition to the published rule, which it is without.
 ADAPTER = moram.peft.MoRAMPeftConfig(
     target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
@@ -30,16 +28,19 @@ TASKS = {name: [{"input_ids": ids, "labels": ids}] * 240 for name, ids in NUMBER
 
 def make_model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(num_attention_heads=4, initializer_range=0.3, **SIZES))
+    config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+    config.num_attention_heads = config.num_key_value_heads = 4
+    config.head_dim, config.initializer_range = 16, 0.3
+    return LlamaForCausalLM(config)
 
 
 def make_trainer(model: torch.nn.Module, data: list[dict[str, torch.Tensor]], out: str) -> Trainer:
-    settings = {"per_device_train_batch_size": 4, "max_steps": 60, "learning_rate": 1e-2}
-    return Trainer(model, TrainingArguments(out, report_to=[], **settings), train_dataset=data)
+    settings = TrainingArguments(out, max_steps=60, learning_rate=1e-2, report_to=[])
+    return Trainer(model, settings, train_dataset=data)
 
 
 @torch.no_grad()
-def score(model: Callable[..., torch.Tensor], name: str) -> float:
+def score(model: torch.nn.Module, name: str) -> float:
     """Percent of a task's tokens that the model says after those before it."""
     ids = NUMBERS[name][None]
     found = model(input_ids=ids).logits[0, :-1].argmax(-1)

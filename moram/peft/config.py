@@ -90,7 +90,7 @@ class MoRAMPeftConfig(_Settings):
         settings = {name: getattr(self, name) for name in SETTINGS}
         if path is not None:
             saved = self.layers.get(path, {}).get("atoms_per_task", self.atoms_per_task)
-            pattern = get_pattern_key(self.atoms_pattern, path)
+            pattern = get_pattern_key(list(self.atoms_pattern), path)
             settings["atoms_per_task"] = self.atoms_pattern.get(pattern, saved)
         return MoRAMConfig(**settings)
 

@@ -6,7 +6,6 @@ from typing import Any, NoReturn
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..bank import AtomBank
 from ..config import MoRAMConfig
 from ..layers import AdapterLinear, MoRAMLinear
 from ..layers.base import device_of
@@ -72,9 +71,13 @@ class MoRAMTunerLinear(MoRAMLinear, BaseTunerLayer):
         return self.has_bank and not self._disable_adapters
 
     @property
-    def bank(self) -> AtomBank:
-        bank = self.moram_bank[self._active_adapter[0]]
-        assert isinstance(bank, AtomBank)
+    def bank(self) -> TunerBank:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.bank_of(self._active_adapter[0])
+
+    def bank_of(self, name: str) -> TunerBank:
+        """The bank of an adapter."""
+        bank = self.moram_bank[name]
+        assert isinstance(bank, TunerBank)
         return bank
 
     def configure(self, config: MoRAMConfig, backend: str | None = None) -> None:

@@ -14,7 +14,7 @@ def peft_type() -> PeftType:
         return PeftType[NAME]
     member = str.__new__(PeftType, NAME)
     member._name_, member._value_ = NAME, NAME
-    member._sort_order_ = len(PeftType.__members__)
+    vars(member)["_sort_order_"] = len(PeftType.__members__)
     type.__setattr__(PeftType, NAME, member)
     PeftType._member_map_[NAME] = member
     PeftType._member_names_.append(NAME)

@@ -41,7 +41,9 @@ class MoRAMTuner(BaseTuner):
         problem = _why_not_name(model, adapter_name)
         if problem:
             raise ValueError(f"adapter_name must be another, got {adapter_name!r}: {problem}")
-        config = self.peft_config[adapter_name].taken()
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, MoRAMPeftConfig)
+        config = config.taken()
         self.peft_config[adapter_name] = config
         before = dict(model.named_modules(remove_duplicate=False))
         trainable = {p: p.requires_grad for p in model.parameters()}
@@ -63,8 +65,8 @@ class MoRAMTuner(BaseTuner):
             known = config.protection[path]
             for what, of in (("sketch", "of"), ("guard", "guard_of")):
                 if known.get(of, path) != path:
-                    bank = layer.moram_bank[adapter_name]
-                    bank.lenders[what] = layers[known[of]].moram_bank[adapter_name]
+                    lender = layers[known[of]].bank_of(adapter_name)
+                    layer.bank_of(adapter_name).lenders[what] = lender
         config.fingerprint = config.fingerprint or fingerprint(layers)
 
     def _prepare_adapter_config(

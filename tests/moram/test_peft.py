@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import PeftType
-from peft_support import banks, config, learn, logits, peft_model, plain, save_base
+from peft_support import banks, config, learn, logits, peft_model, plain, save_base, settled
 from tiny_models import (
     assert_equal,
     fill_values,
@@ -232,7 +232,8 @@ def test_new_heads_are_trained_and_travel_both_ways(base, tmp_path):
 
     def fresh():
         torch.manual_seed(0)
-        return AutoModelForSequenceClassification.from_pretrained(base, num_labels=3).eval()
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+        return settled(model.eval())
 
     model = get_peft_model(fresh(), config(task_type="SEQ_CLS", protect=None))
     fill_values(model)

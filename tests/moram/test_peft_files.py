@@ -18,6 +18,7 @@ from peft_support import (
     peft_model,
     plain,
     save_base,
+    settled,
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -105,7 +106,7 @@ def test_another_dtype_of_the_base_leaves_the_atoms_as_they_are(base, taught, fo
 def test_a_base_with_a_device_map_takes_an_adapter(base, taught, folder):
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, device_map={"": "cpu"})
+    model = settled(AutoModelForCausalLM.from_pretrained(base, device_map={"": "cpu"}))
     model = PeftModel.from_pretrained(model, folder)
     assert torch.equal(logits(model), logits(taught))
 
