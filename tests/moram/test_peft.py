@@ -250,3 +250,21 @@ def test_new_heads_are_trained_and_travel_both_ways(base, tmp_path):
         about = moram.load(other, tmp_path / folder)
         assert torch.equal(other(ids).logits, expected), folder
         assert list(about["trained"]) == ["score.weight"]
+
+
+def test_a_compiled_model_keeps_one_graph_over_tasks(base):
+    model, graphs = peft_model(base, protect=None, task_type=None), []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    inner = model.get_base_model()
+    compiled = torch.compile(inner, backend=count, fullgraph=True)
+    ids = token_ids()
+    for task in range(3):
+        learn(model, task)
+        model.eval()
+        with torch.no_grad():
+            assert torch.equal(compiled(ids).logits, inner(ids).logits)
+    assert len(graphs) == 1
