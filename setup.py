@@ -31,6 +31,7 @@ setup(
     extras_require={
         "llm": ["transformers>=4.57"],
         "clip": ["open_clip_torch>=2.30", "torchvision"],
+        "peft": ["peft>=0.20", "transformers>=4.57"],
         "demo": ["transformers>=4.57", "accelerate", "gguf>=0.10", "matplotlib", "numpy"],
         "trace": [
             "transformers>=4.57",
@@ -53,6 +54,7 @@ setup(
         "dev": [
             "transformers>=4.57",
             "open_clip_torch>=2.30",
+            "peft>=0.20",
             "torchvision",
             "torchao",
             "bitsandbytes",

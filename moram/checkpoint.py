@@ -8,13 +8,12 @@ without torch.compile, DistributedDataParallel and other wrappers, on both sides
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -28,18 +27,12 @@ from .layers import MoRAMLinear
 from .models import split_attention
 from .models.reads import why_read
 from .optimizers import watch
-from .saved_protection import (
-    protection_shapes,
-    restore_protection,
-    tensor_name,
-    write_protection,
-)
+from .saved_protection import restore_protection, tensor_name, write_protection
 from .sharded import copy_into, reshard, whole
+from .stored import CONFIG, FORMAT, PREFIX, WEIGHTS, for_peft, is_foreign, read_files
 from .wrappers import plain_names, plain_paths, unwrapped
 
 SKETCH_DTYPES = ("float32", "bfloat16")
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -97,9 +90,9 @@ def save(
     Returns:
         `SaveReport`.
     Raises:
-        ValueError: the model has no adapters, or they differ in their settings (targets and exclude
-            may differ); directory is the base model's own, or holds another adapter; sketches
-            is none of the above.
+        ValueError: the model has no adapters, or they differ in their settings (targets, exclude
+            and atoms_per_task may differ); directory is the base model's own, or holds another
+            adapter; sketches is none of the above.
         TypeError: tasks is one text.
         RuntimeError: a tensor is a shard that only its wrapper can make whole.
     """
@@ -117,7 +110,7 @@ def save(
             f"directory must not be a model's own, got {directory}, which holds config.json: with "
             "an adapter's files beside it the model could not be loaded; save into another folder"
         )
-    if _foreign(directory / CONFIG):
+    if is_foreign(directory / CONFIG):
         raise ValueError(
             f"directory must hold no adapter of another kind, got {directory}, whose {CONFIG} is "
             "not MoRAM's: saving would overwrite it"
@@ -131,9 +124,10 @@ def save(
                 "offloaded and so cannot have learned; freeze it"
             )
     if base_model is None:
-        config = getattr(unwrapped(model), "config", None)
-        base_model = getattr(config, "_name_or_path", None) or None
-    tensors, layers = {}, {}
+        base_config = getattr(unwrapped(model), "config", None)
+        base_model = getattr(base_config, "_name_or_path", None) or None
+    config = _shared_config(found)
+    tensors, notes, layers = {}, {}, {}
     for path, adapter in found.items():
         bank = adapter.bank
         bank.check_whole()
@@ -144,12 +138,16 @@ def save(
         for part in PARTS:
             rows = whole(state[part]).detach()
             tensors[tensor_name(path, part)] = rows.cpu().contiguous()
+        notes[tensor_name(path, "live")] = state["live"].cpu()
+        notes[tensor_name(path, "is_learned")] = torch.tensor(bank.learned)
         layers[path] = {
             "in_features": adapter.in_features,
             "out_features": adapter.out_features,
             "frozen": bank.num_frozen,
             "current": bank.num_current,
         }
+        if adapter.config.atoms_per_task != config.atoms_per_task:
+            layers[path]["atoms_per_task"] = adapter.config.atoms_per_task
     atoms = _bytes(tensors)
     protection = (
         {} if sketches is False else write_protection(found, getattr(torch, sketches), tensors)
@@ -157,20 +155,20 @@ def save(
     written = _bytes(tensors) - atoms
     for name, tensor in trained.items():
         rows = whole(tensor).detach().cpu()
-        tensors[f"base_model.model.{name}"] = rows.clone(memory_format=torch.contiguous_format)
+        tensors[f"{PREFIX}{name}"] = rows.clone(memory_format=torch.contiguous_format)
     about = {
         "peft_type": "MORAM",
         "format": FORMAT,
         "base_model_name_or_path": base_model,
         "tasks": list(tasks),
-        "settings": _shared_config(found).to_dict(),
+        "settings": config.to_dict(),
         "layers": layers,
         "trained": {name: list(tensor.shape) for name, tensor in trained.items()},
         "other_adapters": has_other_adapters(model),
-        "learned": [path for path, adapter in found.items() if adapter.bank.learned],
         "protection": protection,
         "fingerprint": fingerprint(found),
     }
+    about |= for_peft(about, _wholly(model, trained), type(unwrapped(model)).__name__)
     sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
     left_out = sketches is False and any(a.bank.sketch is not None for a in found.values())
     report = SaveReport(atoms, written, _bytes(tensors) - atoms - written, left_out)
@@ -179,7 +177,9 @@ def save(
     directory.mkdir(parents=True, exist_ok=True)
     weights_tmp, config_tmp = directory / f".{WEIGHTS}.tmp", directory / f".{CONFIG}.tmp"
     try:
-        save_file(tensors, weights_tmp, metadata={"format": "pt", "moram": json.dumps(about)})
+        save_file(
+            tensors | notes, weights_tmp, metadata={"format": "pt", "moram": json.dumps(about)}
+        )
         config_tmp.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         for path in (weights_tmp, config_tmp):
             _flush(path)
@@ -208,11 +208,11 @@ def load(model: nn.Module, directory: str | Path) -> dict[str, Any]:
         ValueError: the file is damaged or foreign, or does not fit the model; the message says
             which layer and which size. The model is left untouched.
     """
-    about, tensors, config = _read(Path(directory) / WEIGHTS)
+    about, tensors, config = read_files(Path(directory))
     reshard(model)
     packed = dict(model.named_modules(remove_duplicate=False))
     try:
-        _split_like(model, about["layers"])
+        split_like(model, about["layers"])
         actual = check_fit(model, about)
         owners = check_trained(model, about)
         if not adapters(model):
@@ -228,36 +228,35 @@ def load(model: nn.Module, directory: str | Path) -> dict[str, Any]:
         raise
 
     def change() -> None:
-        for path in about["layers"]:
+        for path, sizes in about["layers"].items():
             adapter = unwrapped(model.get_submodule(actual[path]))
             assert isinstance(adapter, MoRAMLinear)
-            adapter.configure(config)
+            own = sizes.get("atoms_per_task", config.atoms_per_task)
+            adapter.configure(replace(config, atoms_per_task=own))
             bank = adapter.bank.to(getattr(torch, config.atom_dtype))
             bank.load_state_dict({part: tensors[tensor_name(path, part)] for part in PARTS})
             # A checkpoint from before `moram.task` does not say; then trained values do.
-            if "learned" in about:
-                bank.learned = path in about["learned"]
+            if tensor_name(path, "is_learned") in tensors:
+                bank.learned = bool(tensors[tensor_name(path, "is_learned")])
 
     watch(lambda: parameters(model), change, moments=False)
     restore_protection(model, about, tensors, actual)
     for name, (module, own) in owners.items():
         present = getattr(module, own)
-        copy_into(present, tensors[f"base_model.model.{name}"])
+        copy_into(present, tensors[f"{PREFIX}{name}"])
         if isinstance(present, nn.Parameter):
             present.requires_grad_(True)
     note_beside(model)
     return about
 
 
-def _foreign(path: Path) -> bool:
-    """Whether a config file is there that `save` did not write."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")).get("peft_type") != "MORAM"
-    except FileNotFoundError:
-        return False
-    except (ValueError, AttributeError):
-        # Half a file is what a crash of an older version may have left.
-        return False
+def _wholly(model: nn.Module, trained: Container[str]) -> Iterator[str]:
+    """Paths of the modules whose every tensor is among the trained ones, by plain name."""
+    names = plain_names(model)
+    for path, module in model.named_modules():
+        state = [f"{names[path]}.{name}".lstrip(".") for name in module.state_dict()]
+        if state and path and not list(module.children()) and all(n in trained for n in state):
+            yield names[path]
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:
@@ -268,17 +267,19 @@ def _shared_config(found: Mapping[str, MoRAMLinear]) -> MoRAMConfig:
     """The settings of all adapters; where they were injected by turns, with their paths as targets.
 
     Raises:
-        ValueError: they differ in more than targets and exclude.
+        ValueError: they differ in more than targets, exclude and atoms_per_task.
     """
     configs = {adapter.config for adapter in found.values()}
     if len(configs) == 1:
         return next(iter(configs))
-    shared = {replace(config, targets=tuple(found), exclude=()) for config in configs}
-    if len(shared) > 1:
+    first = next(iter(configs))
+    own = {"targets": tuple(found), "exclude": (), "atoms_per_task": first.atoms_per_task}
+    if len({replace(config, **own) for config in configs}) > 1:
         raise ValueError(
-            "adapters must share one config to be saved together, apart from targets and exclude"
+            "adapters must share one config to be saved together, apart from targets, exclude and "
+            "atoms_per_task"
         )
-    return next(iter(shared))
+    return replace(first, **own)
 
 
 def _flush(path: Path) -> None:
@@ -286,48 +287,7 @@ def _flush(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], MoRAMConfig]:
-    if not path.is_file():
-        raise FileNotFoundError(f"directory holds no MoRAM checkpoint: {path} does not exist")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
-    if "moram" not in header:
-        raise ValueError(f"{path} was not written by moram.save (its header has no 'moram' entry)")
-    try:
-        about = json.loads(header["moram"])
-        if about.get("format") != FORMAT:
-            raise ValueError(f"it has format {about.get('format')!r}, this version reads {FORMAT}")
-        _check_tensors(about, tensors)
-        config = MoRAMConfig.from_dict(about["settings"])
-        if not about["fingerprint"].keys() <= about["layers"].keys():
-            raise ValueError("its fingerprint names layers that it does not hold")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        kind = type(error).__name__
-        detail = error if isinstance(error, ValueError) else f"its description lacks sense ({kind})"
-        raise ValueError(f"{path} cannot be loaded: {detail}") from error
-    return about, tensors, config
-
-
-def _check_tensors(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    wanted = {f"base_model.model.{n}": tuple(s) for n, s in about.get("trained", {}).items()}
-    for layer, sizes in about["layers"].items():
-        widths = {"keys": sizes["in_features"], "values": sizes["out_features"]}
-        for part in PARTS:
-            rows, kind = part.split("_")
-            wanted[tensor_name(layer, part)] = (sizes[rows], widths[kind])
-    wanted |= protection_shapes(about, tensors)
-    for name, shape in wanted.items():
-        if name not in tensors:
-            raise ValueError(f"it lacks {name}")
-        if tuple(tensors[name].shape) != shape:
-            raise ValueError(f"{name} must be {shape}, got {tuple(tensors[name].shape)}")
-
-
-def _split_like(model: nn.Module, layers: Iterable[str]) -> None:
+def split_like(model: nn.Module, layers: Iterable[str]) -> None:
     """Split the packed attention whose projections the checkpoint adapts, or beside which the
     model would read the weight of one that it does."""
     actual = plain_paths(model)

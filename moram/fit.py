@@ -40,8 +40,19 @@ def check_fit(model: nn.Module, about: Mapping[str, Any]) -> dict[str, str]:
             f"model and checkpoint adapt different projections, for example {odd[0]}; "
             "load into the plain base model"
         )
+    check_layers(model, about)
+    return actual
+
+
+def check_layers(model: nn.Module, about: Mapping[str, Any]) -> None:
+    """Raise unless a model has the layers of a checkpoint, in their sizes and with their weights.
+
+    Raises:
+        ValueError: it says which layer.
+    """
+    actual = plain_paths(model)
     modules = {plain: model.get_submodule(path) for plain, path in actual.items()}
-    for path, sizes in wanted.items():
+    for path, sizes in about["layers"].items():
         module = modules.get(path)
         if module is None:
             raise ValueError(
@@ -70,7 +81,6 @@ def check_fit(model: nn.Module, about: Mapping[str, Any]) -> dict[str, str]:
                 f"layer {path} holds other weights than the model this checkpoint was trained on"
                 f"{_made(about)}"
             )
-    return actual
 
 
 def check_trained(model: nn.Module, about: Mapping[str, Any]) -> dict[str, tuple[nn.Module, str]]:
@@ -102,9 +112,9 @@ def _made(about: Mapping[str, Any]) -> str:
     return f" (made for {name})" if name else ""
 
 
-def fingerprint(found: dict[str, MoRAMLinear]) -> dict[str, list[float]]:
+def fingerprint(found: Mapping[str, MoRAMLinear]) -> dict[str, list[float]]:
     """A few base weights of the first and the last layer, to recognise the base model by."""
-    ends = {path: found[path] for path in (next(iter(found)), next(reversed(found)))}
+    ends = {path: found[path] for path in (next(iter(found)), [*found][-1])}
     # A base weight that was trained along is the checkpoint's own.
     frozen = {path: a for path, a in ends.items() if not a.weight.requires_grad}
     samples = {path: _samples(adapter) for path, adapter in frozen.items()}

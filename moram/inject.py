@@ -215,8 +215,9 @@ def adapters(model: nn.Module) -> dict[str, MoRAMLinear]: ...
 def adapters(model: nn.Module, kind: type[M]) -> dict[str, M]: ...
 def adapters(model: nn.Module, kind: type[nn.Module] = MoRAMLinear) -> dict[str, Any]:
     """The adapters of a model by path, in the order of the model: `MoRAMLinear`s, or another kind
-    of `AdapterLinear`."""
-    return {path: m for path, m in model.named_modules() if isinstance(m, kind)}
+    of `AdapterLinear`. Of PEFT's adapters they are the active one's, disabled or not."""
+    found = {path: m for path, m in model.named_modules() if isinstance(m, kind)}
+    return {path: m for path, m in found.items() if getattr(m, "has_bank", True)}
 
 
 def parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .processes import Processes
 from .sharded import reshard
-from .wrappers import inner_name, listed, unwrapped
+from .wrappers import inner_name, listed, wrapping
 
 # Moments that are measured in one pass take this many bytes at most, if more than one: with the
 # workspace of one decomposition a gibibyte is enough.
@@ -170,8 +170,10 @@ class Inputs:
             stack.callback(reshard, self.model)
             for adapter in paths:
                 stack.callback(adapter.register_forward_pre_hook(see).remove)
-            inner = unwrapped(self.model)
-            stack.callback(inner.register_forward_pre_hook(see_mask, with_kwargs=True).remove)
+            # PEFT 0.20 runs what it wraps without a call, which hooks there would see.
+            for module in wrapping(self.model):
+                handle = module.register_forward_pre_hook(see_mask, with_kwargs=True)
+                stack.callback(handle.remove)
             self._run()
 
     def _forget(self) -> None:

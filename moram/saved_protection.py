@@ -12,8 +12,8 @@ from .wrappers import unwrapped
 
 
 def tensor_name(path: str, part: str) -> str:
-    """The name in the file of a part of a layer's bank."""
-    return f"base_model.model.{path}.moram_{part}"
+    """The name in the file of a part of a layer's bank: what PEFT calls it, too."""
+    return f"base_model.model.{path}.moram_bank.{part}"
 
 
 def write_protection(
@@ -22,25 +22,29 @@ def write_protection(
     """What is known of earlier inputs and the guards of an open task; adds to the tensors.
 
     Layers that read one input share a sketch and a guard's directions, which are written once: `of`
-    and `guard_of` name the layer that has them.
+    and `guard_of` name the layer that has them, `rows` and `guard_rows` say there how many.
     """
     sketches = {p: a.bank.sketch for p, a in found.items() if a.bank.sketch is not None}
     packed, about = pack_sketches(sketches), {}
     for path, owner in packed["owners"].items():
         sketch = sketches[path]
         assert sketch.total is not None
-        about[path] = {"of": owner, "size": sketch.size, "total": float(sketch.total)}
-    for path, (rows, _) in packed["sketches"].items():
-        tensors[tensor_name(path, "sketch")] = rows.to(dtype).cpu().contiguous()
+        about[path] = {"of": owner, "size": sketch.size}
+    for path, (rows, total) in packed["sketches"].items():
+        about[path]["rows"] = len(rows)
+        tensors[tensor_name(path, "sketch_rows")] = rows.to(dtype).cpu().contiguous()
+        tensors[tensor_name(path, "sketch_total")] = total.float().cpu()
     owners: dict[int, str] = {}
     for path, adapter in found.items():
         guard = adapter.bank.guard
         if guard is None:
             continue
         owner = owners.setdefault(id(guard.basis), path)
-        about.setdefault(path, {}).update({"gain": guard.gain, "guard_of": owner})
+        about.setdefault(path, {})["guard_of"] = owner
+        tensors[tensor_name(path, "guard_gain")] = torch.tensor(guard.gain)
         if owner == path:
-            tensors[tensor_name(path, "guard")] = guard.basis.cpu().contiguous()
+            about[path]["guard_rows"] = len(guard.basis)
+            tensors[tensor_name(path, "guard_basis")] = guard.basis.cpu().contiguous()
     return about
 
 
@@ -67,26 +71,52 @@ def restore_protection(
         if "of" in known:
             owner = known["of"]
             if owner not in sketches:
-                rows = tensors[tensor_name(owner, "sketch")].float()
-                total = torch.tensor(known["total"])
+                rows = tensors[tensor_name(owner, "sketch_rows")].float()
+                total = tensors[tensor_name(owner, "sketch_total")]
                 sketches[owner] = InputSketch(known["size"], rows, total)
             bank.sketch = sketches[owner]
-        if "gain" in known:
-            # Older files keep one for each layer.
-            owner = known.get("guard_of", path)
-            basis = tensors[tensor_name(owner, "guard")].to(bank.current_keys.device)
-            bank.guard_keys(basis, known["gain"])
+        if "guard_of" in known:
+            basis = tensors[tensor_name(known["guard_of"], "guard_basis")]
+            gain = float(tensors[tensor_name(path, "guard_gain")])
+            bank.guard_keys(basis.to(bank.current_keys.device), gain)
 
 
 def protection_shapes(
     about: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> dict[str, tuple[int, int]]:
+) -> dict[str, tuple[int, ...]]:
     """The shape that each tensor of protection must have, by its name in the file."""
-    wanted = {}
+    wanted: dict[str, tuple[int, ...]] = {}
     for path, known in about.get("protection", {}).items():
-        has_guard = "gain" in known and known.get("guard_of", path) == path
-        parts = (("sketch", known.get("of") == path), ("guard", has_guard))
-        for name in (tensor_name(path, part) for part, is_there in parts if is_there):
+        tables = []
+        if known.get("of") == path:
+            tables.append("sketch_rows")
+            wanted[tensor_name(path, "sketch_total")] = ()
+        if "guard_of" in known:
+            wanted[tensor_name(path, "guard_gain")] = ()
+        if known.get("guard_of") == path:
+            tables.append("guard_basis")
+        for name in (tensor_name(path, table) for table in tables):
             rows = len(tensors[name]) if name in tensors else 0
             wanted[name] = (rows, about["layers"][path]["in_features"])
     return wanted
+
+
+def from_first_format(about: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Bring what a file of format 1 holds to the names and numbers of today's, in place."""
+    parts = ["frozen_keys", "frozen_values", "current_keys", "current_values", "sketch", "guard"]
+    today = {"sketch": "sketch_rows", "guard": "guard_basis"}
+    for path in about["layers"]:
+        for part in parts:
+            name = f"base_model.model.{path}.moram_{part}"
+            if name in tensors:
+                tensors[tensor_name(path, today.get(part, part))] = tensors.pop(name)
+        if "learned" in about:
+            learned = torch.tensor(path in about["learned"])
+            tensors[tensor_name(path, "is_learned")] = learned
+        known = about.get("protection", {}).get(path, {})
+        if known.get("of") == path:
+            tensors[tensor_name(path, "sketch_total")] = torch.tensor(known["total"])
+        if "gain" in known:
+            # The oldest ones keep a basis for each layer.
+            known.setdefault("guard_of", path)
+            tensors[tensor_name(path, "guard_gain")] = torch.tensor(known["gain"])

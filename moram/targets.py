@@ -1,7 +1,7 @@
 """Finds the projections that targets name, and says why one cannot be adapted. Changes nothing."""
 
 import difflib
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -40,14 +40,37 @@ def resolve_targets(model: nn.Module, targets: str | Sequence[str]) -> TargetPre
     return PRESETS[name]
 
 
-def find_targets(model: nn.Module, preset: TargetPreset, exclude: Iterable[str] = ()) -> Found:
+def why_refused(model: nn.Module, path: str, module: nn.Module) -> str | None:
+    """Why a module cannot or must not be adapted, one sentence, or None."""
+    parent, _, name = path.rpartition(".")
+    holder = model.get_submodule(parent)
+    if isinstance(holder, nn.MultiheadAttention):
+        problem = why_not_splittable(holder)
+        if problem:
+            return f"{parent} is an nn.MultiheadAttention that cannot be split: {problem}"
+        return (
+            f"{name} inside nn.MultiheadAttention is read, never called, so an adapter there would "
+            "do nothing; use an open_clip preset or call moram.models.split_attention(model) first"
+        )
+    get_head = getattr(unwrapped(model), "get_output_embeddings", None)
+    if name == "lm_head" or (get_head is not None and get_head() is module):
+        return "the output head is not adapted: fused losses read its weight and skip the module"
+    return why_not_linear(module) or why_read(holder, name) or why_not_alone(model, path)
+
+
+def find_targets(
+    model: nn.Module,
+    preset: TargetPreset,
+    exclude: Iterable[str] = (),
+    why_refused: Callable[[nn.Module, str, nn.Module], str | None] = why_refused,
+) -> Found:
     """Paths of the Linears that each target of a preset names.
 
     Names are matched without the wrappers around modules (torch.compile, DataParallel and so on).
 
     Args:
         preset: `TargetPreset`. exclude: names and patterns like targets; what they name is left
-            alone with all that is inside.
+            alone with all that is inside. why_refused: as the function of that name.
     Returns:
         `Found`.
     Raises:
@@ -59,7 +82,7 @@ def find_targets(model: nn.Module, preset: TargetPreset, exclude: Iterable[str] 
     out = {pattern: {p for p in modules if is_inside(p, pattern)} for pattern in exclude}
     for pattern, inside in out.items():
         if not inside:
-            raise ValueError(_no_match("exclude", pattern, model, modules))
+            raise ValueError(no_match("exclude", pattern, model, modules))
     gone = set().union(*out.values())
     gone |= {p for p in modules for pattern in preset.exclude if is_inside(p, pattern)}
     adapted = tuple(f"{p}." for p, m in modules.items() if isinstance(m, AdapterLinear))
@@ -71,9 +94,9 @@ def find_targets(model: nn.Module, preset: TargetPreset, exclude: Iterable[str] 
             left = {path: m for path, m in modules.items() if path not in gone}
             taken = len(named[target])
             hint = f"; exclude took out the {taken} that it names" if taken else ""
-            raise ValueError(_no_match("target", target, model, left) + hint)
+            raise ValueError(no_match("target", target, model, left) + hint)
         for path in paths:
-            problem = _why_refused(model, actual[path], modules[path])
+            problem = why_refused(model, actual[path], modules[path])
             if problem:
                 raise ValueError(f"target {target!r} matches {path}: {problem}")
     every = {path for paths in named.values() for path in paths}
@@ -118,7 +141,8 @@ def _check_towers(
             )
 
 
-def _no_match(what: str, name: str, model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
+def no_match(what: str, name: str, model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
+    """That a name matches none of some modules of a model, and which names come closest."""
     names = {
         path.rpartition(".")[2]
         for path, module in modules.items()
@@ -138,23 +162,6 @@ def _no_match(what: str, name: str, model: nn.Module, modules: Mapping[str, nn.M
         f"{what} {name!r} matches no module of {type(model).__name__}; "
         f"closest names: {', '.join(close) or 'the model has no Linear'}{hint}"
     )
-
-
-def _why_refused(model: nn.Module, path: str, module: nn.Module) -> str | None:
-    parent, _, name = path.rpartition(".")
-    holder = model.get_submodule(parent)
-    if isinstance(holder, nn.MultiheadAttention):
-        problem = why_not_splittable(holder)
-        if problem:
-            return f"{parent} is an nn.MultiheadAttention that cannot be split: {problem}"
-        return (
-            f"{name} inside nn.MultiheadAttention is read, never called, so an adapter there would "
-            "do nothing; use an open_clip preset or call moram.models.split_attention(model) first"
-        )
-    get_head = getattr(unwrapped(model), "get_output_embeddings", None)
-    if name == "lm_head" or (get_head is not None and get_head() is module):
-        return "the output head is not adapted: fused losses read its weight and skip the module"
-    return why_not_linear(module) or why_read(holder, name) or why_not_alone(model, path)
 
 
 def why_not_alone(model: nn.Module, path: str) -> str | None:

@@ -4,6 +4,7 @@ A checkpoint made of a wrapped model must load into the plain one, and the other
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import nn
 
@@ -19,37 +20,52 @@ _INNER = {
     "PeftModel": "base_model",
     "BaseTuner": "model",
     "Adapter": "base_layer",
+    "ModulesToSaveWrapper": "modules_to_save",
 }
 _PACKAGES = ("torch", "peft", "deepspeed", "moram")
 
 
 def inner_name(module: nn.Module) -> str | None:
-    """The name under which a wrapper holds what it wraps; None for any other module."""
+    """The path from a wrapper to what it wraps; None for any other module."""
     for kind in type(module).__mro__:
         if kind.__name__ in _INNER and kind.__module__.partition(".")[0] in _PACKAGES:
-            return _INNER[kind.__name__]
+            name = _INNER[kind.__name__]
+            if name == "modules_to_save":
+                # A copy for each of PEFT's adapters.
+                active = cast(Sequence[str], module.active_adapters)
+                return f"{name}.{active[0]}" if active else "original_module"
+            return name
     return None
+
+
+def wrapping(model: nn.Module) -> list[nn.Module]:
+    """The wrappers around the whole of a model, from outside, and the model inside them; adapters
+    are not taken off."""
+    found = [model]
+    while (name := inner_name(found[-1])) not in (None, "base_layer"):
+        found.append(found[-1].get_submodule(name))
+    return found
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside all wrappers around the whole of it; adapters are not taken off."""
-    while (name := inner_name(model)) not in (None, "base_layer"):
-        model = getattr(model, name)
-    return model
+    return wrapping(model)[-1]
 
 
 def plain_names(model: nn.Module) -> dict[str, str]:
     """The path of every module without wrappers, by its path with them, in the model's order."""
-    names = {}
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for path in modules:
+    names, wrappers = {}, {}
+    for path, module in model.named_modules(remove_duplicate=False):
         parent, _, name = path.rpartition(".")
         if not path:
             names[path] = ""
-        elif inner_name(modules[parent]) == name:
-            names[path] = names[parent]
+        elif path in wrappers:
+            names[path] = names[wrappers[path]]
         else:
             names[path] = f"{names[parent]}.{name}".lstrip(".")
+        inner = inner_name(module)
+        if inner is not None:
+            wrappers[f"{path}.{inner}".lstrip(".")] = path
     return names
 
 

@@ -30,6 +30,11 @@ class Adapter(nn.Module):
         # Every forward sets `seen`.
         self.calls: Calls = Calls()
 
+    @property
+    def is_active(self) -> bool:
+        """Whether it adds an update; one of several PEFT adapters may leave this layer alone."""
+        return True
+
     def adapter_state(self) -> dict[str, Tensor]:
         """Every tensor of the adapter, by name, without those of the base."""
         state = self.state_dict()

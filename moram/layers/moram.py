@@ -97,6 +97,8 @@ class MoRAMLinear(AdapterLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls.seen = True
+        if not self.is_active:
+            return self.base_layer(x)
         bank = self.bank
         call: dict[str, Any] = {"training": self.training, "backend": self.backend}
         call["precision"] = self.config.precision
@@ -126,7 +128,8 @@ class MoRAMLinear(AdapterLinear):
 
     def adapter_state(self) -> dict[str, Tensor]:
         # As many frozen rows as live ones say how many are live.
-        return {name: t for name, t in super().adapter_state().items() if name != "bank.live"}
+        state = self.bank.state_dict()
+        return {f"bank.{name}": t for name, t in state.items() if name != "live"}
 
     def load_adapter_state(self, state: Mapping[str, Tensor]) -> None:
         self.bank.load_state_dict({name.removeprefix("bank."): t for name, t in state.items()})

@@ -27,6 +27,7 @@ from torch import nn
 import moram
 from moram import MoRAMLinear, adapters
 
+PARTS = ("frozen_keys", "frozen_values", "current_keys", "current_values")
 LLAMA_PATHS = [
     f"model.layers.{i}.self_attn.{name}_proj" for i in range(2) for name in ("q", "k", "v", "o")
 ]
@@ -121,11 +122,11 @@ def test_files_and_tensor_names_are_in_the_peft_layout(tmp_path):
     assert sorted(os.listdir(tmp_path / "deep" / "folder")) == [CONFIG, WEIGHTS]
     tensors = load_file(tmp_path / "deep" / "folder" / WEIGHTS)
     assert set(tensors) == {
-        f"base_model.model.{path}.moram_{part}"
+        f"base_model.model.{path}.moram_bank.{part}"
         for path in LLAMA_PATHS
-        for part in ("frozen_keys", "frozen_values", "current_keys", "current_values")
+        for part in (*PARTS, "live", "is_learned")
     }
-    prefix = "base_model.model.model.layers.1.self_attn.k_proj.moram_"
+    prefix = "base_model.model.model.layers.1.self_attn.k_proj.moram_bank."
     assert tensors[prefix + "current_keys"].shape == (4, 32)
     assert tensors[prefix + "current_values"].shape == (4, 16)
     assert tensors[prefix + "frozen_keys"].shape == (0, 32)

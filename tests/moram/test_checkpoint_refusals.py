@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import (
+    CONFIG,
     WEIGHTS,
     Mlp,
     assert_untouched,
@@ -55,19 +56,20 @@ def empty(directory):
 
 def make_foreign(directory):
     save_file({"weight": torch.zeros(2)}, directory / WEIGHTS)
+    (directory / CONFIG).unlink()
 
 
 def drop_tensor(directory):
-    rewrite(directory, lambda t, _: t.pop("base_model.model.down.moram_frozen_keys"))
+    rewrite(directory, lambda t, _: t.pop("base_model.model.down.moram_bank.frozen_keys"))
 
 
 def change_rows(directory):
-    name = "base_model.model.down.moram_current_keys"
+    name = "base_model.model.down.moram_bank.current_keys"
     rewrite(directory, lambda t, _: t.update({name: torch.zeros(3, 12)}))
 
 
 def raise_format(directory):
-    rewrite(directory, lambda _, about: about.update(format=2))
+    rewrite(directory, lambda _, about: about.update(format=3))
 
 
 def add_setting(directory):
@@ -78,10 +80,11 @@ DAMAGES = {
     truncate: "is damaged or no safetensors file",
     cut_header: "is damaged or no safetensors file",
     empty: "is damaged or no safetensors file",
-    make_foreign: "was not written by moram.save (its header has no 'moram' entry)",
-    drop_tensor: "lacks base_model.model.down.moram_frozen_keys",
-    change_rows: "base_model.model.down.moram_current_keys must be (4, 12), got (3, 12)",
-    raise_format: "has format 2, this version reads 1",
+    make_foreign: "was not written by moram.save (its header has no 'moram' entry), and no "
+    "adapter_config.json beside it says that PEFT wrote it for MoRAM",
+    drop_tensor: "lacks base_model.model.down.moram_bank.frozen_keys",
+    change_rows: "base_model.model.down.moram_bank.current_keys must be (4, 12), got (3, 12)",
+    raise_format: "has format 3, this version reads 2",
     add_setting: "settings hold names this version does not know: colour",
 }
 

@@ -12,7 +12,14 @@ from trace_support import TASKS, settings_for, write_data, write_model
 from transformers import AutoModelForCausalLM
 
 import moram
-from moram.examples import learn_domains, learn_tasks, look_at_atoms, read_a_bank, serve
+from moram.examples import (
+    learn_domains,
+    learn_tasks,
+    learn_with_peft,
+    look_at_atoms,
+    read_a_bank,
+    serve,
+)
 from moram.trace.run import run_trace
 
 
@@ -73,6 +80,11 @@ def test_the_example_runs_as_a_user_types_it(inputs, tmp_path):
 
 def test_a_clip_learns_a_second_domain_and_keeps_the_first():
     (first, _), (kept, second) = learn_domains.main()
+    assert min(first, kept, second) > 90
+
+
+def test_peft_and_a_trainer_learn_a_second_task_and_keep_the_first():
+    (first, _), (kept, second) = learn_with_peft.main()
     assert min(first, kept, second) > 90
 
 

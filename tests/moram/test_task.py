@@ -103,8 +103,9 @@ def test_sketches_take_half_in_bfloat16_and_nothing_where_they_are_left_out(tmp_
     learn(model, 0)
     full = moram.save(model, tmp_path)
     half = moram.save(model, tmp_path, sketches="bfloat16")
-    # Two blocks, each with one input of q, k and v and one of o: four sketches of 6 x 32.
-    assert (full.sketches, half.sketches) == (4 * 6 * 32 * 4, 4 * 6 * 32 * 2)
+    # Two blocks, each with one input of q, k and v and one of o: four sketches of 6 x 32, each with
+    # its trace, a float32.
+    assert (full.sketches, half.sketches) == (4 * (6 * 32 * 4 + 4), 4 * (6 * 32 * 2 + 4))
     fresh = language_model()
     moram.load(fresh, tmp_path)
     learn(fresh, 1)
