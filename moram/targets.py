@@ -142,7 +142,12 @@ def _check_towers(
 
 
 def no_match(what: str, name: str, model: nn.Module, modules: Mapping[str, nn.Module]) -> str:
-    """That a name matches none of some modules of a model, and which names come closest."""
+    """That a name matches none of some modules of a model, and which names come closest.
+
+    Args:
+        what: the argument, such as "target" or "exclude". name: the one without a match.
+        modules: of the model, by path, that it could have matched.
+    """
     names = {
         path.rpartition(".")[2]
         for path, module in modules.items()

@@ -47,6 +47,10 @@ class TaskCallback(TrainerCallback):
         model: Any = None,
         **kwargs: Any,
     ) -> None:
+        """Begin a task.
+
+        Args: as for `transformers.TrainerCallback`.
+        """
         begin_task(model, self.batches, generator=self.generator)
 
     def on_train_end(
@@ -57,6 +61,10 @@ class TaskCallback(TrainerCallback):
         model: Any = None,
         **kwargs: Any,
     ) -> None:
+        """End a task.
+
+        Args: as for `transformers.TrainerCallback`.
+        """
         end_task(model, self.batches)
 
 

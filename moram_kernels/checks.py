@@ -19,7 +19,10 @@ def checked(
     residual: Tensor | None,
     num_frozen: Tensor | None,
 ) -> Bank:
-    """The bank of a call whose arguments go together, frozen atoms detached."""
+    """The bank of a call whose arguments go together, frozen atoms detached.
+
+    Args and what raises: as for `moram_kernels.retrieve`.
+    """
     if current_keys is None and current_values is None:
         current_keys, current_values = _no_atoms(keys), _no_atoms(values)
     tensors = {
@@ -81,7 +84,12 @@ def checked(
 
 
 def check_scores(scores: Tensor, x: Tensor, bank: Bank, num_frozen: Tensor | None) -> None:
-    """Raise unless scores are those of x and all live atoms of a bank, in float32."""
+    """Raise unless scores are those of x and all live atoms of a bank, in float32.
+
+    Args:
+        scores: to check. x: [.., D]. bank: keys [F, D], values, and those of the current atoms.
+        num_frozen: live rows of the frozen atoms, or None for all.
+    """
     frozen = bank[0].shape[0] if num_frozen is None else int(num_frozen)
     shape = (math.prod(x.shape[:-1]), frozen + bank[2].shape[0])
     if not isinstance(scores, torch.Tensor) or scores.dtype != torch.float32:
@@ -96,7 +104,11 @@ def check_scores(scores: Tensor, x: Tensor, bank: Bank, num_frozen: Tensor | Non
 def bank_of(
     keys: Tensor, values: Tensor, current_keys: Tensor | None, current_values: Tensor | None
 ) -> Bank:
-    """The bank of a call; frozen atoms have no gradient."""
+    """The bank of a call; frozen atoms have no gradient.
+
+    Args:
+        keys, values: [F, D] and [F, O]. current_keys, current_values: [C, D] and [C, O], or None.
+    """
     if current_keys is None or current_values is None:
         current_keys, current_values = _no_atoms(keys), _no_atoms(values)
     if keys.requires_grad:

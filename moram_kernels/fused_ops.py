@@ -181,7 +181,13 @@ def run_forward(
     precision: str, save: bool | str | None, scores: Tensor | None = None,
     out: Tensor | None = None, known: Known | None = None,
 ) -> tuple[Tensor, "Saved | None", str | None]:  # fmt: skip
-    """(output, saved tensors, form of the backward); save: None, True (either form) or a form."""
+    """(output, saved tensors, form of the backward).
+
+    Args:
+        x: rows [M, D]. residual: [M, O] or None. save: None, True (either form) or a form.
+        out: where the output goes, or None. known: what is known of such calls, or None to look.
+        The rest as for `retrieve_triton`.
+    """
     kernels, _, launcher, Table = _kernels()
     keys, values, current_keys, current_values = bank
     tokens, atoms = x.shape[0], keys.shape[0] + current_keys.shape[0]
@@ -232,6 +238,12 @@ def run_backward(
     grad: Tensor, x: Tensor, bank: Bank, saved: Sequence[Tensor], settings: Rule,
     training: bool, precision: str, needs: tuple[bool, bool], form: str | None,
 ) -> Gradients:  # fmt: skip
+    """(dx, dkeys, dvalues), each None where it is not needed.
+
+    Args:
+        grad: of the output [M, O]. saved, form: as `run_forward` returned them.
+        needs: which of (x, the bank) want a gradient. The rest as for `run_forward`.
+    """
     forward, kernels, launcher, Table = _kernels()
     keys, values, current_keys, current_values = bank
     if not x.shape[0] or not grad.shape[1] or not keys.shape[0] + current_keys.shape[0]:

@@ -34,6 +34,8 @@ class MoRAMTuner(BaseTuner):
     ) -> None:
         """Add an adapter. The model is left as it was where that raises.
 
+        Args: as for PEFT's `BaseTuner.inject_adapter`.
+
         Raises:
             ValueError: the name cannot be one of an adapter, a name in the config matches nothing,
                 a target cannot be adapted, or the config's files do not fit the model.

@@ -110,6 +110,9 @@ def launch(
 def start(kernel: KernelInterface[Any], grid: tuple[int, ...], *args: Any, **constants: Any) -> Any:
     """Launch by Triton's own path, on the device of the first argument.
 
+    Args:
+        kernel: of `triton.jit`. grid: number of programs along each axis.
+        args: its tensors, then its numbers. constants: with warps and stages.
     Returns:
         the compiled kernel; None in Triton's interpreter.
     """
@@ -231,6 +234,9 @@ def new_matrix(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Ten
     """An empty matrix [rows, columns] on a tensor's device, its rows a multiple of 16 apart.
 
     Rows of a multiple of 16 numbers are stored in whole vectors.
+
+    Args:
+        like: a tensor on the device. rows, columns, dtype: of the matrix.
     """
     return like.new_empty_strided((rows, columns), (-(-columns // 16) * 16, 1), dtype=dtype)
 

@@ -160,8 +160,8 @@ def launch_select_groups(
             "BLOCK_C": block_c,
             "LOG_G": block_g.bit_length() - 1,
             "LOG_C": block_c.bit_length() - 1,
-            # 32 maxima a lane; of the atoms, whose places take registers as well, 16.
-            "num_warps": max(1, min(8, block_g // 1024), block_c // 512),
+            # 16 maxima or scores a lane: their places take registers as well.
+            "num_warps": max(1, min(8, max(block_g, block_c) // 512)),
         }
         strides = (scores.stride(0), maxima.stride(0))
         numbers = (num_atoms, num_frozen, *strides, *numbers_of(rule))
