@@ -18,9 +18,9 @@ from moram_kernels.triton_backend.rates import SHORTEST, flops, product, stream
 # Seconds of Python and dispatch for one eager op of torch and one kernel of a compiled graph.
 OP, COMPILED_KERNEL = 5e-6, 2e-6
 # What `retrieve` does in Python around its launches, more of it while training, and around those of
-# a backward; then a known launch of ours. host_time.py measured them beside plain, on one core of an
-# AMD EPYC: 0.32 of plain's at inference with one launch, 0.46 while training, 0.67 with the backward,
-# a launch 0.05. These are the shares of plain's host time as it is modelled here.
+# a backward; then a known launch of ours. On one core of an AMD EPYC host_time.py measured 0.32 of
+# plain at inference with one launch, 0.46 while training, 0.67 with the backward, and 0.05 for a
+# launch. These are those shares of plain's host time as it is modelled here.
 CALL, TRAINING_CALL, BACKWARD_CALL, TRITON = 22e-6, 28e-6, 82e-6, 4e-6
 # torch.topk with softmax on an H100, bfloat16, 16384 rows: 137, 251 and 458 us for rows of 128, 256
 # and 512 (FreeToken PR #319): so much a row, and a score. Wider rows are an extrapolation.
