@@ -53,4 +53,6 @@ def run(rank, world, folder):
     )
     wrap = nn.parallel.DistributedDataParallel
     torch.save(learn(build(), wrap, slice(rank, None, world)), f"{folder}/rank{rank}.pt")
+    # Who leaves first closes connections that the other may still read.
+    dist.barrier()
     dist.destroy_process_group()

@@ -170,4 +170,6 @@ def run(rank, name, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     torch.save(globals()[name](rank, folder), f"{folder}/rank{rank}.pt")
+    # Who leaves first closes connections that the other may still read.
+    dist.barrier()
     dist.destroy_process_group()

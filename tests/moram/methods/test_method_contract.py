@@ -297,6 +297,8 @@ def run_process(rank, world, folder):
         model = learn(method, language_model(), stages_of(method), settings, processes=Processes())
         ends[case] = states(model)
     torch.save(ends, f"{folder}/rank{rank}.pt")
+    # Who leaves first closes connections that the other may still read.
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
