@@ -27,6 +27,7 @@ TASKS = {name: [{"input_ids": ids, "labels": ids}] * 240 for name, ids in NUMBER
 
 
 def make_model() -> LlamaForCausalLM:
+    """The same small model every time."""
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
     config.num_attention_heads = config.num_key_value_heads = 4
@@ -35,6 +36,7 @@ def make_model() -> LlamaForCausalLM:
 
 
 def make_trainer(model: torch.nn.Module, data: list[dict[str, torch.Tensor]], out: str) -> Trainer:
+    """A task's Trainer."""
     settings = TrainingArguments(out, max_steps=60, learning_rate=1e-2, report_to=[])
     return Trainer(model, settings, train_dataset=data)
 
@@ -48,6 +50,7 @@ def score(model: torch.nn.Module, name: str) -> float:
 
 
 def main() -> list[list[float]]:
+    """R, as learned and as loaded again by PEFT alone."""
     with TemporaryDirectory() as out:
         model = get_peft_model(make_model(), ADAPTER)
         found = train_tasks(model, TASKS, make_trainer, score, out)
