@@ -22,11 +22,14 @@ EARLY = {
     "sm_89": (64, 128),
     "sm_90": (128, 192),
     "sm_100": (0, 0),
-    "sm_120": (96, 128),
+    "sm_120": (64, 128),
 }
 # Where two tiles spill: on gfx942 tiles of unequal width have unequal layouts; on sm_89 a thread
-# that stores the scores of 96 atoms takes 112 to 192 bytes of stack.
-SINGLE = ("sm_89", "gfx942")
+# that stores the scores of 96 atoms takes 112 to 192 bytes of stack, on sm_120 at inference 16.
+SINGLE = ("sm_89", "sm_120", "gfx942")
+# Where float16 takes more registers than bfloat16: 128 atoms at inference on sm_89, the square of
+# the keys on sm_120, and on both the sum of values with masks.
+TIGHT = ("sm_89", "sm_120")
 # Rows, columns and warps of products of 16-bit tensors; the large ones only where registers are
 # many and shared memory holds the largest, three times 128 and 256 rows of 64 numbers.
 SCORES = ((64, 128, 4), (32, 128, 4), (128, 128, 8), (128, 256, 8))
@@ -42,7 +45,7 @@ def resident_tile(atoms: int, top_k: int, dtype: str, device: Device) -> tuple[i
         device: `Device` that has a target.
     """
     widest = EARLY[device.target][top_k != 8] if available.is_early() else WIDEST[device.target]
-    if dtype == "float32":
+    if dtype == "float32" or (dtype == "float16" and device.target == "sm_89"):
         # What is wider spills: a float32 product takes registers of its own.
         widest = min(64, widest)
     pairs = (p for p in TILES if not p[1] or device.target not in SINGLE)
@@ -65,6 +68,7 @@ def tiles(
     block = 32 if small else 64
     # Six products of bfloat16 are wide where 64 rows meet, which one of float32 has no room for.
     rows = 64 if shape.rate == "six" and _is_large(device) else block
+    tight = dtype == "float16" and target in TIGHT
     # Masked or unaligned rows are not copied to shared memory but held in registers.
     loose = shape.width % block or shape.out % block
     if shape.rate == "six" or (not small and (loose or target == "sm_100")):
@@ -72,11 +76,11 @@ def tiles(
         common = six
     chosen = {
         "scores": _scores(shape, device, rows, loose, common),
-        "aggregate": _aggregate(shape, device, rows, loose, common),
+        "aggregate": _aggregate(shape, device, rows, loose, tight, common),
         # x (keys^T keys) in float16, of which the square is float32.
         "through": {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_D": 32, **six},
         "bank": {"BLOCK_M": block, "BLOCK_A": 16, "BLOCK_B": 64, **common},
-        "gram": {"BLOCK_N": 32, "BLOCK_A": 32 if small else 64, "BLOCK_B": 64, **common},
+        "gram": {"BLOCK_N": 32, "BLOCK_A": 32 if small or tight else 64, "BLOCK_B": 64, **common},
         "bank_splits": max(1, min(64, 2 * units // max(1, (shape.width + shape.out) // 64))),
     }
     scores = chosen["scores"]
@@ -118,11 +122,15 @@ def _scores(shape: cost.Shape, device: Device, rows: int, loose: int, common: Ti
     return _fastest(choices, lambda tile: cost.scores(shape, device, tile))
 
 
-def _aggregate(shape: cost.Shape, device: Device, rows: int, loose: int, common: Tile) -> Tile:
+def _aggregate(
+    shape: cost.Shape, device: Device, rows: int, loose: int, tight: bool, common: Tile
+) -> Tile:
     small = shape.itemsize == 4
     usual = {"BLOCK_M": rows, "BLOCK_N": 32, "BLOCK_O": 128, **common}
     if small:
         usual["BLOCK_O"] = 32 if loose else 64
+    elif loose and tight:
+        usual["BLOCK_O"] = 64
     if loose or small or not _is_large(device) or shape.tokens <= 64:
         return usual
     choices = [

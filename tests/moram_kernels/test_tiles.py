@@ -31,7 +31,11 @@ def all_tiles(device, **sizes):
 
 WIDEST = {"sm_80": 128, "sm_89": 128, "sm_90": 192, "sm_100": 96, "sm_120": 128, "gfx942": 128}
 # The tile of 65 to 96 atoms.
-MIDDLE = dict.fromkeys(WIDEST, (64, 32)) | {"sm_89": (128, 0), "gfx942": (128, 0)}
+MIDDLE = dict.fromkeys(WIDEST, (64, 32)) | {
+    "sm_89": (128, 0),
+    "sm_120": (128, 0),
+    "gfx942": (128, 0),
+}
 
 
 @pytest.mark.parametrize("target", WIDEST)
@@ -45,7 +49,7 @@ def test_each_target_has_its_own_resident_tiles(target, version):
 
 
 # Most atoms with top_k 8 and with another, before Triton 3.8.
-EARLY = {"sm_80": (96, 128), "sm_89": (64, 128), "sm_90": (128, 192), "sm_120": (96, 128)}
+EARLY = {"sm_80": (96, 128), "sm_89": (64, 128), "sm_90": (128, 192), "sm_120": (64, 128)}
 
 
 @pytest.mark.parametrize("top_k", [4, 8, 16, 200])
