@@ -186,7 +186,7 @@ def retrieve_linear(
             scores=scores,
         )
     rows = x.reshape(-1, x.shape[-1])
-    settings = _rule(activation)
+    settings = rule_of(activation)
     how = (settings, training, precision, scores, known)
     output = retrieve_linear_triton(rows, weight, bias, bank, *how)
     return output.view(*x.shape[:-1], output.shape[-1])
@@ -203,7 +203,8 @@ def _stands_alone(x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor
     return not fits or (bias is not None and bias.shape != weight.shape[:1])
 
 
-def _rule(activation: SelfActivation) -> Rule:
+def rule_of(activation: SelfActivation) -> Rule:
+    """The settings of an activation as kernels take them."""
     return Rule(activation.top_k, activation.temperature, activation.threshold, activation.eps)
 
 
@@ -262,7 +263,7 @@ def _run(
     known: Known | None,
     autocast: bool,
 ) -> Tensor:
-    settings = _rule(activation)
+    settings = rule_of(activation)
     if backend == "torch":
         return retrieve_torch(x, *bank, residual, settings, training, num_frozen, autocast)
     if backend == "triton":

@@ -5,15 +5,13 @@ device without kernels they run the torch backend, so that a graph made for a GP
 CPU. Who calls them: `fused_ops.py`.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from . import torch_backend, torch_backward
 from .aliases import Gradients, Rule
 from .fused_ops import run_backward, run_forward
-from .ops import TAGS, check_live
+from .ops import TAGS, check_live, fake_backward
 from .triton_backend import available
 from .triton_backend.plan import fixed_form, saved_shapes
 
@@ -126,21 +124,9 @@ def _retrieve_fused_backward(
     return dx, dkeys, dvalues
 
 
-def _retrieve_fused_backward_fake(
-    grad: Tensor,
-    x: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    current_keys: Tensor,
-    current_values: Tensor,
-    *_: Any,
-) -> tuple[Tensor, ...]:
-    return tuple(t.new_empty(t.shape) for t in (x, current_keys, current_values))
-
-
 for _name, _impl, _fake in (
     ("retrieve_fused", _retrieve_fused, _retrieve_fused_fake),
-    ("retrieve_fused_backward", _retrieve_fused_backward, _retrieve_fused_backward_fake),
+    ("retrieve_fused_backward", _retrieve_fused_backward, fake_backward),
 ):
     _LIBRARY.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"moram::{_name}", _fake, lib=_LIBRARY)

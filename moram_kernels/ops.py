@@ -283,7 +283,7 @@ def _retrieve_backward(
     )
 
 
-def _retrieve_backward_fake(
+def fake_backward(
     grad: Tensor,
     x: Tensor,
     keys: Tensor,
@@ -292,11 +292,11 @@ def _retrieve_backward_fake(
     current_values: Tensor,
     *_: Any,
 ) -> tuple[Tensor, ...]:
-    return (
-        x.new_empty(x.shape),
-        current_keys.new_empty(current_keys.shape),
-        (current_values.new_empty(current_values.shape)),
-    )
+    """Shapes of the gradients, for tracing.
+
+    Args: as for the ops that end in "_backward"; what follows does not matter.
+    """
+    return tuple(t.new_empty(t.shape) for t in (x, current_keys, current_values))
 
 
 def version_of(tensor: Tensor) -> int | None:
@@ -333,7 +333,7 @@ def check_live(count: int, keys: Tensor) -> None:
 for _name, _impl, _fake in (
     ("live_count", _live_count, _live_count_fake),
     ("retrieve", _retrieve, _retrieve_fake),
-    ("retrieve_backward", _retrieve_backward, _retrieve_backward_fake),
+    ("retrieve_backward", _retrieve_backward, fake_backward),
 ):
     _LIBRARY.impl(_name, _impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"moram::{_name}", _fake, lib=_LIBRARY)

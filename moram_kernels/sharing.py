@@ -7,8 +7,8 @@ from torch import Tensor
 
 from . import fused_ops
 from .activation import SelfActivation
-from .aliases import Bank, Rule, Tile
-from .api import pick_backend
+from .aliases import Bank, Tile
+from .api import pick_backend, rule_of
 from .calls import Course, recall
 from .triton_backend import available, cost
 from .triton_backend.plan import Plan
@@ -78,7 +78,7 @@ def _tile(
         return None
     if len({bank[0].dtype for bank in banks}) > 1:
         return None
-    settings = Rule(activation.top_k, activation.temperature, activation.threshold, activation.eps)
+    settings = rule_of(activation)
     plans = [fused_ops.plan_for(x, bank, settings, training, precision) for bank in banks]
     return plans[0].tiles["scores"] if pays(x, banks, plans, precision) else None
 

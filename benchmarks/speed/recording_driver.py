@@ -15,8 +15,6 @@ from moram_kernels.triton_backend.devices import A100, H100
 
 # Limits of a CUDA grid, per dimension.
 GRID = (2**31 - 1, 65535, 65535)
-SHARED_BYTES = 227 * 1024
-MULTIPROCESSORS = 132
 DEVICES = {80: A100, 90: H100}
 
 
@@ -42,7 +40,8 @@ class RecordingDriver:
         self.arch, self.stream, self.device = arch, 0, 0
         self.launched, self.arguments = [], []
         self.keep = keep
-        properties = {"max_shared_mem": SHARED_BYTES, "multiprocessor_count": MULTIPROCESSORS}
+        device = DEVICES[arch]
+        properties = {"max_shared_mem": device.shared, "multiprocessor_count": device.units}
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: properties,
             # A module that is there, so that it is loaded once; 64 registers, no spills.

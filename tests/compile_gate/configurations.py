@@ -230,13 +230,17 @@ def shipped(target, subset=None):
 
 
 def planned(call, target):
-    """The `Plan` of a call on its path, or None where that is not offered."""
+    """The `Plan` of a call on its path, None where that is not offered; without one the fastest."""
     met = call.dtype if call.dtype == (call.result or call.dtype) else "float32"
     shape = (call.tokens, call.width, call.out, call.atoms, call.top_k, met, call.training)
     how = {"current": call.current, "precision": call.precision, "table": {}}
-    if call.path not in plan.plan(*shape, REFERENCES[target][0], **how).seconds:
+    device = REFERENCES[target][0]
+    fastest = plan.plan(*shape, device, **how)
+    if call.path is None:
+        return fastest
+    if call.path not in fastest.seconds:
         return None
-    return plan.plan(*shape, REFERENCES[target][0], **how, path=call.path)
+    return plan.plan(*shape, device, **how, path=call.path)
 
 
 def record(call, target, chosen=None):

@@ -23,11 +23,8 @@ from emulated_driver import EmulatingDriver
 from machine_code import compile_launch, read
 from paths import call, run_training
 from ptx_text import parse
-from shipped_tiles import SmallCall
 from test_emulated_operator import emulating
 from test_emulated_tiles import case_of, planned
-
-from moram_kernels.triton_backend.plan import ROW_ATOMS
 
 OUT = Path(__file__).with_name("counts.csv")
 INFERENCE = {"training": False}
@@ -97,13 +94,9 @@ class CountingDriver(EmulatingDriver):
 
 def count(layer, planned_call, changes, arch):
     """Rows of `COLUMNS` of a layer's forward and, in training, its backward."""
-    # Any path that is offered has the times of all.
-    offered = "split-dense" if planned_call.atoms <= ROW_ATOMS else "split-gather"
-    seconds = configurations.planned(replace(planned_call, path=offered), f"sm_{arch}").seconds
-    planned_call = replace(planned_call, path=min(seconds, key=seconds.get))
-    plan = configurations.planned(planned_call, f"sm_{arch}")
-    small = replace(planned_call, **changes)
-    case = case_of(SmallCall(small, plan, {}))
+    plan = configurations.planned(replace(planned_call, path=None), f"sm_{arch}")
+    small = replace(planned_call, path=plan.path, **changes)
+    case = case_of(small)
     with emulating(arch, case, kind=CountingDriver) as driver, planned(plan):
         if small.training:
             run_training(case, small.path)

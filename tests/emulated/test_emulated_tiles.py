@@ -25,9 +25,8 @@ def calls(arch):
     return list(small_calls(f"sm_{arch}"))
 
 
-def case_of(small):
-    """Tensors of a `SmallCall`. At inference a quarter of the selected atoms pass the threshold."""
-    one = small.call
+def case_of(one):
+    """Tensors of a `Call`. At inference a quarter of the selected atoms pass the threshold."""
     current = min(one.current, one.atoms)
     how = {"top_k": one.top_k, "temperature": 0.1, "training": one.training}
     sizes = (one.atoms - current, current, one.width, one.out)
@@ -58,7 +57,7 @@ def was_made(launch, made):
 
 def check(small, arch):
     """Emulate a `SmallCall` and hold it against the oracle; the launches that were not made."""
-    case, one = case_of(small), small.call
+    case, one = case_of(small.call), small.call
     with emulating(arch, case) as driver, planned(small.plan):
         if one.training:
             check_call(case, one.path, precision=one.precision)
@@ -97,8 +96,8 @@ def test_small_calls_have_every_shipped_form():
 def test_launch_of_another_tile_is_not_the_wanted_one():
     small = next(one for one in calls(80) if one.call.path == "decode")
     form, launch = next(iter(small.wanted.items()))
-    with emulating(80, case_of(small)) as driver, planned(small.plan):
-        call(case_of(small), "decode")
+    with emulating(80, case_of(small.call)) as driver, planned(small.plan):
+        call(case_of(small.call), "decode")
     assert was_made(launch, driver.launched), form
     for name, value in (("num_warps", 8), ("BLOCK_N", 7)):
         other = Launch(launch.kernel, launch.args, launch.meta | {name: value})
