@@ -167,9 +167,9 @@ class Run:
             if found:
                 self.bench.wrong.add((check.path, check.training, check.dtype))
             verdict = "DISAGREES" if found else "agrees"
-            print(f"{check}: {verdict}", flush=True)
             row = {"verdict": verdict, "problems": "; ".join(found)}
             self.results.parity.write(check._asdict() | row | {"seconds": time.monotonic() - start})
+            print(f"{check}: {verdict}", flush=True)
         if checks:
             left = f", {self.unchecked} not checked in time" if self.unchecked else ""
             self.say(f"{title}: {self.checked} checks, {len(self.problems)} problems{left}")

@@ -15,11 +15,7 @@ from moram.trainer import train_tasks
 
 # protect is this project's addition to the published rule, which it is without.
 ADAPTER = moram.peft.MoRAMPeftConfig(
-    target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-    task_type="CAUSAL_LM",
-    atoms_per_task=4,
-    top_k=4,
-    protect=0.95,
+    target_modules="llama", task_type="CAUSAL_LM", atoms_per_task=4, top_k=4, protect=0.95
 )
 # Count up with half of the tokens, and down with the other half.
 NUMBERS = {"up": torch.arange(1, 32), "down": torch.arange(62, 31, -1)}
