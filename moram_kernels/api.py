@@ -15,7 +15,7 @@ from .fused_ops import retrieve_linear_triton, retrieve_triton
 from .ops import retrieve_torch
 from .reference import retrieve_reference
 from .triton_backend import available
-from .triton_backend.plan import PRECISIONS, why_not_covered
+from .triton_backend.plan import PRECISIONS, dtype_name, why_not_covered
 
 BACKENDS = ("auto", "reference", "torch", "triton")
 
@@ -65,8 +65,9 @@ def retrieve(
             they can follow. On the meta device nothing is computed: every name gives shape and
             dtype.
         precision: of the Triton backend's float32 products: "ieee", or "bf16x6", which is as exact
-            to a few float32 roundings and uses tensor cores. Products of one 16-bit dtype ignore
-            it; 16-bit values onto a float32 residual do not.
+            to a few float32 roundings and uses tensor cores. Where dtypes are mixed it is the
+            latter; where bfloat16 meets float32, with three products in place of six. Products of
+            one 16-bit dtype ignore it.
         num_frozen: live rows of keys and values if they have spare capacity, an int64 CPU tensor
             without dimensions; the rows after them are never read. torch.compile does not
             specialise on its value.
@@ -245,9 +246,8 @@ def _why_not_triton(x: Tensor, bank: Bank, top_k: int, precision: str) -> str | 
     reason = available.why_not(x.device) or available.why_not_dtypes({x.dtype, bank[0].dtype})
     if reason:
         return reason
-    dtype = x.dtype if x.dtype == bank[0].dtype else torch.float32
     atoms = bank[0].shape[0] + bank[2].shape[0]
-    return why_not_covered(atoms, top_k, str(dtype).removeprefix("torch."), precision)
+    return why_not_covered(atoms, top_k, dtype_name(x.dtype, bank[0].dtype), precision)
 
 
 def _run(

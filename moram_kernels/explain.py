@@ -7,7 +7,7 @@ import torch
 from .activation import SelfActivation
 from .triton_backend import available
 from .triton_backend.devices import device_model
-from .triton_backend.plan import Plan, plan
+from .triton_backend.plan import Plan, dtype_name, plan
 
 
 def explain(
@@ -18,6 +18,7 @@ def explain(
     activation: SelfActivation | None = None,
     *,
     dtype: torch.dtype = torch.bfloat16,
+    atoms_dtype: torch.dtype | None = None,
     training: bool = False,
     device: torch.device | str | None = None,
     num_current: int = 0,
@@ -28,7 +29,7 @@ def explain(
     Args:
         tokens: rows of x. in_features: D. out_features: O. num_atoms: live atoms of the bank.
         activation: `SelfActivation`; of it only top_k matters.
-        dtype: of x and the bank; mixed ones count as float32.
+        dtype: of x and the output. atoms_dtype: of the bank; None is that of x.
         training: whether a backward follows.
         device: a torch device, a GPU's name ("H100", "A100", "L40S", "RTX 4090", "MI300", ...) or
             a capability ("sm_86", "gfx90a"); None is this machine's GPU, or an H100 where there is
@@ -52,13 +53,15 @@ def explain(
     if isinstance(device, str) and device.split(":")[0] in ("cpu", "cuda"):
         device = torch.device(device)
     model = device_model(device if isinstance(device, str) else available.device_of(device))
+    atoms_dtype = atoms_dtype or dtype
+    kinds = str(dtype) if atoms_dtype == dtype else f"{dtype} with atoms of {atoms_dtype}"
     chosen = plan(
         tokens,
         in_features,
         out_features,
         num_atoms,
         activation.top_k,
-        str(dtype).removeprefix("torch."),
+        dtype_name(dtype, atoms_dtype),
         training,
         model,
         current=num_current,
@@ -68,7 +71,7 @@ def explain(
     here = available.why_not()
     lines = [
         f"{tokens} tokens, {in_features} -> {out_features}, {num_atoms} atoms, "
-        f"top_k {activation.top_k}, {dtype}, {'training' if training else 'inference'}, "
+        f"top_k {activation.top_k}, {kinds}, {'training' if training else 'inference'}, "
         f"{model.name}",
         f"path: {chosen.path}" + (f", backward from {chosen.backward}" if chosen.backward else ""),
         f"why: {chosen.reason}",

@@ -14,7 +14,7 @@ from torch import Tensor
 from .aliases import Bank, Gradients, Rule
 from .calls import Course, Known, recall
 from .triton_backend import available
-from .triton_backend.plan import Plan, plan
+from .triton_backend.plan import Plan, dtype_name, plan
 
 if TYPE_CHECKING:
     from .triton_backend.forward import Saved
@@ -150,14 +150,13 @@ def plan_for(
         result: the dtype of the output or of its gradient, if it is not that of x.
     """
     keys, values, current_keys, _ = bank
-    dtype = x.dtype if {x.dtype, result or x.dtype} == {keys.dtype} else torch.float32
     return plan(
         x.shape[0],
         keys.shape[1],
         values.shape[1],
         keys.shape[0] + current_keys.shape[0],
         settings[0],
-        str(dtype).removeprefix("torch."),
+        dtype_name(x.dtype, keys.dtype, result or x.dtype),
         training,
         available.device_of(x.device),
         current=current_keys.shape[0],
@@ -221,9 +220,8 @@ def run_forward(
                 kind = tables[0].joined, tables[1].joined
             steps = None if known is None else launcher.Steps(course, kind)
             kernels.forward(
-                x, *tables, residual, out, settings, training, saved, chosen, precision, scores,
-                steps,
-            )  # fmt: skip
+                x, *tables, residual, out, settings, training, saved, chosen, scores, steps
+            )
         if steps is not None:
             steps.end()
         return out, saved, chosen.backward
@@ -264,7 +262,7 @@ def run_backward(
     with launcher.on(x.device):
         kind = tables[0].joined, tables[1].joined
         steps = None if known is None else launcher.Steps(course, kind)
-        how = (settings, training, course.plan, precision, needs, steps)
+        how = (settings, training, course.plan, needs, steps)
         dx, dkeys, dvalues = kernels.backward(grad, x, *tables, forward.Saved(*saved), *how)
     if steps is not None:
         steps.end()

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from . import fused_ops
 from .activation import SelfActivation
-from .aliases import Bank, Tile
+from .aliases import Bank
 from .api import pick_backend, rule_of
 from .calls import Course, recall
 from .triton_backend import available, cost
-from .triton_backend.plan import Plan
+from .triton_backend.plan import Plan, dtype_name, rate_of
 
 MAX_BANKS = 3
 
@@ -43,7 +43,7 @@ def shared_scores(
     # Another planner plans anew.
     course = None if known is None else known.courses.get(fused_ops.plan)
     if course is None:
-        course = Course(_tile(x, banks, activation, training, backend, precision))
+        course = Course(_plan(x, banks, activation, training, backend, precision))
         if known is not None:
             known.courses[fused_ops.plan] = course
     if course.plan is None:
@@ -55,21 +55,22 @@ def shared_scores(
     tables = [Table.of(bank[0].detach(), bank[2].detach()) for bank in banks]
     with torch.no_grad(), launcher.on(x.device):
         steps = None if known is None else launcher.Steps(course)
-        scores = launch_shared_scores(x, tables, precision, course.plan, steps)
+        chosen = course.plan
+        scores = launch_shared_scores(x, tables, chosen.precision, chosen.tiles["scores"], steps)
     if steps is not None:
         steps.end()
     return scores
 
 
-def _tile(
+def _plan(
     x: Tensor,
     banks: Sequence[Bank],
     activation: SelfActivation,
     training: bool,
     backend: str,
     precision: str,
-) -> Tile | None:
-    """The tile of the kernel, or None where sharing does not pay."""
+) -> Plan | None:
+    """The plan of the first bank, or None where sharing does not pay."""
     if any(bank[0].shape[0] + bank[2].shape[0] == 0 for bank in banks):
         return None
     if any(
@@ -80,30 +81,29 @@ def _tile(
         return None
     settings = rule_of(activation)
     plans = [fused_ops.plan_for(x, bank, settings, training, precision) for bank in banks]
-    return plans[0].tiles["scores"] if pays(x, banks, plans, precision) else None
+    return plans[0] if pays(x, banks, plans) else None
 
 
-def pays(x: Tensor, banks: Sequence[Bank], plans: Sequence[Plan], precision: str) -> bool:
+def pays(x: Tensor, banks: Sequence[Bank], plans: Sequence[Plan]) -> bool:
     """Whether one product for all banks is modelled faster than one each.
 
     Args:
-        x: rows [M, D]. banks, precision: as for `shared_scores`. plans: `Plan`, one a bank.
+        x: rows [M, D]. banks: as for `shared_scores`. plans: `Plan`, one a bank.
     """
     if any(not plan.path.startswith("split") for plan in plans):
         return False
-    itemsize = 2 if x.itemsize == banks[0][0].itemsize == 2 else 4
-    rate = "half" if itemsize == 2 else "single" if precision == "ieee" else "six"
+    rate = rate_of(dtype_name(x.dtype, banks[0][0].dtype), plans[0].precision)
     device = available.device_of(x.device)
     sizes = [bank[0].shape[0] + bank[2].shape[0] for bank in banks]
     single = [(bank[0].shape[0] == 0 or bank[2].shape[0] == 0) for bank in banks]
 
     def product(columns: int, library: bool) -> float:
         return cost.product(
-            device, x.shape[0], columns, x.shape[1], itemsize, rate, out=4, library=library
+            device, x.shape[0], columns, x.shape[1], x.itemsize, rate, out=4, library=library
         )
 
     alone = sum(
-        product(size, joined and itemsize == 2) + cost.LAUNCH
+        product(size, joined and rate == "half") + cost.LAUNCH
         for size, joined in zip(sizes, single, strict=True)
     )
     return product(sum(sizes), False) + cost.LAUNCH < alone

@@ -232,12 +232,12 @@ def run_path(case, data, path, device_name, settings, eps=1e-12):
             data.x, case.tokens, case.atoms, case.current, case.top_k, chosen.backward
         )
     forward.forward(
-        data.x, keys, values, data.residual, output, settings, case.training, saved, chosen, "ieee"
+        data.x, keys, values, data.residual, output, settings, case.training, saved, chosen
     )
     if not case.training:
         return (output,)
     grads = backward.backward(
-        data.grad, data.x, keys, values, saved, settings, True, chosen, "ieee", (True, True)
+        data.grad, data.x, keys, values, saved, settings, True, chosen, (True, True)
     )
     return output, *grads
 

@@ -9,7 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aliases import Tile
-from .launcher import Launch, Steps, cdiv, dot_dtype, launch, next_power_of_2
+from .launcher import Launch, Steps, cdiv, dot_dtype, launch, next_power_of_2, precision_of_sum
+from .products import multiply
 from .segments import Table, row_pointers
 
 
@@ -59,7 +60,7 @@ def _aggregate_kernel(
             atom, frozen_ptr, current_ptr, num_frozen, stride_frozen, stride_current, ALIGNED
         )
         v = tl.load(table[:, None] + column[None, :])
-        acc = tl.dot(c.to(DOT), v.to(DOT), acc, input_precision=PRECISION)
+        acc = multiply(c, v, acc, DOT, PRECISION)
     if HAS_UNSCALE:
         acc *= tl.load(unscale_ptr + row)[:, None]
     mask = mask_m[:, None]
@@ -154,7 +155,7 @@ def launch_aggregate(
         )
         constants = {
             "DOT": dot_dtype(coefficients, table),
-            "PRECISION": precision,
+            "PRECISION": precision_of_sum(precision, out),
             "ALIGNED": table.aligned,
             "HAS_UNSCALE": unscale is not None,
             "HAS_RESIDUAL": residual is not None,

@@ -30,7 +30,6 @@ def backward(
     settings: Rule,
     training: bool,
     plan: Plan,
-    precision: str,
     needs: Sequence[bool],
     steps: Steps | None = None,
 ) -> Gradients:
@@ -39,14 +38,14 @@ def backward(
     Args:
         grad: dy [M, O]. x: [M, D], M >= 1. keys, values: `Table`s with C current rows.
         saved: `Saved`. settings, training: those of the forward.
-        plan: `Plan` with a backward; precision: of float32 products.
+        plan: `Plan` with a backward.
         needs: which of (x, the bank) want a gradient.
         steps: the launches of calls of this signature, or None.
     """
     grad, x = launcher.rows(grad), launcher.rows(x)
     run = _from_scores if plan.backward == "dense" else _from_lists
     needs = (needs[0], needs[1] and keys.num_rows > keys.num_frozen)
-    how = (acting(settings, training), plan.tiles, precision, needs, steps)
+    how = (acting(settings, training), plan.tiles, plan.precision, needs, steps)
     return run(grad, x, keys, values, saved, *how)
 
 

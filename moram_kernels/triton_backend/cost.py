@@ -63,9 +63,11 @@ LETTERS = {"scores": "MND", "aggregate": "MON", "gram": "ABN"}
 
 @dataclass(frozen=True)
 class Shape:
-    """What is to be computed: M tokens, D -> O, N atoms of which C current, top_k, bytes a number.
+    """What is to be computed: M tokens, D -> O, N atoms of which C current, top_k.
 
-    rate: FLOP/s share of products: "half", "single" (ieee float32) or "six" (bf16x6).
+    itemsize: bytes of a number that goes in or out.
+    rate: FLOP/s share of products: "half", "single" (ieee float32), "six" (bf16x6) or "three", as
+    where bfloat16 meets float32.
     joined: whether keys and values are one segment each, as the vendor's library needs.
     in_place: whether the output takes the residual's memory, as in an adapted Linear; where it does
     not, the library copies the residual first.
@@ -83,6 +85,11 @@ class Shape:
     training: bool
     residual: bool = True
     in_place: bool = True
+
+    @property
+    def met(self) -> int:
+        """Bytes of a number of the bank, and of factors that meet it."""
+        return 2 if self.rate == "half" else 4
 
 
 def forward_times(
@@ -141,23 +148,23 @@ def _select_groups(device: Device, shape: Shape) -> float:
 
 def backward_times(device: Device, shape: Shape, tiles: Tiles | None = None) -> dict[str, float]:
     """Seconds of the backward from saved scores ("dense") and from saved lists ("lists")."""
-    tiles, size, times = tiles or {}, shape.itemsize, {}
+    tiles, size, met, times = tiles or {}, shape.itemsize, shape.met, {}
     if shape.atoms <= ROW_ATOMS:
         pull = _scores(device, shape, shape.out, tiles)
-        moved = shape.atoms * (8 + size) + shape.current * size + 16
+        moved = shape.atoms * (8 + met) + shape.current * met + 16
         rows = _rows(device, shape, moved, ROWS_BACKWARD)
         dx = _aggregate(device, shape, shape.width, tiles)
         bank = _bank_gradient(device, shape, tiles.get("bank_splits"))
         times["dense"] = pull + rows + dx + bank + 3 * LAUNCH
-    kept = 8 * shape.top_k + shape.current * (4 + 2 * size)
+    kept = 8 * shape.top_k + shape.current * (4 + 2 * met)
     pulls = gather(device, shape, shape.out, shape.out * size + kept)
     square = _product(
-        device, shape, shape.width, shape.width, shape.atoms, tile=_tile(tiles, "gram", size)
+        device, shape, shape.width, shape.width, shape.atoms, met, tile=_tile(tiles, "gram", met)
     )
     # keys^T keys is one piece of memory whatever the bank is.
     through = product(
         device, shape.tokens, shape.width, shape.width, size, shape.rate, out=4,
-        library=size == 2, tile=_tile(tiles, "scores", size),
+        library=met == 2, tile=_tile(tiles, "scores", met),
     )  # fmt: skip
     dx = gather(device, shape, shape.width, shape.width * (4 + size))
     times["lists"] = pulls + square + through + dx + _bank_gradient(device, shape, 1) + 4 * LAUNCH
@@ -171,8 +178,8 @@ def gather(device: Device, shape: Shape, width: int, passes: float) -> float:
         device: `Device`. shape: `Shape`. width: numbers in a row.
         passes: bytes a token that only stream.
     """
-    moved = shape.tokens * min(shape.top_k, shape.atoms) * width * shape.itemsize
-    near = shape.atoms * width * shape.itemsize < device.cache_bytes
+    moved = shape.tokens * min(shape.top_k, shape.atoms) * width * shape.met
+    near = shape.atoms * width * shape.met < device.cache_bytes
     rate = device.cache * CACHE_SHARE if near else 1.6 * device.memory * MEMORY_SHARE
     return max(3e-6, moved / rate + shape.tokens * passes / (device.memory * MEMORY_SHARE))
 
@@ -189,17 +196,17 @@ def aggregate(shape: Shape, device: Device, tile: Tile) -> float:
 
 
 def _product(
-    device: Device, shape: Shape, rows: int, columns: int, inner: int, **how: Any
+    device: Device, shape: Shape, rows: int, columns: int, inner: int, itemsize: int, **how: Any
 ) -> float:
-    library = shape.joined and shape.itemsize == 2
-    args = (rows, columns, inner, shape.itemsize, shape.rate)
+    library = shape.joined and shape.met == 2
+    args = (rows, columns, inner, itemsize, shape.rate)
     return product(device, *args, library=library, **how)
 
 
-def _tile(tiles: Tiles, name: str, itemsize: int) -> Sequence[int]:
+def _tile(tiles: Tiles, name: str, met: int) -> Sequence[int]:
     """(rows, columns, inner) of a kernel's tile."""
     if name not in tiles:
-        return TILES[itemsize][name]
+        return TILES[met][name]
     return tuple(tiles[name][f"BLOCK_{letter}"] for letter in LETTERS[name])
 
 
@@ -212,19 +219,21 @@ def _chunks(shape: Shape, dense: bool) -> int:
 
 def _scores(device: Device, shape: Shape, inner: int, tiles: Tiles) -> float:
     """All atoms' scores, or their pull, in float32."""
-    tile = _tile(tiles, "scores", shape.itemsize)
-    return _product(device, shape, shape.tokens, shape.atoms, inner, out=4, tile=tile)
+    tile = _tile(tiles, "scores", shape.met)
+    size = shape.itemsize
+    return _product(device, shape, shape.tokens, shape.atoms, inner, size, out=4, tile=tile)
 
 
 def _aggregate(device: Device, shape: Shape, columns: int, tiles: Tiles, extra: float = 0) -> float:
-    tile = _tile(tiles, "aggregate", shape.itemsize)
-    return _product(device, shape, shape.tokens, columns, shape.atoms, extra=extra, tile=tile)
+    tile = _tile(tiles, "aggregate", shape.met)
+    sizes = (shape.tokens, columns, shape.atoms, shape.met)
+    return _product(device, shape, *sizes, out=shape.itemsize, extra=extra, tile=tile)
 
 
 def _aggregate_values(device: Device, shape: Shape, tiles: Tiles) -> float:
     plane = shape.tokens * shape.out * shape.itemsize
     time = _aggregate(device, shape, shape.out, tiles, extra=plane * shape.residual)
-    if shape.joined and shape.itemsize == 2 and shape.residual and not shape.in_place:
+    if shape.joined and shape.met == 2 and shape.residual and not shape.in_place:
         time += stream(device, 2 * plane)
     return time
 
@@ -244,7 +253,7 @@ def _rows(device: Device, shape: Shape, moved: float, instructions: float) -> fl
 
 def _select(device: Device, shape: Shape, lists: bool) -> float:
     count = min(shape.top_k, shape.atoms)
-    moved = shape.atoms * 4 + (count * 12 if lists else shape.atoms * shape.itemsize)
+    moved = shape.atoms * 4 + (count * 12 if lists else shape.atoms * shape.met)
     if shape.training:
         moved += 16 + (4 * shape.current if lists else 0)
     instructions = KEEP_ALL if shape.top_k >= shape.atoms else SELECT
@@ -259,11 +268,11 @@ def _bank_gradient(device: Device, shape: Shape, splits: int | None) -> float:
     columns = math.ceil(shape.width / 64) + math.ceil(shape.out / 64)
     if splits is None:
         splits = max(1, min(64, 2 * device.units // max(1, width // 64)))
-    rows, groups = 32 if size == 4 else 64, math.ceil(shape.current / 16)
+    rows, groups = 32 if shape.met == 4 else 64, math.ceil(shape.current / 16)
     splits = max(1, min(splits, math.ceil(shape.tokens / rows)))
     programs = columns * groups * splits
-    moved = shape.tokens * (width + 2 * shape.current) * size
-    cached = shape.tokens * groups * (width + 16 * columns) * size
+    moved = shape.tokens * (width * size + 2 * shape.current * shape.met)
+    cached = shape.tokens * groups * (width * size + 16 * columns * shape.met)
     busy = min(1.0, programs / (0.75 * device.units))
     work = 2 * shape.tokens * 16 * groups * width
     rate = flops(device, shape.rate) * KERNEL_SHARE * min(1.0, programs / device.units)
@@ -275,14 +284,14 @@ def _bank_gradient(device: Device, shape: Shape, splits: int | None) -> float:
         (steps * STEP + SHORTEST) * math.ceil(programs / (SHARED_UNIT * device.units)),
     )
     if splits > 1:
-        time += LAUNCH + stream(device, (4 * splits + size) * shape.current * width, True)
+        time += LAUNCH + stream(device, (4 * splits + shape.met) * shape.current * width, True)
     return time + LAUNCH
 
 
 def _resident(device: Device, shape: Shape, tile: int, config: Tile | None) -> float:
-    size = shape.itemsize
-    rows = 32 if size == 4 else 128 if tile > 64 else 64
-    step_d, step_o = (32, 32) if size == 4 else (64, 64)
+    size, wide = shape.itemsize, shape.met == 4
+    rows = 32 if wide else 128 if tile > 64 else 64
+    step_d, step_o = (32, 32) if wide else (64, 64)
     warps = rows // 16
     if config is not None:
         rows, step_d, step_o = config["BLOCK_M"], config["BLOCK_D"], config["BLOCK_O"]
@@ -291,7 +300,7 @@ def _resident(device: Device, shape: Shape, tile: int, config: Tile | None) -> f
     busy = min(1.0, programs / (0.75 * device.units))
     saved = shape.tokens * (shape.atoms * 4 + 16) if shape.training else 0
     moved = shape.tokens * (shape.width * size + _residual_bytes(shape)) + saved
-    bank = tile * (shape.width + shape.out) * size
+    bank = tile * (shape.width + shape.out) * shape.met
     work = 2 * programs * rows * tile * (shape.width + shape.out)
     columns, features = shape.width / 64, shape.out / 64
     # Of a warp, for its rows; within a sixth of what is executed for 16 and 160 atoms on sm_90.
@@ -319,14 +328,14 @@ def _decode(device: Device, shape: Shape, tiles: Tiles) -> float:
     """Partial scores, then a program per token and 256 features that reads all of a row's."""
     size, count = shape.itemsize, min(shape.top_k, shape.atoms)
     splits = tiles.get("splits") or max(1, min(shape.width // 256, 16))
-    tile = _tile(tiles, "scores", size) if "scores" in tiles else (16, 32, 64 * 2 // size)
+    tile = _tile(tiles, "scores", shape.met) if "scores" in tiles else (16, 32, 128 // shape.met)
     args = (shape.tokens, shape.atoms, shape.width, size, shape.rate)
     scores = product(device, *args, out=4, tile=tile, splits=splits)
     features = math.ceil(shape.out / 256)
     programs = shape.tokens * features
     padded = max(16, 1 << (shape.atoms - 1).bit_length())
-    read = min(shape.tokens * count, shape.atoms) * shape.out * size
-    again = shape.tokens * count * shape.out * size
+    read = min(shape.tokens * count, shape.atoms) * shape.out * shape.met
+    again = shape.tokens * count * shape.out * shape.met
     partial = programs * splits * shape.atoms * 4
     warps = max(1, min(8, padded // 512))
     # A score a lane and round: marked, compared and reduced.

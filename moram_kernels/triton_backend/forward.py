@@ -59,7 +59,6 @@ def forward(
     training: bool,
     saved: Saved | None,
     plan: Plan,
-    precision: str,
     scores: Tensor | None = None,
     steps: Steps | None = None,
 ) -> None:
@@ -70,7 +69,7 @@ def forward(
         settings: `Rule`.
         training: if true, the threshold is not applied.
         saved: `Saved` of the sizes of plan.backward, or None.
-        plan: `Plan`; precision: of float32 products.
+        plan: `Plan`.
         scores: x keys^T in float32 [M, N] if it is known already.
         steps: the launches of calls of this signature, or None.
     """
@@ -78,13 +77,12 @@ def forward(
     rule = acting(settings, training)
     if plan.path == "resident" and scores is None:
         keep = None if saved is None else (saved.scores, saved.stats)
-        launch_resident(
-            x, keys, values, residual, out, rule, precision, plan.tiles["resident"], keep, steps
-        )
+        tile = plan.tiles["resident"]
+        launch_resident(x, keys, values, residual, out, rule, plan.precision, tile, keep, steps)
     elif plan.path == "decode" and scores is None:
         shape = (plan.tiles["splits"], x.shape[0], keys.num_rows)
         partial = x.new_empty(*shape, dtype=torch.float32)
-        launch_scores(x, keys, partial, precision, plan.tiles["scores"], shape[0], steps)
+        launch_scores(x, keys, partial, plan.precision, plan.tiles["scores"], shape[0], steps)
         launch_decode(partial, values, residual, out, rule, steps)
     else:
         # Scores that the backward needs are kept whole; others exist a chunk at a time.
@@ -105,7 +103,6 @@ def forward(
                 rule,
                 kept,
                 plan,
-                precision,
                 None if scores is None else scores[part],
                 steps,
             )
@@ -126,13 +123,12 @@ def _split(
     rule: Rule,
     saved: Saved | None,
     plan: Plan,
-    precision: str,
     scores: Tensor | None,
     steps: Steps | None,
 ) -> None:
     tokens, atoms = x.shape[0], keys.num_rows
     # None, "apart" or "fused": whether selection goes by groups, and who finds their maxima.
-    by_groups, groups = plan.groups, None
+    by_groups, groups, precision = plan.groups, None, plan.precision
     if scores is None:
         if saved is not None and plan.backward == "dense":
             scores = saved.scores[:, :atoms]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..aliases import Tile
 from .launcher import Launch, Steps, cdiv, dot_dtype, launch, rows
+from .products import multiply
 from .segments import Table, row_pointers
 from .weights import half_scale
 
@@ -56,7 +57,7 @@ def _sum_outer(
             a = (a * scale_half[:, None]).to(DOT)
             acc += tl.dot(a, b.to(DOT), input_precision=PRECISION) * unscale[:, None]
         else:
-            acc = tl.dot(a.to(DOT), b.to(DOT), acc, input_precision=PRECISION)
+            acc = multiply(a, b, acc, DOT, PRECISION)
     return acc
 
 
@@ -198,7 +199,7 @@ def _gram_kernel(
         )
         a = tl.load(rows_[None, :] + offs_a[:, None], mask=mask[None, :] & mask_a, other=0.0)
         b = tl.load(rows_[:, None] + offs_b[None, :], mask=mask_b, other=0.0)
-        acc = tl.dot(a.to(DOT), b.to(DOT), acc, input_precision=PRECISION)
+        acc = multiply(a, b, acc, DOT, PRECISION)
     offs = offs_a.to(tl.int64)[:, None] * D + offs_b[None, :]
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask_a & mask_b)
 

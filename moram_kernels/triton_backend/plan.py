@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..aliases import Tile, Tiles
 from . import available, cost
 from .cost import GROUP, ROW_ATOMS, SCORE_BYTES
@@ -18,6 +20,9 @@ from .devices import Device, device_model
 from .tiles import resident_tile, tiles
 
 DTYPES = ("float32", "bfloat16", "float16")
+# Where dtypes differ among inputs, atoms and results: the rate of their products. A float16 number
+# is two bfloat16 ones.
+MIXED = {"bfloat16+float32": "three", "float16+float32": "six"}
 PRECISIONS = ("ieee", "bf16x6")
 NETWORK_TOP_K = (4, 8, 16)
 LIST_TOP_K = 128
@@ -36,6 +41,7 @@ class Plan:
     tiles: of each kernel that runs, by name. chunk: tokens scored at a time.
     groups: of a path with lists, "fused" or "apart" where atoms are selected by groups whose maxima
     the kernel of the scores finds, or that of the selection; else None.
+    precision: of products of float32 numbers, "ieee" or "bf16x6".
     """
 
     path: str
@@ -45,6 +51,7 @@ class Plan:
     tiles: dict[str, Any] = field(default_factory=dict, hash=False)
     chunk: int = 0
     groups: str | None = None
+    precision: str = "ieee"
 
 
 def why_not_covered(atoms: int, top_k: int, dtype: str, precision: str = "ieee") -> str | None:
@@ -52,7 +59,7 @@ def why_not_covered(atoms: int, top_k: int, dtype: str, precision: str = "ieee")
 
     Args: as for `plan`.
     """
-    if dtype not in DTYPES:
+    if dtype not in DTYPES and dtype not in MIXED:
         return f"the kernels cover {', '.join(DTYPES)}, not {dtype}"
     if precision not in PRECISIONS:
         return f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}"
@@ -62,6 +69,21 @@ def why_not_covered(atoms: int, top_k: int, dtype: str, precision: str = "ieee")
             f"{GROUP * ROW_ATOMS} atoms, got top_k {top_k} with {atoms} atoms"
         )
     return None
+
+
+def dtype_name(*dtypes: torch.dtype) -> str:
+    """The name, as `plan` takes it, of the dtypes of inputs, atoms and results."""
+    names = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes})
+    if len(names) == 1:
+        return names[0]
+    return "float16+float32" if "float16" in names else "+".join(names)
+
+
+def rate_of(dtype: str, precision: str) -> str:
+    """The rate of products as in `cost.Shape`; dtype and precision as for `plan`."""
+    if dtype != "float32":
+        return MIXED.get(dtype, "half")
+    return "single" if precision == "ieee" else "six"
 
 
 def saved_shapes(
@@ -110,12 +132,12 @@ def plan(
 
     Args:
         tokens: M. width: D. out: O. atoms: N, live ones. top_k: atoms per token.
-        dtype: of the products, "float32", "bfloat16" or "float16".
+        dtype: of inputs, atoms and results, one of `DTYPES`, or of `MIXED` where they differ.
         training: whether something is kept for a backward.
         device: `Device`, or a name that `device_model` knows.
         current: trainable atoms among the atoms.
         joined: whether keys (and values) are one piece of memory.
-        precision: of float32 products, "ieee" or "bf16x6".
+        precision: of float32 products, "ieee" or "bf16x6"; of mixed dtypes always the latter.
         path: take this path instead of the fastest.
         keep: what must be kept for the backward, "dense" or "lists"; None chooses.
         table: {name of device: {"paths": .., "tiles": ..}}, overrides the shipped tuned.json.
@@ -168,10 +190,10 @@ def _plan(
     path: str | None,
     keep: str | None,
 ) -> Plan:
-    rate = "half" if dtype != "float32" else "single" if precision == "ieee" else "six"
+    precision = "bf16x6" if dtype in MIXED else precision
     shape = cost.Shape(
-        tokens, width, out, atoms, current, top_k, 4 if dtype == "float32" else 2, rate, joined,
-        training,
+        tokens, width, out, atoms, current, top_k, 4 if dtype == "float32" else 2,
+        rate_of(dtype, precision), joined, training,
     )  # fmt: skip
     pair = resident_tile(atoms, top_k, dtype, device)
     if width % 32 or out % 32 or not (top_k in NETWORK_TOP_K or top_k >= atoms):
@@ -206,6 +228,7 @@ def _plan(
         sizes if chosen == "resident" else {k: v for k, v in sizes.items() if k != "resident"},
         rows // 64 * 64,
         cost.groups(device, shape, sizes) if chosen == "split-gather" else None,
+        precision,
     )
 
 

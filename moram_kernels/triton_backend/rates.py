@@ -30,7 +30,8 @@ TILES = {
 
 def flops(device: Device, rate: str) -> float:
     """Peak FLOP/s of products at a rate."""
-    return {"half": device.half, "single": device.single, "six": device.half / 6}[rate]
+    half = device.half
+    return {"half": half, "single": device.single, "three": half / 3, "six": half / 6}[rate]
 
 
 def stream(device: Device, size: float, cached: bool = False) -> float:
@@ -64,7 +65,7 @@ def product(
     """
     out = itemsize if out is None else out
     if not library:
-        tile = tile or TILES[itemsize]["scores"]
+        tile = tile or TILES[2 if rate == "half" else 4]["scores"]
         return _our_product(device, rows, columns, inner, itemsize, rate, out, extra, tile, splits)
     best = math.inf
     for tile_m, tile_n in ((128, 256), (256, 128), (128, 128), (128, 64), (64, 128), (64, 64)):

@@ -18,6 +18,7 @@ from ..aliases import Rule, Tile
 from . import launcher
 from .launcher import Launch, Steps, cdiv, dot_dtype, launch, numbers_of, rows
 from .networks import network
+from .products import multiply
 from .segments import Table, row_pointers
 from .threshold import count_from, drop_ties, tied_column
 from .weights import (
@@ -89,6 +90,7 @@ def _resident_kernel(
     DOT: tl.constexpr,
     DOT_VALUES: tl.constexpr,
     PRECISION: tl.constexpr,
+    PRECISION_VALUES: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -133,11 +135,10 @@ def _resident_kernel(
         keys2 = keys2[None, :] + offs_d[:, None]
         scores2 = tl.zeros((BLOCK_M, BLOCK_N2), tl.float32)
     for d in range(0, D, BLOCK_D):
-        x = tl.load(x_rows + d).to(DOT)
-        scores = tl.dot(x, tl.load(keys + d).to(DOT), scores, input_precision=PRECISION)
+        x = tl.load(x_rows + d)
+        scores = multiply(x, tl.load(keys + d), scores, DOT, PRECISION)
         if BLOCK_N2 > 0:
-            k2 = tl.load(keys2 + d).to(DOT)
-            scores2 = tl.dot(x, k2, scores2, input_precision=PRECISION)
+            scores2 = multiply(x, tl.load(keys2 + d), scores2, DOT, PRECISION)
     mask_n = offs_n < N
     if SAVE:
         # Right after the product, before the selection needs the registers.
@@ -212,10 +213,11 @@ def _resident_kernel(
     residual_rows = residual_ptr + wide_m * stride_rm
     out_rows = out_ptr + wide_m * stride_om
     for o in range(0, num_out, BLOCK_O):
-        update = tl.dot(written, tl.load(values + o).to(DOT_VALUES), input_precision=PRECISION)
+        update = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
+        update = multiply(written, tl.load(values + o), update, DOT_VALUES, PRECISION_VALUES)
         if BLOCK_N2 > 0:
-            v2 = tl.load(values2 + o).to(DOT_VALUES)
-            update = tl.dot(written2, v2, update, input_precision=PRECISION)
+            v2 = tl.load(values2 + o)
+            update = multiply(written2, v2, update, DOT_VALUES, PRECISION_VALUES)
         if tl.float16 == DOT_VALUES:
             update *= unscale[:, None]
         column = (o + offs_o)[None, :]
@@ -280,6 +282,7 @@ def launch_resident(
             "DOT": dot_dtype(x, keys),
             "DOT_VALUES": dot_dtype(x, values, out),
             "PRECISION": precision,
+            "PRECISION_VALUES": launcher.precision_of_sum(precision, out),
             "ALIGNED": keys.aligned and values.aligned,
             "LOG_N": tile.bit_length() - 1,
             "LOG_N2": max(0, tile2.bit_length() - 1),

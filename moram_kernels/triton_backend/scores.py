@@ -12,6 +12,7 @@ from torch import Tensor
 from ..aliases import Tile
 from .cost import GROUP
 from .launcher import Launch, Steps, cdiv, dot_dtype, launch, rows
+from .products import multiply
 from .segments import Table, row_pointers
 from .select_groups import group_maxima
 
@@ -68,7 +69,7 @@ def _score_kernel(
             mask_d = d + offs_d < stop
             a = tl.load(a_rows + d, mask=mask_d[None, :], other=0.0)
             b = tl.load(atoms + d, mask=mask_d[:, None], other=0.0)
-        acc = tl.dot(a.to(DOT), b.to(DOT), acc, input_precision=PRECISION)
+        acc = multiply(a, b, acc, DOT, PRECISION)
     base = out_ptr + split.to(tl.int64) * stride_os
     offs = offs_m.to(tl.int64)[:, None] * stride_om + offs_n[None, :]
     tl.store(base + offs, acc, mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])

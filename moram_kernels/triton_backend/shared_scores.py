@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..aliases import Tile
 from .launcher import Launch, Steps, cdiv, dot_dtype, launch, rows
+from .products import multiply
 from .segments import Table, row_pointers
 
 MAX_TABLES = 3
@@ -91,7 +92,7 @@ def _shared_score_kernel(
             mask_d = d + offs_d < D
             a = tl.load(x_rows + d, mask=mask_d[None, :], other=0.0)
             b = tl.load(atoms + d, mask=mask_d[:, None], other=0.0)
-        acc = tl.dot(a.to(DOT), b.to(DOT), acc, input_precision=PRECISION)
+        acc = multiply(a, b, acc, DOT, PRECISION)
     offs = offs_m.to(tl.int64)[:, None] * stride_om + (column + offs_n)[None, :]
     tl.store(out_ptr + offs, acc, mask=(offs_m < M)[:, None] & (offs_n < N)[None, :])
 

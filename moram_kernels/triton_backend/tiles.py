@@ -30,11 +30,16 @@ SINGLE = ("sm_89", "sm_120", "gfx942")
 # Where float16 takes more registers than bfloat16: 128 atoms at inference on sm_89, the square of
 # the keys on sm_120, and on both the sum of values with masks.
 TIGHT = ("sm_89", "sm_120")
-# Rows, columns and warps of products of 16-bit tensors; the large ones only where registers are
-# many and shared memory holds the largest, three times 128 and 256 rows of 64 numbers.
-SCORES = ((64, 128, 4), (32, 128, 4), (128, 128, 8), (128, 256, 8))
-AGGREGATES = ((64, 128, 4), (128, 128, 8), (128, 256, 8))
+# Rows, columns and warps of products of 16-bit tensors beside the usual tile, only where registers
+# are many and shared memory holds the largest, three times 128 and 256 rows of 64 numbers.
+SCORES = ((32, 128, 4), (128, 128, 8), (128, 256, 8))
+AGGREGATES = ((128, 128, 8), (128, 256, 8))
 LARGE, LARGE_BYTES = ("sm_90", "sm_100"), 3 * (128 + 256) * 64 * 2
+# The same where bfloat16 meets float32, whose three parts take registers. Of scores of 128 x 64
+# ptxas lets the products not overlap (C7515).
+SPLIT_SCORES, SPLIT_AGGREGATES = ((128, 128, 8),), ((128, 64, 8), (128, 128, 8))
+# Where its resident tiles are as wide as those of 16-bit products.
+SPLIT = ("sm_90",)
 
 
 def resident_tile(atoms: int, top_k: int, dtype: str, device: Device) -> tuple[int, int] | None:
@@ -45,7 +50,8 @@ def resident_tile(atoms: int, top_k: int, dtype: str, device: Device) -> tuple[i
         device: `Device` that has a target.
     """
     widest = EARLY[device.target][top_k != 8] if available.is_early() else WIDEST[device.target]
-    if dtype == "float32" or (dtype == "float16" and device.target == "sm_89"):
+    mixed = dtype == "bfloat16+float32" and device.target in SPLIT
+    if ("float32" in dtype and not mixed) or (dtype == "float16" and device.target == "sm_89"):
         # What is wider spills: a float32 product takes registers of its own.
         widest = min(64, widest)
     pairs = (p for p in TILES if not p[1] or device.target not in SINGLE)
@@ -61,17 +67,18 @@ def tiles(
         shape: `cost.Shape`. pair: the resident tile, or None where that kernel does not fit.
         device: `Device` that has a target. dtype: of the products.
     """
-    small, target, units = shape.itemsize == 4, device.target, device.units
+    small, target, units = shape.met == 4, device.target, device.units
     stages = 2 if target == "gfx942" else 3
     common = {"num_warps": 4, "num_stages": stages}
     six = common if target == "gfx942" else {**common, "maxnreg": 255}
     block = 32 if small else 64
-    # Six products of bfloat16 are wide where 64 rows meet, which one of float32 has no room for.
-    rows = 64 if shape.rate == "six" and _is_large(device) else block
+    # Products of bfloat16 parts are wide where 64 rows meet, which one of float32 has no room for.
+    several = shape.rate in ("three", "six")
+    rows = 64 if several and _is_large(device) else block
     tight = dtype == "float16" and target in TIGHT
     # Masked or unaligned rows are not copied to shared memory but held in registers.
     loose = shape.width % block or shape.out % block
-    if shape.rate == "six" or (not small and (loose or target == "sm_100")):
+    if several or (not small and (loose or target == "sm_100")):
         # Left to itself, ptxas spills a little here to fit more programs on a unit.
         common = six
     chosen = {
@@ -96,12 +103,16 @@ def _is_large(device: Device) -> bool:
     return device.target in LARGE and device.shared >= LARGE_BYTES
 
 
+def _is_split(shape: cost.Shape, device: Device) -> bool:
+    return shape.rate == "three" and device.target in SPLIT
+
+
 def _power_of_2(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
 def _scores(shape: cost.Shape, device: Device, rows: int, loose: int, common: Tile) -> Tile:
-    block, columns = 32 if shape.itemsize == 4 else 64, max(16, _power_of_2(shape.atoms))
+    block, columns = 32 if shape.met == 4 else 64, max(16, _power_of_2(shape.atoms))
     if shape.tokens <= 64:
         few = max(16, min(rows, _power_of_2(shape.tokens)))
         return {"BLOCK_M": few, "BLOCK_N": 32, "BLOCK_D": block, **common}
@@ -109,37 +120,43 @@ def _scores(shape: cost.Shape, device: Device, rows: int, loose: int, common: Ti
     usual = {**usual, "BLOCK_D": block, **common}
     if loose:
         usual["BLOCK_N"] = min(usual["BLOCK_N"], block)
-    if loose or block == 32 or not _is_large(device):
+    split = _is_split(shape, device)
+    if loose or (block == 32 and not split) or not _is_large(device):
         return usual
     choices = [
         {**usual, "BLOCK_M": m, "BLOCK_N": min(n, columns), "num_warps": warps}
-        for m, n, warps in SCORES
+        for m, n, warps in (SPLIT_SCORES if split else SCORES)
         # Eight warps only where they all have columns; on sm_100 the largest spills.
         if warps == 4 or (columns >= n and (n < 256 or device.target == "sm_90"))
         # Before Triton 3.8 ptxas lets the products of this one not overlap (C7515).
         if not (m == n == 128 and device.target == "sm_90" and available.is_early())
     ]
-    return _fastest(choices, lambda tile: cost.scores(shape, device, tile))
+    return _fastest([usual, *choices], lambda tile: cost.scores(shape, device, tile))
 
 
 def _aggregate(
     shape: cost.Shape, device: Device, rows: int, loose: int, tight: bool, common: Tile
 ) -> Tile:
-    small = shape.itemsize == 4
+    small, split = shape.met == 4, _is_split(shape, device)
     usual = {"BLOCK_M": rows, "BLOCK_N": 32, "BLOCK_O": 128, **common}
     if small:
         usual["BLOCK_O"] = 32 if loose else 64
     elif loose and tight:
         usual["BLOCK_O"] = 64
-    if loose or small or not _is_large(device) or shape.tokens <= 64:
+    if loose or (small and not split) or not _is_large(device) or shape.tokens <= 64:
         return usual
+
+    def fits(columns: int) -> bool:
+        even = not (shape.width % columns or shape.out % columns)
+        # On sm_100, and with masks anywhere, the largest spills; with masks, so do all split ones.
+        return even if split else columns < 256 or (device.target == "sm_90" and even)
+
     choices = [
         {**usual, "BLOCK_M": m, "BLOCK_O": o, "num_warps": warps}
-        for m, o, warps in AGGREGATES
-        # On sm_100, and with masks anywhere, the largest spills.
-        if o < 256 or (device.target == "sm_90" and not (shape.width % o or shape.out % o))
+        for m, o, warps in (SPLIT_AGGREGATES if split else AGGREGATES)
+        if fits(o)
     ]
-    return _fastest(choices, lambda tile: cost.aggregate(shape, device, tile))
+    return _fastest([usual, *choices], lambda tile: cost.aggregate(shape, device, tile))
 
 
 def _fastest(choices: Sequence[Tile], seconds: Callable[[Tile], float]) -> Tile:
@@ -151,8 +168,8 @@ def _resident(
     shape: cost.Shape, pair: tuple[int, int], device: Device, rows: int, common: Tile, dtype: str
 ) -> dict[str, int]:
     first, second = pair
-    columns, small = first + second, shape.itemsize == 4
-    tall = columns > 64 and not small
+    columns, small = first + second, shape.met == 4
+    tall = columns > 64 and (not small or _is_split(shape, device))
     # Eight warps on 64 rows halve a thread's scores, at the price of layout conversions.
     narrow = columns > 128
     if columns == 160 and dtype == "bfloat16" and not shape.training:

@@ -64,6 +64,10 @@ class Launch:
         for name in ("SPLITS",):
             parts += [f"{name.lower()}{self.meta[name]}"] if name in self.meta else []
         parts += [f"{name.lower()}.fp32" for name in self.wide_products]
+        if self.wide_products:
+            # Bytes a number of its tensors: which side of a product is narrow makes another kernel.
+            tensors = [a for a in self.args if torch.is_tensor(a) and a.is_floating_point()]
+            parts.append("".join(str(t.itemsize) for t in tensors))
         if self.meta.get("PRECISION", "ieee") != "ieee":
             parts.append(self.meta["PRECISION"])
         parts.append(f"w{self.meta['num_warps']}")
@@ -119,8 +123,9 @@ class Call:
     out: int = 768
     current: int = 16
     precision: str = "ieee"
-    # Dtype of the residual, output and gradient, if it is not that of x.
+    # Dtypes of the residual, output and gradient, and of the bank, if they are not that of x.
     result: str | None = None
+    bank: str | None = None
     # Whether training calls record their backward as well.
     backward: bool = True
     ci: bool = False
@@ -132,9 +137,8 @@ def calls():
     What depends on the dtype only through a conversion is covered in bfloat16.
     """
     yield from _resident_calls()
-    for dtype, precision in _numbers():
-        how = {"dtype": dtype, "precision": precision}
-        main = dtype == "bfloat16"
+    for how in _numbers():
+        main = how == {"dtype": "bfloat16"}
         yield Call(512, **how, ci=main)
         # Sizes that are no multiples of a tile or of 16 bytes.
         yield Call(500, **how, width=1000, out=36, current=10, ci=main)
@@ -150,16 +154,15 @@ def calls():
         for atoms in (64, 128, 256, 4096):
             for width in (768, 4096):
                 yield Call(atoms, tokens=tokens, width=width, out=width)
+                yield Call(atoms, bank="float32", tokens=tokens, width=width, out=width)
                 yield Call(atoms, 8, tokens=tokens, width=width, out=width, training=False)
     # 16-bit tensors onto a float32 residual.
-    for precision in plan.PRECISIONS:
-        for atoms, path in ((64, "resident"), (512, "split-dense"), (20480, "split-gather")):
-            how = {"precision": precision, "path": path, "ci": precision == "ieee"}
-            yield Call(atoms, **how, result="float32")
-    # Features that are multiples of 64, but not of every tile.
-    for width in (960, 1152, 1408):
-        for dtype in ("bfloat16", "float32"):
-            yield Call(512, 8, dtype=dtype, width=width, out=width)
+    for atoms, path in ((64, "resident"), (512, "split-dense"), (20480, "split-gather")):
+        yield Call(atoms, path=path, result="float32", ci=True)
+    # Features that are multiples of 32 or 64, but not of every tile.
+    for width in (96, 960, 1152, 1408):
+        for dtype, bank in (("bfloat16", None), ("float32", None), ("bfloat16", "float32")):
+            yield Call(512, 8, dtype=dtype, bank=bank, width=width, out=width)
     yield Call(96, 32, dtype="float32", width=4096, out=100, tokens=512, training=False)
     yield from _random_calls(60)
     for power in range(4, 14):
@@ -194,10 +197,10 @@ def _random_calls(count):
 
 def _resident_calls():
     for atoms in map(sum, tiles.TILES):
-        for dtype, precision in _numbers():
-            how = {"dtype": dtype, "precision": precision, "path": "resident", "backward": False}
-            if dtype != "bfloat16":
-                for training in (True, False)[dtype == "float16" :]:
+        for numbers in _numbers():
+            how = {**numbers, "path": "resident", "backward": False}
+            if numbers != {"dtype": "bfloat16"}:
+                for training in (True, False)[numbers["dtype"] == "float16" :]:
                     yield Call(atoms, min(16, atoms), **how, training=training)
                 continue
             for top_k in sorted({*networks.TOP_K, atoms}):
@@ -213,9 +216,12 @@ def _resident_calls():
 
 
 def _numbers():
-    yield "bfloat16", "ieee"
-    yield "float16", "ieee"
-    yield from (("float32", precision) for precision in plan.PRECISIONS)
+    """Dtypes of x and the bank, and the precision, as `Call` has them."""
+    yield {"dtype": "bfloat16"}
+    yield {"dtype": "float16"}
+    yield from ({"dtype": "float32", "precision": precision} for precision in plan.PRECISIONS)
+    yield {"dtype": "bfloat16", "bank": "float32"}
+    yield {"dtype": "float16", "bank": "float32"}
 
 
 def shipped(target, subset=None):
@@ -231,7 +237,8 @@ def shipped(target, subset=None):
 
 def planned(call, target):
     """The `Plan` of a call on its path, None where that is not offered; without one the fastest."""
-    met = call.dtype if call.dtype == (call.result or call.dtype) else "float32"
+    met = (call.dtype, call.result or call.dtype, call.bank or call.dtype)
+    met = plan.dtype_name(*(getattr(torch, name) for name in met))
     shape = (call.tokens, call.width, call.out, call.atoms, call.top_k, met, call.training)
     how = {"current": call.current, "precision": call.precision, "table": {}}
     device = REFERENCES[target][0]
@@ -252,19 +259,18 @@ def record(call, target, chosen=None):
     chosen = chosen or planned(call, target)
     if chosen is None:
         return []
-    dtype = getattr(torch, call.dtype)
     launches = []
 
-    def new(*shape):
+    def new(dtype, *shape):
+        dtype = getattr(torch, dtype or call.dtype)
         return torch.empty(shape, dtype=dtype, device="meta")
 
     current = min(call.current, call.atoms)
     keys, values = (
-        Table.of(new(call.atoms - current, width), new(current, width))
+        Table.of(new(call.bank, call.atoms - current, width), new(call.bank, current, width))
         for width in (call.width, call.out)
     )
-    x, y = new(call.tokens, call.width), new(call.tokens, call.out)
-    y = y.to(getattr(torch, call.result or call.dtype))
+    x, y = new(None, call.tokens, call.width), new(call.result, call.tokens, call.out)
     settings = (call.top_k, 0.1, 0.0 if call.training else 0.2, 1e-12)
     saved = None
     if call.training:
@@ -272,10 +278,9 @@ def record(call, target, chosen=None):
         saved = forward.new_saved(x, *sizes)
     with _recording(launches, call.ci, target):
         how = (settings, call.training)
-        forward.forward(x, keys, values, y, y, *how, saved, chosen, call.precision)
+        forward.forward(x, keys, values, y, y, *how, saved, chosen)
         if call.training and call.backward:
-            needs = (True, True)
-            backward.backward(y, x, keys, values, saved, *how, chosen, call.precision, needs)
+            backward.backward(y, x, keys, values, saved, *how, chosen, (True, True))
     return launches
 
 

@@ -33,6 +33,7 @@ class SmallCall:
         kinds = [c.path, c.dtype, "training" if c.training else "inference"]
         kinds += [] if c.precision == "ieee" else [c.precision]
         kinds += [f"onto {c.result}"] if c.result else []
+        kinds += [f"with {c.bank} atoms"] if c.bank else []
         return f"{' '.join(kinds)} {sizes}"
 
 

@@ -1,6 +1,7 @@
 """Every tile and flag that the library ships runs compiled, on sizes that do not fill its tiles."""
 
 import functools
+import operator
 from dataclasses import replace
 from unittest import mock
 
@@ -11,7 +12,7 @@ from oracle import check_values, exact_scores, stable_top
 from paths import call, check_call
 from shipped_tiles import small_calls
 from support import keep_separated, make_case
-from test_emulated_operator import ARCHS, changed, emulating
+from test_emulated_operator import ARCHS, ATOMS, changed, emulating
 
 from moram_kernels import fused_ops
 
@@ -32,9 +33,9 @@ def case_of(one):
     sizes = (one.atoms - current, current, one.width, one.out)
     rows = one.tokens if one.training else 3 * one.tokens + 20
     case = make_case(0, (rows,), *sizes, threshold=0.0, dtype=getattr(torch, one.dtype), **how)
-    if one.result:
-        result = getattr(torch, one.result)
-        case = changed(case, lambda tensor: tensor.to(result), ("residual", "grad"))
+    for dtype, names in ((one.result, ("residual", "grad")), (one.bank, ATOMS)):
+        if dtype:
+            case = changed(case, operator.methodcaller("to", getattr(torch, dtype)), names)
     if one.training:
         return case
     scores = exact_scores(case)[0]

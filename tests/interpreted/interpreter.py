@@ -2,9 +2,9 @@
 
 Triton 3.8's interpreter multiplies the bit patterns of bfloat16 and truncates to it instead of
 rounding; both are mended. It multiplies float32 exactly whatever `input_precision` says; here
-"tf32" (the default on a GPU) and "bf16x6" round as the hardware does, and products are counted.
-It also gets four times as fast: Triton swaps the whole language anew at every call of a device
-function, and looks for overflow in every sum of integers.
+"tf32" (the default on a GPU), "bf16x3" and "bf16x6" round as the hardware does, and products are
+counted. It also gets four times as fast: Triton swaps the whole language anew at every call of a
+device function, and looks for overflow in every sum of integers.
 """
 
 from collections import Counter
@@ -30,7 +30,7 @@ def install():
     InterpreterBuilder.create_dot = _create_dot
     InterpreterBuilder.cast_impl = _cast
     plain._patch_lang = _patch_once
-    allowed = (*plain.InterpreterOptions.allowed_dot_input_precisions, "bf16x6")
+    allowed = (*plain.InterpreterOptions.allowed_dot_input_precisions, "bf16x3", "bf16x6")
     builder = plain.interpreter_builder
     # No offset of a small problem overflows, and looking for it triples the work on integers.
     builder.options = replace(
@@ -78,6 +78,16 @@ def bf16x6(left, right):
     return np.where(np.isnan(small), np.float32(0), small) + np.matmul(a, d)
 
 
+def bf16x3(left, right):
+    """The float32 product from three products of two bfloat16 parts each, the small ones first."""
+    (a, b, _), (d, e, _) = _parts(left), _parts(right)
+    small = np.matmul(b, d) + np.matmul(a, e)
+    return np.where(np.isnan(small), np.float32(0), small) + np.matmul(a, d)
+
+
+PARTS = {"bf16x3": bf16x3, "bf16x6": bf16x6}
+
+
 def _parts(numbers):
     rest, parts = numbers, []
     for _ in range(3):
@@ -98,8 +108,8 @@ def _create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         products[precision] += 1
         if precision == "tf32":
             left, right = to_tf32(left), to_tf32(right)
-        if precision == "bf16x6":
-            return TensorHandle(bf16x6(left, right) + d.data, d.dtype.scalar)
+        if precision in PARTS:
+            return TensorHandle(PARTS[precision](left, right) + d.data, d.dtype.scalar)
     return TensorHandle(np.matmul(left, right) + d.data, d.dtype.scalar)
 
 

@@ -64,6 +64,11 @@ def test_float32_products_are_exact_to_a_few_roundings(precision):
     assert interpreter.products == {precision: 1}
 
 
+def test_bf16x3_errs_by_more_than_a_few_roundings():
+    a, b = operands(torch.float32)
+    assert 4 < error(multiply(a, b, "bf16x3"), a, b) < 1000
+
+
 def test_bf16x6_is_emulated_rather_than_taken_for_exact():
     a, b = operands(torch.float32)
     assert not torch.equal(multiply(a, b, "bf16x6"), multiply(a, b, "ieee"))

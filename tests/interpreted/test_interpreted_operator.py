@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import interpreter
 import pytest
 import torch
 from oracle import check_selection, exact_scores, fired, live
@@ -66,6 +67,9 @@ def test_mixed_dtypes_of_inputs_atoms_and_residual(dtypes, path):
         **{name: tensor.to(dtypes[1]) for name, tensor in atoms.items()},
     )
     check_call(case, path)
+    interpreter.products.clear()
+    (call if path == "decode" else run_training)(case, path)
+    assert not interpreter.products["ieee"], "a mixed product forgoes tensor cores"
 
 
 @ALL_PATHS

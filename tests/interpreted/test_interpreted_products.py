@@ -3,6 +3,7 @@
 Outputs lie inside buffers of a value that must still surround them afterwards.
 """
 
+import interpreter
 import pytest
 import torch
 import triton
@@ -13,12 +14,14 @@ from support import assert_within_budget
 from moram_kernels.triton_backend.aggregate import launch_aggregate, launch_gather
 from moram_kernels.triton_backend.outer import launch_bank_gradient, launch_gram
 from moram_kernels.triton_backend.scores import launch_scores
+from moram_kernels.triton_backend.segments import Table
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # (of the left operand, of the table)
 PAIRS = pytest.mark.parametrize(
     "dtypes", [(F32, F32), (BF16, BF16), (F16, F16), (BF16, F32), (F32, BF16)], ids=str
 )
+MIXED = pytest.mark.parametrize("dtypes", [(BF16, F32), (F32, BF16)], ids=str)
 LAUNCH = {"num_warps": 4, "num_stages": 1}
 SCORES = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_D": 32, **LAUNCH}
 AGGREGATE = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_O": 32, **LAUNCH}
@@ -29,6 +32,10 @@ GRAM = {"BLOCK_N": 16, "BLOCK_A": 16, "BLOCK_B": 32, **LAUNCH}
 def draw(*shape, dtype=F32, seed=0):
     generator = torch.Generator().manual_seed(seed + 1000 * sum(shape))
     return torch.randn(shape, generator=generator).to(dtype)
+
+
+def table_of(rows):
+    return Table.of(rows, rows[:0])
 
 
 @PAIRS
@@ -54,6 +61,33 @@ def test_splits_of_scores_are_sums_over_their_own_features(splits, width):
         assert_product(partial[split], x[:, part], keys[:, part].T)
 
 
+@MIXED
+def test_scores_of_bfloat16_and_float32_are_exact_to_a_float32_sum(dtypes):
+    x, table = draw(17, 65, dtype=dtypes[0]), piece_table(9, 8, 65, dtypes[1])
+    with within(17, 17) as out:
+        launch_scores(x, table, out, "bf16x6", SCORES)
+    assert_product(out, x, torch.cat([table.frozen, table.current]).T)
+    assert not interpreter.products, "the products are of bfloat16"
+
+
+@MIXED
+def test_no_bit_of_a_float32_number_is_lost_beside_a_bfloat16_one(dtypes):
+    """One-hot rows pick single numbers out; from 2^-110 up each must come back as it was."""
+    exponents = torch.arange(-110, 128)
+    drawn = 2 - torch.rand(2, 238, generator=torch.Generator().manual_seed(0))
+    numbers = torch.tensor([[1.0], [-1.0]]) * drawn.clamp(1, 2 - 2**-23) * 2.0**exponents
+    assert numbers.isfinite().all() and (numbers.view(torch.int32) & 0xFF).any()
+    wide, hot = numbers, torch.eye(238)
+    if dtypes[0] == F32:
+        found = torch.empty(2, 238)
+        launch_scores(wide, table_of(hot.to(BF16)), found, "bf16x6", SCORES)
+    else:
+        found = torch.empty(238, 2)
+        launch_scores(hot.to(BF16), table_of(wide), found, "bf16x6", SCORES)
+        found = found.T
+    assert torch.equal(found, numbers)
+
+
 def test_bf16x6_scores_are_as_exact_as_a_float32_sum():
     x, table = draw(17, 65), piece_table(9, 8, 65, F32)
     with within(17, 17) as out:
@@ -75,6 +109,23 @@ def test_aggregate_adds_rows_to_the_residual(size, residual, dtypes):
             out.copy_(base)
         launch_aggregate(weights, table, out if residual == "out" else base, out, "ieee", AGGREGATE)
     assert_product(out, weights, torch.cat([table.frozen, table.current]), base)
+
+
+@MIXED
+def test_sums_of_rows_where_bfloat16_meets_float32_are_exact_to_a_float32_sum(dtypes):
+    weights, table = draw(17, 17, dtype=dtypes[0]), piece_table(9, 8, 33, dtypes[1])
+    with within(17, 33) as out:
+        launch_aggregate(weights, table, None, out, "bf16x6", AGGREGATE)
+    assert_product(out, weights, torch.cat([table.frozen, table.current]))
+    assert not interpreter.products, "the products are of bfloat16"
+
+
+def test_float32_sums_into_bfloat16_take_three_products():
+    weights, table = draw(17, 17), piece_table(9, 8, 33, F32)
+    with within(17, 33, BF16) as out:
+        launch_aggregate(weights, table, None, out, "bf16x6", AGGREGATE)
+    assert_product(out, weights, torch.cat([table.frozen, table.current]))
+    assert set(interpreter.products) == {"bf16x3"}
 
 
 @pytest.mark.parametrize("size", [(1, 1, 0, 1), (17, 9, 8, 33), (5, 0, 17, 64)])
@@ -136,6 +187,16 @@ def test_bank_gradient_sums_outer_products_over_tokens(size, splits, dtypes):
     assert_product(dvalues, written.T, grad)
     again = launch_bank_gradient(*args)
     assert torch.equal(dkeys, again[0]) and torch.equal(dvalues, again[1])
+
+
+@MIXED
+def test_bank_gradient_where_bfloat16_meets_float32_is_exact_to_a_float32_sum(dtypes):
+    dscores, written = (draw(40, 5, dtype=dtypes[0], seed=s) for s in (1, 2))
+    x, grad = draw(40, 33, dtype=dtypes[1]), draw(40, 31, dtype=dtypes[1], seed=4)
+    dkeys, dvalues = launch_bank_gradient(dscores, x, written, grad, F32, "bf16x6", BANK, 2)
+    assert_product(dkeys, dscores.T, x)
+    assert_product(dvalues, written.T, grad)
+    assert not interpreter.products, "the products are of bfloat16"
 
 
 def test_bank_gradient_of_float16_takes_factors_beyond_its_range():

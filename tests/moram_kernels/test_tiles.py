@@ -48,6 +48,17 @@ def test_each_target_has_its_own_resident_tiles(target, version):
     assert resident_tile(65, 16, "float32", card) is None
 
 
+@pytest.mark.parametrize("target", WIDEST)
+def test_mixed_dtypes_fill_wide_resident_tiles_on_a_hopper_alone(target, version):
+    version(3, 8)
+    card = CARDS[target]
+    assert resident_tile(64, 16, "bfloat16+float32", card) == (64, 0)
+    assert resident_tile(65, 16, "float16+float32", card) is None
+    wide = resident_tile(192, 16, "bfloat16+float32", card)
+    assert wide == ((128, 64) if target == "sm_90" else None)
+    assert (resident_tile(65, 16, "bfloat16+float32", card) is None) == (target != "sm_90")
+
+
 # Most atoms with top_k 8 and with another, before Triton 3.8.
 EARLY = {"sm_80": (96, 128), "sm_89": (64, 128), "sm_90": (128, 192), "sm_120": (64, 128)}
 
