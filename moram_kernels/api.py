@@ -138,9 +138,10 @@ def retrieve_linear(
 ) -> Tensor:
     """x weight^T + bias + update: `retrieve` onto a frozen Linear that it computes itself.
 
-    The same numbers as `retrieve(.., residual=linear(x, weight, bias))`. The Triton backend adds
-    the update to the base's output in place, and in the backward the base's share of dx to its own,
-    which saves a pass over each. For other bases (quantised ones) use `retrieve`.
+    As `retrieve(.., residual=linear(x, weight, bias))`, with as many roundings to the dtype of x.
+    The Triton backend computes the update first: it is rounded, and the base's product added in
+    place, where `retrieve` has the base rounded first. In the backward the base's share of dx
+    is added to its own in place. Both save a pass. For other bases (quantised ones) use `retrieve`.
 
     Args:
         weight, bias: [O, D] and [O] or None, in the dtype of x; they get no gradient from here.

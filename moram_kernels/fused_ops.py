@@ -50,7 +50,7 @@ def retrieve_triton(
         count = int(num_frozen)
         bank, num_frozen = (bank[0][:count], bank[1][:count], *bank[2:]), None
     if not differentiable:
-        how = (settings, training, precision, None, scores, None, known)
+        how = (settings, training, precision, None, scores, known)
         return run_forward(x, bank, residual, *how)[0]
     return _RetrieveFused.apply(
         x, *bank, residual, num_frozen, settings, training, precision, scores, None, None, known
@@ -61,7 +61,9 @@ def retrieve_linear_triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, bank: Bank, settings: Rule, training: bool,
     precision: str, scores: Tensor | None = None, known: Known | None = None,
 ) -> Tensor:  # fmt: skip
-    """x weight^T + bias + update, the base and the update in one output, for a frozen weight.
+    """x weight^T + bias + update for a frozen weight, the product of which comes last.
+
+    It reads what it is added to while it computes, where a sum of values would wait for it.
 
     Args: x, bank, settings, scores and known as for `retrieve_triton`; the rest as for
         `moram_kernels.retrieve_linear`.
@@ -70,15 +72,21 @@ def retrieve_linear_triton(
         return _RetrieveFused.apply(
             x, *bank, None, None, settings, training, precision, scores, weight, bias, known
         )
-    base = torch.nn.functional.linear(x, weight, bias)
-    how = (settings, training, precision, None, scores, base, known)
-    return run_forward(x, bank, base, *how)[0]
+    shift = _rows_of(bias, x)
+    output, *_ = run_forward(x, bank, shift, settings, training, precision, None, scores, known)
+    return torch.addmm(output, x, weight.t(), out=output)
+
+
+def _rows_of(bias: Tensor | None, x: Tensor) -> Tensor | None:
+    """A bias [O] for every row of x, without memory of its own."""
+    return None if bias is None else bias.expand(x.shape[0], -1)
 
 
 class _RetrieveFused(torch.autograd.Function):
     """Gradients go to x, the current segment and the residual; frozen atoms have none.
 
-    With a weight the base Linear is part of the function, and its share of dx is added in place.
+    With a weight the base Linear is part of the function; it and its share of dx are added in
+    place.
     """
 
     @staticmethod
@@ -91,13 +99,13 @@ class _RetrieveFused(torch.autograd.Function):
         bank = (keys, values, current_keys, current_values)
         ctx.backward_form = None
         if num_frozen is None:
-            out = None
-            if weight is not None:
-                residual = out = torch.nn.functional.linear(x, weight, bias)
+            shift = residual if weight is None else _rows_of(bias, x)
             output, saved, ctx.backward_form = run_forward(
-                x, bank, residual, settings, training, precision, True, scores, out, known
+                x, bank, shift, settings, training, precision, True, scores, known
             )
             assert saved is not None
+            if weight is not None:
+                torch.addmm(output, x, weight.t(), out=output)
         else:
             output, *saved = torch.ops.moram.retrieve_fused(
                 x, *bank, residual, num_frozen, *settings, training, precision, True
@@ -139,7 +147,7 @@ class _RetrieveFused(torch.autograd.Function):
 
 def plan_for(
     x: Tensor, bank: Bank, settings: Rule, training: bool, precision: str,
-    keep: str | None = None, result: torch.dtype | None = None,
+    keep: str | None = None, result: torch.dtype | None = None, residual: bool = True,
 ) -> Plan:  # fmt: skip
     """The plan of a call with these tensors.
 
@@ -148,6 +156,7 @@ def plan_for(
         settings: (top_k, temperature, threshold, eps).
         training: whether a backward follows. precision, keep: as for `plan`.
         result: the dtype of the output or of its gradient, if it is not that of x.
+        residual: as for `plan`.
     """
     keys, values, current_keys, _ = bank
     return plan(
@@ -161,6 +170,7 @@ def plan_for(
         available.device_of(x.device),
         current=current_keys.shape[0],
         joined=keys.shape[0] == 0 or current_keys.shape[0] == 0,
+        residual=residual,
         precision=precision,
         keep=keep,
     )
@@ -178,14 +188,13 @@ def _kernels() -> tuple[Any, Any, Any, Any]:
 def run_forward(
     x: Tensor, bank: Bank, residual: Tensor | None, settings: Rule, training: bool,
     precision: str, save: bool | str | None, scores: Tensor | None = None,
-    out: Tensor | None = None, known: Known | None = None,
+    known: Known | None = None,
 ) -> tuple[Tensor, "Saved | None", str | None]:  # fmt: skip
     """(output, saved tensors, form of the backward).
 
     Args:
         x: rows [M, D]. residual: [M, O] or None. save: None, True (either form) or a form.
-        out: where the output goes, or None. known: what is known of such calls, or None to look.
-        The rest as for `retrieve_triton`.
+        known: what is known of such calls, or None to look. The rest as for `retrieve_triton`.
     """
     kernels, _, launcher, Table = _kernels()
     keys, values, current_keys, current_values = bank
@@ -193,18 +202,18 @@ def run_forward(
     dtype = x.dtype if residual is None else residual.dtype
     if known is None:
         how = ("forward", settings, training, precision)
-        known = recall((x, *bank, residual, scores, out), how)
+        known = recall((x, *bank, residual, scores), how)
     tables = Table.of(keys, current_keys), Table.of(values, current_values)
     # Another planner plans anew.
-    name = (plan, save, out is None)
+    name = (plan, save)
     course = None if known is None else known.courses.get(name)
     if course is None:
         form = save if isinstance(save, str) else None
-        course = Course(plan_for(x, bank, settings, save is not None, precision, form, dtype))
+        onto = residual is not None and residual.stride(0) > 0
+        course = Course(plan_for(x, bank, settings, save is not None, precision, form, dtype, onto))
         if known is not None:
             known.courses[name] = course
-    if out is None:
-        out = x.new_empty(tokens, values.shape[1], dtype=dtype)
+    out = x.new_empty(tokens, values.shape[1], dtype=dtype)
     chosen, saved = course.plan, None
     if save is not None:
         saved = kernels.new_saved(

@@ -185,9 +185,17 @@ def _kept(shape):
     return min(4 * shape.atoms + 16, 8 * count + 4 * shape.current + 4)
 
 
+def added(shape, model):
+    """Seconds that the base's product takes longer for adding to an output that is there."""
+    sizes = (shape.tokens, shape.out, shape.width, shape.itemsize, shape.rate)
+    plane = shape.tokens * shape.out * shape.itemsize
+    alone = product(model, *sizes, library=True)
+    return product(model, *sizes, library=True, extra=plane) - alone
+
+
 def our_host(shape, path):
     """Seconds of Python of one `retrieve` on a path."""
-    library = shape.joined and shape.itemsize == 2
+    library = shape.joined and shape.met == 2
     launches = {
         "resident": TRITON,
         "decode": 2 * TRITON,

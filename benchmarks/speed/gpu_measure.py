@@ -241,7 +241,7 @@ def shape_of(case):
     size, rate = (4, "single") if case.dtype == "float32" else (2, "half")
     return cost.Shape(
         case.tokens, case.width, case.width, case.atoms, case.current, case.top_k, size, rate,
-        case.current in (0, case.atoms), case.training, True, False,
+        case.current in (0, case.atoms), case.training,
     )  # fmt: skip
 
 

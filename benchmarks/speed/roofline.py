@@ -16,6 +16,7 @@ Python waits: the longer of the device's time and the host's. "graphs" compares 
 import argparse
 import csv
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,11 +26,14 @@ sys.path.insert(0, str(ROOT))
 import baseline_model as baseline  # noqa: E402
 
 from moram_kernels.triton_backend import cost  # noqa: E402
-from moram_kernels.triton_backend.plan import plan  # noqa: E402
+from moram_kernels.triton_backend.plan import plan, rate_of  # noqa: E402
 
 
 class Setting(NamedTuple):
-    """A layer in use: M tokens, D -> O, N atoms of which C are current while training, top_k."""
+    """A layer in use: M tokens, D -> O, N atoms of which C are current while training, top_k.
+
+    dtype: as for `plan`.
+    """
 
     name: str
     tokens: int
@@ -39,14 +43,18 @@ class Setting(NamedTuple):
     current: int
     top_k: int
     training: bool = False
+    dtype: str = "bfloat16"
 
 
+MIXED = "bfloat16+float32"
 SETTINGS = (
     Setting("CLIP attention, 10 tasks", 12608, 768, 768, 160, 16, 16),
     Setting("CLIP c_fc, 10 tasks", 12608, 768, 3072, 160, 16, 16),
     Setting("CLIP attention, first task", 12608, 768, 768, 16, 16, 16, True),
     Setting("CLIP attention, tenth task", 12608, 768, 768, 160, 16, 16, True),
+    Setting("CLIP tenth task, float32 atoms", 12608, 768, 768, 160, 16, 16, True, MIXED),
     Setting("LLaMA-7B q_proj", 4096, 4096, 4096, 64, 8, 8, True),
+    Setting("LLaMA-7B q_proj, float32 atoms", 4096, 4096, 4096, 64, 8, 8, True, MIXED),
     Setting("LLaMA-7B q_proj prefill", 4096, 4096, 4096, 64, 8, 8),
     Setting("LLaMA-7B down_proj prefill", 4096, 11008, 4096, 64, 8, 8),
     Setting("Gemma-2B", 8192, 2048, 2048, 512, 64, 16),
@@ -88,30 +96,34 @@ def main(argv=None):
     return 0
 
 
-def to_shape(setting, dtype="bfloat16", in_place=True):
+def to_shape(setting):
     """The setting as the cost model's `Shape`."""
-    _, tokens, width, out, atoms, current, top_k, training = setting
+    _, tokens, width, out, atoms, current, top_k, training, dtype = setting
     current = current if training else 0
-    size, rate = (4, "single") if dtype == "float32" else (2, "half")
+    size, rate = 4 if dtype == "float32" else 2, rate_of(dtype, "ieee")
     joined = current in (0, atoms)
-    return cost.Shape(
-        tokens, width, out, atoms, current, top_k, size, rate, joined, training, True, in_place
-    )
+    return cost.Shape(tokens, width, out, atoms, current, top_k, size, rate, joined, training)
 
 
 def plan_of(shape, device, dtype="bfloat16", path=None):
     """The plan of a shape, on its fastest path or the one named."""
     return plan(
         shape.tokens, shape.width, shape.out, shape.atoms, shape.top_k, dtype, shape.training,
-        device, current=shape.current, joined=shape.joined, path=path,
+        device, current=shape.current, joined=shape.joined, residual=False, path=path,
     )  # fmt: skip
 
 
 def our_seconds(shape, chosen, model):
-    """(forward, backward or None) device seconds of a plan, from the tiles that it chose."""
+    """(forward, backward or None) device seconds of a plan, from the tiles that it chose.
+
+    The forward is that of an adapted Linear: without a residual, and with what the base's product
+    takes longer for adding to what is there.
+    """
     resident = chosen.tiles.get("resident", {})
     columns = resident.get("BLOCK_N", 0) + resident.get("BLOCK_N2", 0)
-    forward = cost.forward_times(model, shape, columns or None, chosen.tiles)[chosen.path]
+    alone = replace(shape, residual=False)
+    forward = cost.forward_times(model, alone, columns or None, chosen.tiles)[chosen.path]
+    forward += baseline.added(shape, model)
     if chosen.backward is None:
         return forward, None
     return forward, cost.backward_times(model, shape, chosen.tiles)[chosen.backward]
@@ -120,13 +132,16 @@ def our_seconds(shape, chosen, model):
 def model_rows(setting, device="H100"):
     """Rows of the table for a setting: its forward and, while training, its backward."""
     model, shape = cost.device_model(device), to_shape(setting)
-    chosen = plan_of(shape, device)
+    alone = replace(shape, residual=False)
+    chosen = plan_of(shape, device, setting.dtype)
+    # Plain torch multiplies in float32 what is mixed.
+    met = replace(shape, itemsize=shape.met, rate="half" if shape.met == 2 else "single")
     passes = zip(
         ("forward", "backward"),
-        baseline.record_plain(shape, model),
+        baseline.record_plain(met, model),
         our_seconds(shape, chosen, model),
         (baseline.our_host(shape, chosen.path), baseline.our_backward_host()),
-        (baseline.bound(shape, model), baseline.backward_bound(shape, model)),
+        (baseline.bound(alone, model), baseline.backward_bound(shape, model)),
         (chosen.path, chosen.backward),
         strict=True,
     )
@@ -134,7 +149,7 @@ def model_rows(setting, device="H100"):
         if device_time is None:
             continue
         plain = baseline.plain_cost(ops)
-        compiled = baseline.compiled_cost(shape, model, ops, name == "backward")
+        compiled = baseline.compiled_cost(met, model, ops, name == "backward")
         ours = baseline.Cost(device_time, host, 0)
         numbers = {
             "plain_us": plain.seconds,

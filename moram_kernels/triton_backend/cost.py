@@ -69,8 +69,7 @@ class Shape:
     rate: FLOP/s share of products: "half", "single" (ieee float32), "six" (bf16x6) or "three", as
     where bfloat16 meets float32.
     joined: whether keys and values are one segment each, as the vendor's library needs.
-    in_place: whether the output takes the residual's memory, as in an adapted Linear; where it does
-    not, the library copies the residual first.
+    residual: whether there is one of many rows, to which the library does not add.
     """
 
     tokens: int
@@ -84,7 +83,6 @@ class Shape:
     joined: bool
     training: bool
     residual: bool = True
-    in_place: bool = True
 
     @property
     def met(self) -> int:
@@ -231,11 +229,9 @@ def _aggregate(device: Device, shape: Shape, columns: int, tiles: Tiles, extra: 
 
 
 def _aggregate_values(device: Device, shape: Shape, tiles: Tiles) -> float:
-    plane = shape.tokens * shape.out * shape.itemsize
-    time = _aggregate(device, shape, shape.out, tiles, extra=plane * shape.residual)
-    if shape.joined and shape.met == 2 and shape.residual and not shape.in_place:
-        time += stream(device, 2 * plane)
-    return time
+    extra = shape.tokens * shape.out * shape.itemsize * shape.residual
+    shape = replace(shape, joined=shape.joined and not shape.residual)
+    return _aggregate(device, shape, shape.out, tiles, extra)
 
 
 def _residual_bytes(shape: Shape) -> int:

@@ -194,7 +194,7 @@ def aggregate(
 
     Args:
         coefficients: [M, N]. table: `Table` of N rows of O numbers.
-        residual: [M, O] or None; may be out. out: [M, O].
+        residual: [M, O] or None; may be out; of stride 0 if all its rows are one. out: [M, O].
         precision: of float32 products. config: the tile of the kernel.
         unscale: factors [M] of the rows of float16 coefficients, which the library does not know,
             or None.
@@ -202,13 +202,10 @@ def aggregate(
     """
     usable = out.dtype == table.dtype and unscale is None
     whole = table.whole if usable and launcher.can_multiply(coefficients, table.frozen) else None
-    # Onto another tensor than the residual the library would copy the residual first.
-    in_place = residual is not None and (
-        residual.data_ptr() == out.data_ptr() and residual.stride() == out.stride()
-    )
-    if whole is not None and in_place:
-        launcher.multiply_add(out, coefficients, whole, out)
-    elif whole is not None and residual is None:
+    if whole is None or (residual is not None and residual.stride(0)):
+        # The library would copy a residual of many rows first.
+        launch_aggregate(coefficients, table, residual, out, precision, config, unscale, steps)
+    elif residual is None:
         launcher.multiply(coefficients, whole, out)
     else:
-        launch_aggregate(coefficients, table, residual, out, precision, config, unscale, steps)
+        launcher.multiply_add(residual[0], coefficients, whole, out)

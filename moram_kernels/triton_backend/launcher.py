@@ -162,7 +162,7 @@ def multiply_add(base: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None
     """out = base + left right by the vendor's library.
 
     Args:
-        base: [M, N]; may be out. left: [M, D]. right: [D, N]. out: [M, N]. All of one 16-bit dtype.
+        base: [N]. left: [M, D]. right: [D, N]. out: [M, N]. All of one 16-bit dtype.
     """
     torch.addmm(base, left, right, out=out)
 

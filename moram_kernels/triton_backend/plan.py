@@ -123,6 +123,7 @@ def plan(
     *,
     current: int = 0,
     joined: bool = False,
+    residual: bool = True,
     precision: str = "ieee",
     path: str | None = None,
     keep: str | None = None,
@@ -137,6 +138,7 @@ def plan(
         device: `Device`, or a name that `device_model` knows.
         current: trainable atoms among the atoms.
         joined: whether keys (and values) are one piece of memory.
+        residual: whether the update goes onto a tensor [M, O].
         precision: of float32 products, "ieee" or "bf16x6"; of mixed dtypes always the latter.
         path: take this path instead of the fastest.
         keep: what must be kept for the backward, "dense" or "lists"; None chooses.
@@ -153,7 +155,8 @@ def plan(
     # Sizes of 0 need no kernel; the model divides by them.
     tokens, width, out, atoms = (max(1, size) for size in (tokens, width, out, atoms))
     rounded = _bucket(tokens)
-    args = (rounded, width, out, atoms, top_k, dtype, training, model, current, joined, precision)
+    bank = (current, joined, residual)
+    args = (rounded, width, out, atoms, top_k, dtype, training, model, *bank, precision)
     name = device if isinstance(device, str) else device.name
     entry = (shipped_table() if table is None else table).get(name)
     if not entry:
@@ -186,6 +189,7 @@ def _plan(
     device: Device,
     current: int,
     joined: bool,
+    residual: bool,
     precision: str,
     path: str | None,
     keep: str | None,
@@ -193,7 +197,7 @@ def _plan(
     precision = "bf16x6" if dtype in MIXED else precision
     shape = cost.Shape(
         tokens, width, out, atoms, current, top_k, 4 if dtype == "float32" else 2,
-        rate_of(dtype, precision), joined, training,
+        rate_of(dtype, precision), joined, training, residual,
     )  # fmt: skip
     pair = resident_tile(atoms, top_k, dtype, device)
     if width % 32 or out % 32 or not (top_k in NETWORK_TOP_K or top_k >= atoms):

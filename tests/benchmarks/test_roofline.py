@@ -14,14 +14,9 @@ FORWARD = (
     *("cat", "cat", "mm", "linalg_vector_norm", "clamp_min", "div", "topk", "full_like"),
     *("scatter", "div", "_softmax", "ge", "mul", "mul", "mm", "add"),
 )
-# Least ratios of plain's device time to ours; all others must reach 2.
-# q_proj in training: 64 row tiles leave half the units idle, see `plan.tiles`. down_proj: the bound
-# itself is only 2.6 times faster than plain.
-BELOW_TWO = {"LLaMA-7B q_proj": 1.9, "LLaMA-7B down_proj prefill": 1.9}
 # Largest ratios of our device time to the bound; the other CLIP layers must stay within 1.5.
-# While training, 160 atoms are too many for the resident tile, which spills 16 to 32 bytes, and our
-# own products read from L2 what the vendor's would share.
-FAR_FROM_BOUND = {"CLIP attention, tenth task": 4.0}
+# While training, 160 atoms fit a resident tile of 64 rows alone, with conversions of the layout.
+FAR_FROM_BOUND = {"CLIP attention, tenth task": 1.8, "CLIP tenth task, float32 atoms": 2.8}
 
 
 @pytest.fixture(scope="module")
@@ -34,17 +29,19 @@ def _forward(rows):
 
 
 def test_clip_and_llama_prefill_are_near_the_bound(rows):
+    """Of a bound that counts a residual that is read, as the base's product does here."""
     for row in _forward(rows):
+        read = 1e6 * row["tokens"] * row["O"] * 2 / cost.H100.memory
+        ratio = row["ours_device_us"] / (row["bound_us"] + read)
         if row["name"].startswith("CLIP"):
-            assert row["ours_over_bound"] <= FAR_FROM_BOUND.get(row["name"], 1.5), row
+            assert ratio <= FAR_FROM_BOUND.get(row["name"], 1.5), row
         elif "prefill" in row["name"]:
-            assert row["ours_over_bound"] <= 1.6, row
+            assert ratio <= 1.2, row
 
 
 def test_forward_is_modelled_twice_as_fast_as_plain(rows):
     for row in _forward(rows):
-        least = BELOW_TWO.get(row["name"], 2.0)
-        assert row["plain_over_ours_graphs"] >= least, row
+        assert row["plain_over_ours_graphs"] >= 2.0, row
 
 
 def test_nothing_is_modelled_faster_than_the_bound(rows):
@@ -77,9 +74,9 @@ def test_a_kernel_counts_every_pass_over_memory():
     select = tokens * atoms * 100 / 32 / (cost.H100.issue * 0.6)
     times = cost.forward_times(cost.H100, shape, None)
     assert times["split-dense"] == pytest.approx(scores + select + values + 3e-6, rel=0.05)
-    copied = cost.forward_times(cost.H100, replace(shape, in_place=False), None)
-    extra = copied["split-dense"] - times["split-dense"]
-    assert extra == pytest.approx(2 * tokens * width * 2 / rate, rel=0.01)
+    alone = cost.forward_times(cost.H100, replace(shape, residual=False, joined=False), None)
+    saved = times["split-dense"] - alone["split-dense"]
+    assert saved == pytest.approx(tokens * width * 2 / rate, rel=0.02)
 
 
 def test_larger_tiles_read_less_from_the_cache():

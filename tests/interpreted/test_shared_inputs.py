@@ -228,7 +228,31 @@ def test_retrieve_linear_is_retrieve_onto_the_linear(path, bias, monkeypatch):
         results.append([output.detach(), x.grad, *(t.grad for t in current)])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-    assert torch.equal(results[0][0], results[1][0])
+    # A bias is added to the update here, and to the base there.
+    assert bias or torch.equal(results[0][0], results[1][0])
+
+
+@pytest.mark.parametrize("path", ["resident", "split-dense", "split-gather", "decode"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+def test_retrieve_linear_rounds_update_and_sum_once_each(path, bias, monkeypatch):
+    """In 16 bits: half a step of every weighted score, of update and bias, and of the sum."""
+    monkeypatch.setattr(fused_ops, "plan", functools.partial(fused_ops.plan, path=path))
+    sizes = ((20, 64), (32, 64), (32,), (14, 64), (14, 32))
+    drawn = [draw(*size, seed=i, scale=0.3).bfloat16() for i, size in enumerate(sizes)]
+    x, weight, shift, keys, values = drawn
+    call = {"activation": ACTIVATION, "training": path != "decode", "backend": "triton"}
+    found = retrieve_linear(x, weight, shift if bias else None, keys, values, **call)
+    x, weight, shift, keys, values = (t.double() for t in drawn)
+    call |= {"backend": "reference"}
+    update = retrieve(x, keys, values, **call) + (shift if bias else 0)
+    written = retrieve(x, keys, torch.eye(14, dtype=torch.float64), **call)
+    exact = x @ weight.T + update
+    half = torch.finfo(torch.bfloat16).eps / 2
+    allowed = half * (exact.abs() + update.abs() + written.abs() @ values.abs())
+    allowed = 1.02 * allowed + 1e-4
+    error = (found.double() - exact).abs()
+    assert (error <= allowed).all(), (error / allowed).max()
+    assert error.max() > 0.1 * allowed.max()
 
 
 @pytest.mark.parametrize(
