@@ -114,32 +114,33 @@ def plan_of(shape, device, dtype="bfloat16", path=None):
 
 
 def our_seconds(shape, chosen, model):
-    """(forward, backward or None) device seconds of a plan, from the tiles that it chose.
-
-    The forward is that of an adapted Linear: without a residual, and with what the base's product
-    takes longer for adding to what is there.
-    """
+    """(forward, backward or None) device seconds of a plan, from the tiles that it chose."""
+    if chosen.copy:
+        shape = replace(shape, joined=True, copied=True)
     resident = chosen.tiles.get("resident", {})
     columns = resident.get("BLOCK_N", 0) + resident.get("BLOCK_N2", 0)
-    alone = replace(shape, residual=False)
-    forward = cost.forward_times(model, alone, columns or None, chosen.tiles)[chosen.path]
-    forward += baseline.added(shape, model)
+    forward = cost.forward_times(model, shape, columns or None, chosen.tiles)[chosen.path]
     if chosen.backward is None:
         return forward, None
     return forward, cost.backward_times(model, shape, chosen.tiles)[chosen.backward]
 
 
 def model_rows(setting, device="H100"):
-    """Rows of the table for a setting: its forward and, while training, its backward."""
+    """Rows of the table for a setting: its forward and, while training, its backward.
+
+    The layer is an adapted Linear, whose base's product comes second: there is no residual, but
+    what that product takes longer for adding to what is there.
+    """
     model, shape = cost.device_model(device), to_shape(setting)
     alone = replace(shape, residual=False)
     chosen = plan_of(shape, device, setting.dtype)
     # Plain torch multiplies in float32 what is mixed.
     met = replace(shape, itemsize=shape.met, rate="half" if shape.met == 2 else "single")
+    forward, backward = our_seconds(alone, chosen, model)
     passes = zip(
         ("forward", "backward"),
         baseline.record_plain(met, model),
-        our_seconds(shape, chosen, model),
+        (forward + baseline.added(shape, model), backward),
         (baseline.our_host(shape, chosen.path), baseline.our_backward_host()),
         (baseline.bound(alone, model), baseline.backward_bound(shape, model)),
         (chosen.path, chosen.backward),

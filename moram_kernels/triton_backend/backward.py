@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..aliases import Gradients, Rule, Tiles
+from ..aliases import Gradients, Rule
 from . import launcher
 from .aggregate import launch_gather
-from .forward import Saved, acting, aggregate, score
+from .forward import Saved, acting, aggregate, multiplied, score
 from .launcher import Steps
 from .lists_backward import launch_lists_backward
 from .outer import launch_bank_gradient, launch_gram
@@ -45,7 +45,7 @@ def backward(
     grad, x = launcher.rows(grad), launcher.rows(x)
     run = _from_scores if plan.backward == "dense" else _from_lists
     needs = (needs[0], needs[1] and keys.num_rows > keys.num_frozen)
-    how = (acting(settings, training), plan.tiles, plan.precision, needs, steps)
+    how = (acting(settings, training), plan, needs, steps)
     return run(grad, x, keys, values, saved, *how)
 
 
@@ -56,14 +56,15 @@ def _from_scores(
     values: Table,
     saved: Saved,
     rule: Rule,
-    tiles: Tiles,
-    precision: str,
+    plan: Plan,
     needs: Sequence[bool],
     steps: Steps | None,
 ) -> Gradients:
     tokens, atoms, frozen = x.shape[0], keys.num_rows, keys.num_frozen
+    tiles, precision = plan.tiles, plan.precision
     pull = launcher.new_matrix(x, tokens, atoms, torch.float32)
-    score(grad, values, pull, precision, tiles["scores"], steps)
+    matrix = multiplied(grad, values, plan.copy)
+    score(grad, values, matrix, pull, precision, tiles["scores"], steps)
     dscores = launcher.new_matrix(x, tokens, atoms, launcher.meet(x, keys))
     written = x.new_empty(tokens, atoms - frozen, dtype=launcher.summed(grad, values))
     own, unscale = dscores[:, frozen:], None
@@ -85,7 +86,11 @@ def _from_scores(
     dx = dkeys = dvalues = None
     if needs[0]:
         dx = torch.empty_like(x)
-        aggregate(dscores, keys, None, dx, precision, tiles["aggregate"], unscale, steps)
+        matrix = None
+        if unscale is None and dx.dtype == keys.dtype:
+            matrix = multiplied(dscores, keys, plan.copy)
+        tile = tiles["aggregate"]
+        aggregate(dscores, keys, matrix, None, dx, precision, tile, unscale, steps)
     if needs[1]:
         dkeys, dvalues = launch_bank_gradient(
             own,
@@ -108,12 +113,11 @@ def _from_lists(
     values: Table,
     saved: Saved,
     rule: Rule,
-    tiles: Tiles,
-    precision: str,
+    plan: Plan,
     needs: Sequence[bool],
     steps: Steps | None,
 ) -> Gradients:
-    tokens = x.shape[0]
+    tokens, tiles, precision = x.shape[0], plan.tiles, plan.precision
     current = keys.num_rows - keys.num_frozen
     dlist, factor = torch.empty_like(saved.picked), saved.picked.new_empty(tokens)
     dscores = x.new_empty(tokens, current, dtype=launcher.summed(x, keys))
@@ -138,13 +142,16 @@ def _from_lists(
         wide = x.dtype == keys.dtype == torch.float16
         dtype = torch.float32 if wide else launcher.meet(x, keys)
         square = x.new_empty(x.shape[1], x.shape[1], dtype=dtype)
-        if launcher.can_multiply(keys.frozen, keys.frozen) and (whole := keys.whole) is not None:
-            launcher.multiply(whole.t(), whole, square)
+        matrix = multiplied(keys.frozen, keys, plan.copy)
+        if matrix is not None:
+            launcher.multiply(matrix.t(), matrix, square)
         else:
             launch_gram(keys, square, precision, tiles["gram"], steps)
         through = x.new_empty(x.shape, dtype=torch.float32)
         exact, tile = ("bf16x6", "through") if wide else (precision, "scores")
-        score(x, Table.of(square, square[:0]), through, exact, tiles[tile], steps)
+        squares = Table.of(square, square[:0])
+        matrix = multiplied(x, squares, False)
+        score(x, squares, matrix, through, exact, tiles[tile], steps)
         dx = torch.empty_like(x)
         launch_gather(saved.index, dlist, keys, None, dx, through, factor, steps)
     if needs[1]:

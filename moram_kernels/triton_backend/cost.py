@@ -70,6 +70,7 @@ class Shape:
     where bfloat16 meets float32.
     joined: whether keys and values are one segment each, as the vendor's library needs.
     residual: whether there is one of many rows, to which the library does not add.
+    copied: whether the library's products copy the segments into one first.
     """
 
     tokens: int
@@ -83,6 +84,7 @@ class Shape:
     joined: bool
     training: bool
     residual: bool = True
+    copied: bool = False
 
     @property
     def met(self) -> int:
@@ -196,9 +198,12 @@ def aggregate(shape: Shape, device: Device, tile: Tile) -> float:
 def _product(
     device: Device, shape: Shape, rows: int, columns: int, inner: int, itemsize: int, **how: Any
 ) -> float:
+    """A product with the bank, which has as many numbers as columns times inner."""
     library = shape.joined and shape.met == 2
-    args = (rows, columns, inner, itemsize, shape.rate)
-    return product(device, *args, library=library, **how)
+    time = product(device, rows, columns, inner, itemsize, shape.rate, library=library, **how)
+    if library and shape.copied:
+        time += stream(device, 2 * columns * inner * itemsize, True) + LAUNCH
+    return time
 
 
 def _tile(tiles: Tiles, name: str, met: int) -> Sequence[int]:

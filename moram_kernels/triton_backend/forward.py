@@ -88,6 +88,8 @@ def forward(
         # Scores that the backward needs are kept whole; others exist a chunk at a time.
         keeps = saved is not None and plan.backward == "dense"
         chunk = x.shape[0] if keeps else max(1, plan.chunk)
+        own = scores is not None or plan.groups == "fused"
+        matrix = None if own else multiplied(x, keys, plan.copy)
         for start in range(0, x.shape[0], chunk):
             part = slice(start, start + chunk)
             kept = None
@@ -104,6 +106,7 @@ def forward(
                 kept,
                 plan,
                 None if scores is None else scores[part],
+                matrix,
                 steps,
             )
 
@@ -124,6 +127,7 @@ def _split(
     saved: Saved | None,
     plan: Plan,
     scores: Tensor | None,
+    matrix: Tensor | None,
     steps: Steps | None,
 ) -> None:
     tokens, atoms = x.shape[0], keys.num_rows
@@ -139,7 +143,7 @@ def _split(
             groups = new_groups(scores)
             launch_scores(x, keys, scores, precision, tile, groups=groups, steps=steps)
         else:
-            score(x, keys, scores, precision, tile, steps)
+            score(x, keys, matrix, scores, precision, tile, steps)
     stats = None if saved is None else saved.stats
     if plan.path != "split-gather":
         dtype = launcher.meet(x, values, out)
@@ -148,7 +152,12 @@ def _split(
         dense = {"written": written, "unscale": unscale, "stats": stats}
         launch_select(scores, rule, **dense, steps=steps)
         tile = plan.tiles["aggregate"]
-        aggregate(written, values, residual, out, precision, tile, unscale, steps)
+        matrix = None
+        # The library knows no factors of rows, and would copy a residual of many rows first.
+        onto = residual is not None and residual.stride(0) > 0
+        if unscale is None and out.dtype == values.dtype and not onto:
+            matrix = multiplied(written, values, plan.copy)
+        aggregate(written, values, matrix, residual, out, precision, tile, unscale, steps)
         return
     count = min(rule.top_k, atoms)
     if saved is None:
@@ -165,17 +174,33 @@ def _split(
     launch_gather(lists[0], lists[1], values, residual, out, steps=steps)
 
 
+def multiplied(left: Tensor, table: Table, copy: bool) -> Tensor | None:
+    """A table as the one matrix [N, width] that the vendor's library multiplies, or None.
+
+    Args:
+        left: what it meets. copy: whether segments that lie apart are copied into one.
+    """
+    return table.matrix(copy) if launcher.can_multiply(left, table.frozen) else None
+
+
 def score(
-    a: Tensor, table: Table, out: Tensor, precision: str, config: Tile, steps: Steps | None
+    a: Tensor,
+    table: Table,
+    matrix: Tensor | None,
+    out: Tensor,
+    precision: str,
+    config: Tile,
+    steps: Steps | None,
 ) -> None:
     """out = a rows^T in float32, by the vendor's library where it can.
 
     Args:
-        a: [M, D]. table: `Table` of N rows of D numbers. out: float32 [M, N].
+        a: [M, D]. table: `Table` of N rows of D numbers. matrix: as `multiplied` returns it.
+        out: float32 [M, N].
         precision: of float32 products. config: the tile of the kernel. steps: of the call.
     """
-    if launcher.can_multiply(a, table.frozen) and (whole := table.whole) is not None:
-        launcher.multiply(launcher.rows(a), whole.t(), out)
+    if matrix is not None:
+        launcher.multiply(launcher.rows(a), matrix.t(), out)
     else:
         launch_scores(a, table, out, precision, config, steps=steps)
 
@@ -183,6 +208,7 @@ def score(
 def aggregate(
     coefficients: Tensor,
     table: Table,
+    matrix: Tensor | None,
     residual: Tensor | None,
     out: Tensor,
     precision: str,
@@ -194,18 +220,16 @@ def aggregate(
 
     Args:
         coefficients: [M, N]. table: `Table` of N rows of O numbers.
+        matrix: as `multiplied` returns it; None where the library cannot, as with a scale, a wider
+            out or a residual of many rows.
         residual: [M, O] or None; may be out; of stride 0 if all its rows are one. out: [M, O].
         precision: of float32 products. config: the tile of the kernel.
-        unscale: factors [M] of the rows of float16 coefficients, which the library does not know,
-            or None.
+        unscale: factors [M] of the rows of float16 coefficients, or None.
         steps: of the call.
     """
-    usable = out.dtype == table.dtype and unscale is None
-    whole = table.whole if usable and launcher.can_multiply(coefficients, table.frozen) else None
-    if whole is None or (residual is not None and residual.stride(0)):
-        # The library would copy a residual of many rows first.
+    if matrix is None:
         launch_aggregate(coefficients, table, residual, out, precision, config, unscale, steps)
     elif residual is None:
-        launcher.multiply(coefficients, whole, out)
+        launcher.multiply(coefficients, matrix, out)
     else:
-        launcher.multiply_add(residual[0], coefficients, whole, out)
+        launcher.multiply_add(residual[0], coefficients, matrix, out)

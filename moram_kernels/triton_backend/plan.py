@@ -39,6 +39,7 @@ class Plan:
     backward: "dense" (from saved scores), "lists" (from saved lists), or None.
     reason: one sentence. seconds: the model's time of every path that was considered.
     tiles: of each kernel that runs, by name. chunk: tokens scored at a time.
+    copy: whether the vendor's library multiplies with a copy of both segments in one.
     groups: of a path with lists, "fused" or "apart" where atoms are selected by groups whose maxima
     the kernel of the scores finds, or that of the selection; else None.
     precision: of products of float32 numbers, "ieee" or "bf16x6".
@@ -52,6 +53,7 @@ class Plan:
     chunk: int = 0
     groups: str | None = None
     precision: str = "ieee"
+    copy: bool = False
 
 
 def why_not_covered(atoms: int, top_k: int, dtype: str, precision: str = "ieee") -> str | None:
@@ -203,18 +205,18 @@ def _plan(
     if width % 32 or out % 32 or not (top_k in NETWORK_TOP_K or top_k >= atoms):
         pair = None
     sizes = tiles(shape, pair, device, dtype)
-    seconds = cost.forward_times(device, shape, sum(pair) if pair else None, sizes)
+    seconds = _seconds(device, shape, sum(pair) if pair else None, sizes)
+    copied = {}
+    if training and shape.met == 2 and not joined and 0 < current < atoms:
+        copying = replace(shape, joined=True, copied=True)
+        copied = _seconds(device, copying, None, sizes)
+        seconds |= {name: min(time, seconds[name]) for name, time in copied.items()}
     if path == "resident" and pair:
         seconds.setdefault("resident", 0.0)
     if top_k > LIST_TOP_K or (top_k >= atoms and keep != "lists"):
         seconds.pop("split-gather", None)
-    backwards = cost.backward_times(device, shape, sizes) if training else {}
-    if training:
-        seconds = {
-            name: time + backwards[_backward_of(name)]
-            for name, time in seconds.items()
-            if _backward_of(name) in backwards and keep in (None, _backward_of(name))
-        }
+    if keep is not None:
+        seconds = {name: s for name, s in seconds.items() if _backward_of(name) == keep}
     heavy = training and tokens * atoms * 4 > KEPT_BYTES and path is None and keep is None
     if heavy and "split-gather" in seconds:
         seconds = {"split-gather": seconds["split-gather"]}
@@ -224,6 +226,7 @@ def _plan(
     others = [f"{n} {t * 1e6:.0f} us" for n, t in sorted(seconds.items(), key=lambda i: i[1])]
     reason = f"modelled on {device.name}: {', '.join(others)}" if path is None else "asked for"
     rows = max(64, SCORE_BYTES // (4 * atoms))
+    copy = copied.get(chosen) == seconds[chosen]
     return Plan(
         chosen,
         _backward_of(chosen) if training else None,
@@ -231,9 +234,27 @@ def _plan(
         seconds,
         sizes if chosen == "resident" else {k: v for k, v in sizes.items() if k != "resident"},
         rows // 64 * 64,
-        cost.groups(device, shape, sizes) if chosen == "split-gather" else None,
+        cost.groups(device, copying if copy else shape, sizes)
+        if chosen == "split-gather"
+        else None,
         precision,
+        copy,
     )
+
+
+def _seconds(
+    device: Device, shape: cost.Shape, columns: int | None, sizes: Tiles
+) -> dict[str, float]:
+    """Seconds of every path that covers a shape, with its backward while training."""
+    seconds = cost.forward_times(device, shape, columns, sizes)
+    if shape.training:
+        backwards = cost.backward_times(device, shape, sizes)
+        seconds = {
+            name: time + backwards[_backward_of(name)]
+            for name, time in seconds.items()
+            if _backward_of(name) in backwards
+        }
+    return seconds
 
 
 def _backward_of(path: str) -> str:

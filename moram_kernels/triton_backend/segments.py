@@ -80,6 +80,11 @@ class Table(NamedTuple):
         frozen = self.pieces[0]
         return frozen.as_strided((self.num_rows, self.width), (frozen.stride(0), 1))
 
+    def matrix(self, copy: bool) -> Tensor | None:
+        """All rows as one matrix: `whole`, else a copy, or None where none is to be made."""
+        whole = self.whole
+        return torch.cat(self) if whole is None and copy else whole
+
 
 @triton.jit
 def row_pointers(

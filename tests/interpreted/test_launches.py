@@ -166,12 +166,21 @@ def joined(case):
 
 
 @pytest.mark.parametrize("residual", [True, False], ids=["residual", "alone"])
-@pytest.mark.parametrize("bank", [*BANKS, "joined"])
+@pytest.mark.parametrize("bank", [*BANKS, "joined", "copied"])
 @pytest.mark.parametrize("path", ["split-dense", "split-gather"])
-def test_products_of_16_bit_banks_in_one_piece_go_to_the_library(path, bank, residual, library):
+def test_products_of_16_bit_banks_in_one_piece_go_to_the_library(
+    path, bank, residual, library, monkeypatch
+):
     settings = {"tokens": 40, "dtype": torch.bfloat16, "residual": residual}
-    case = case_of("both" if bank == "joined" else bank, **settings)
+    case = case_of("both" if bank in ("joined", "copied") else bank, **settings)
     case = joined(case) if bank == "joined" else case
+    if bank == "copied":
+        plan = fused_ops.plan
+
+        def copying(*args, **how):
+            return replace(plan(*args, **how), copy=True)
+
+        monkeypatch.setattr(fused_ops, "plan", copying)
     with forced(path):
         expected = run(case, "triton")
     library()

@@ -151,6 +151,34 @@ def test_mixed_dtypes_use_tensor_cores_whatever_the_precision(dtypes, name, rate
     assert (rate_of(name, "ieee"), chosen.precision) == (rate, precision)
 
 
+MANY = (8192, 2048, 2048, 4096, 16)
+
+
+@pytest.mark.parametrize(
+    "change, copies",
+    [
+        ({}, True),
+        ({"path": "split-dense"}, True),
+        ({"training": False}, False),
+        ({"joined": True}, False),
+        ({"current": 0}, False),
+        ({"current": 4096}, False),
+        ({"dtype": "float32"}, False),
+        ({"dtype": "bfloat16+float32"}, False),
+        ({"path": "resident", "atoms": 64}, False),
+        ({"path": "split-dense", "atoms": 64, "tokens": 512}, False),
+    ],
+    ids=str,
+)
+def test_two_segments_become_one_for_the_library_where_that_is_modelled_faster(change, copies):
+    names = ("tokens", "width", "out", "atoms", "top_k")
+    call = dict(zip(names, MANY, strict=True)) | {"training": True, "current": 64} | change
+    chosen = plan(**call)
+    assert chosen.copy is copies
+    if copies:
+        assert chosen.seconds[chosen.path] > plan(**call | {"joined": True}).seconds[chosen.path]
+
+
 def test_a_mixed_layer_is_modelled_between_those_of_its_dtypes():
     for path in ("split-dense", "split-gather"):
         half, mixed, single = (
