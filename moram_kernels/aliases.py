@@ -15,8 +15,20 @@ class Rule(NamedTuple):
     eps: float
 
 
-# Frozen keys and values, current keys and values.
-Bank = tuple[Tensor, Tensor, Tensor, Tensor]
+class Bank(NamedTuple):
+    """Frozen keys [F, D] and values [F, O], then current ones [C, D] and [C, O]."""
+
+    keys: Tensor
+    values: Tensor
+    current_keys: Tensor
+    current_values: Tensor
+
+    @property
+    def num_atoms(self) -> int:
+        """Rows of both segments."""
+        return self.keys.shape[0] + self.current_keys.shape[0]
+
+
 # Of x, the current keys and the current values; None where none is wanted.
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 # A kernel's blocks, warps and stages; then those of all kernels by name, beside numbers of splits.

@@ -244,11 +244,11 @@ def pick_backend(backend: str, x: Tensor, bank: Bank, top_k: int, precision: str
 
 def _why_not_triton(x: Tensor, bank: Bank, top_k: int, precision: str) -> str | None:
     """Why the kernels cannot run these tensors, one sentence, or None."""
-    reason = available.why_not(x.device) or available.why_not_dtypes({x.dtype, bank[0].dtype})
+    reason = available.why_not(x.device) or available.why_not_dtypes({x.dtype, bank.keys.dtype})
     if reason:
         return reason
-    atoms = bank[0].shape[0] + bank[2].shape[0]
-    return why_not_covered(atoms, top_k, dtype_name(x.dtype, bank[0].dtype), precision)
+    dtype = dtype_name(x.dtype, bank.keys.dtype)
+    return why_not_covered(bank.num_atoms, top_k, dtype, precision)
 
 
 def _run(

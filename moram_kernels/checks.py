@@ -87,11 +87,11 @@ def check_scores(scores: Tensor, x: Tensor, bank: Bank, num_frozen: Tensor | Non
     """Raise unless scores are those of x and all live atoms of a bank, in float32.
 
     Args:
-        scores: to check. x: [.., D]. bank: keys [F, D], values, and those of the current atoms.
+        scores: to check. x: [.., D]. bank: `Bank`.
         num_frozen: live rows of the frozen atoms, or None for all.
     """
-    frozen = bank[0].shape[0] if num_frozen is None else int(num_frozen)
-    shape = (math.prod(x.shape[:-1]), frozen + bank[2].shape[0])
+    frozen = bank.keys.shape[0] if num_frozen is None else int(num_frozen)
+    shape = (math.prod(x.shape[:-1]), frozen + bank.current_keys.shape[0])
     if not isinstance(scores, torch.Tensor) or scores.dtype != torch.float32:
         raise TypeError(f"scores must be a float32 tensor, got {getattr(scores, 'dtype', scores)}")
     if scores.shape != shape or scores.device != x.device or scores.stride(1) != 1:
@@ -115,7 +115,7 @@ def bank_of(
         keys = keys.detach()
     if values.requires_grad:
         values = values.detach()
-    return keys, values, current_keys, current_values
+    return Bank(keys, values, current_keys, current_values)
 
 
 def _no_atoms(like: Tensor) -> Tensor:

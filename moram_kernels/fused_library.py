@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import torch_backend, torch_backward
-from .aliases import Gradients, Rule
+from .aliases import Bank, Gradients, Rule
 from .fused_ops import run_backward, run_forward
 from .ops import TAGS, check_live, fake_backward
 from .triton_backend import available
@@ -38,13 +38,13 @@ def _retrieve_fused(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     count, settings = int(num_frozen), Rule(top_k, temperature, threshold, eps)
     check_live(count, keys)
-    bank = (keys[:count], values[:count], current_keys, current_values)
+    bank = Bank(keys[:count], values[:count], current_keys, current_values)
     form = _fixed_form(keys, current_keys, top_k) if save else None
     wanted = _kept(x, keys, current_keys, top_k, form)
     with torch.autocast(x.device.type, enabled=False):
         if available.why_not(x.device):
-            args = (x, *bank, residual, settings, training, False)
-            output = torch_backend.forward(*args)[0]
+            how = (residual, settings, training, False)
+            output = torch_backend.forward(x, *bank, *how)[0]
             return output, *(x.new_zeros(s, dtype=d) for s, d in wanted)
         output, saved, _ = run_forward(x, bank, residual, settings, training, precision, form)
     if saved is None:
@@ -102,7 +102,7 @@ def _retrieve_fused_backward(
     training: bool, precision: str,
 ) -> Gradients:  # fmt: skip
     count, settings = int(num_frozen), Rule(top_k, temperature, threshold, eps)
-    bank = (keys[:count], values[:count], current_keys, current_values)
+    bank = Bank(keys[:count], values[:count], current_keys, current_values)
     form, live = _fixed_form(keys, current_keys, top_k), count + current_keys.shape[0]
     if form == "lists":
         index, picked = (t[:, : min(top_k, live)].contiguous() for t in (index, picked))

@@ -28,7 +28,7 @@ def retrieve_triton(
     """Run the Triton backend on rows x [M, D], with its closed-form backward.
 
     Args:
-        bank: (keys, values, current_keys, current_values).
+        bank: `Bank`.
         num_frozen: live rows of keys and values, a 0-d int64 CPU tensor, or None for all.
         scores: float32 [M, N] if they are known already; eager calls only.
         known: what is known of calls of this signature, or None.
@@ -36,19 +36,20 @@ def retrieve_triton(
     """
     differentiable = torch.is_grad_enabled() and (
         x.requires_grad
-        or bank[2].requires_grad
-        or bank[3].requires_grad
+        or bank.current_keys.requires_grad
+        or bank.current_values.requires_grad
         or (residual is not None and residual.requires_grad)
     )
     if known is None and torch.compiler.is_compiling():
         if num_frozen is None:
-            num_frozen = torch.full((), bank[0].shape[0], dtype=torch.int64)
+            num_frozen = torch.full((), bank.keys.shape[0], dtype=torch.int64)
         if not differentiable:
             args = (x, *bank, residual, num_frozen, *settings, training, precision, False)
             return torch.ops.moram.retrieve_fused(*args)[0]
     elif num_frozen is not None:
         count = int(num_frozen)
-        bank, num_frozen = (bank[0][:count], bank[1][:count], *bank[2:]), None
+        bank = bank._replace(keys=bank.keys[:count], values=bank.values[:count])
+        num_frozen = None
     if not differentiable:
         how = (settings, training, precision, None, scores, known)
         return run_forward(x, bank, residual, *how)[0]
@@ -68,7 +69,8 @@ def retrieve_linear_triton(
     Args: x, bank, settings, scores and known as for `retrieve_triton`; the rest as for
         `moram_kernels.retrieve_linear`.
     """
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *bank[2:])):
+    trained = (x, bank.current_keys, bank.current_values)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained):
         return _RetrieveFused.apply(
             x, *bank, None, None, settings, training, precision, scores, weight, bias, known
         )
@@ -96,7 +98,7 @@ class _RetrieveFused(torch.autograd.Function):
         settings: Rule, training: bool, precision: str, scores: Tensor | None,
         weight: Tensor | None, bias: Tensor | None, known: Known | None,
     ) -> Tensor:  # fmt: skip
-        bank = (keys, values, current_keys, current_values)
+        bank = Bank(keys, values, current_keys, current_values)
         ctx.backward_form = None
         if num_frozen is None:
             shift = residual if weight is None else _rows_of(bias, x)
@@ -125,7 +127,7 @@ class _RetrieveFused(torch.autograd.Function):
             )
         x, keys, values, current_keys, current_values, *saved = ctx.saved_tensors
         *saved, num_frozen, weight = saved
-        bank = (keys, values, current_keys, current_values)
+        bank = Bank(keys, values, current_keys, current_values)
         # An expanded gradient (of a sum) has stride 0; the kernels want rows.
         grad = grad.contiguous()
         wanted = ctx.needs_input_grad
@@ -152,24 +154,24 @@ def plan_for(
     """The plan of a call with these tensors.
 
     Args:
-        x: rows [M, D]. bank: (keys, values, current_keys, current_values).
+        x: rows [M, D]. bank: `Bank`.
         settings: (top_k, temperature, threshold, eps).
         training: whether a backward follows. precision, keep: as for `plan`.
         result: the dtype of the output or of its gradient, if it is not that of x.
         residual: as for `plan`.
     """
-    keys, values, current_keys, _ = bank
+    current = bank.current_keys.shape[0]
     return plan(
         x.shape[0],
-        keys.shape[1],
-        values.shape[1],
-        keys.shape[0] + current_keys.shape[0],
+        bank.keys.shape[1],
+        bank.values.shape[1],
+        bank.num_atoms,
         settings[0],
-        dtype_name(x.dtype, keys.dtype, result or x.dtype),
+        dtype_name(x.dtype, bank.keys.dtype, result or x.dtype),
         training,
         available.device_of(x.device),
-        current=current_keys.shape[0],
-        joined=keys.shape[0] == 0 or current_keys.shape[0] == 0,
+        current=current,
+        joined=current in (0, bank.num_atoms),
         residual=residual,
         precision=precision,
         keep=keep,
@@ -198,7 +200,7 @@ def run_forward(
     """
     kernels, _, launcher, Table = _kernels()
     keys, values, current_keys, current_values = bank
-    tokens, atoms = x.shape[0], keys.shape[0] + current_keys.shape[0]
+    tokens, atoms = x.shape[0], bank.num_atoms
     dtype = x.dtype if residual is None else residual.dtype
     if known is None:
         how = ("forward", settings, training, precision)
@@ -253,7 +255,7 @@ def run_backward(
     """
     forward, kernels, launcher, Table = _kernels()
     keys, values, current_keys, current_values = bank
-    if not x.shape[0] or not grad.shape[1] or not keys.shape[0] + current_keys.shape[0]:
+    if not x.shape[0] or not grad.shape[1] or not bank.num_atoms:
         return (
             x.new_zeros(x.shape) if needs[0] else None,
             current_keys.new_zeros(current_keys.shape) if needs[1] else None,

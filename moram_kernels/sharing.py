@@ -18,7 +18,7 @@ MAX_BANKS = 3
 
 def shared_scores(
     x: Tensor,
-    banks: Sequence[Bank],
+    banks: Sequence[Sequence[Tensor]],
     activation: SelfActivation,
     *,
     training: bool,
@@ -35,7 +35,7 @@ def shared_scores(
         One float32 tensor [M, N_i] a bank, for `retrieve(..., scores=)`; the same numbers as
         without. None where the torch backend runs, or where a bank's own path is faster.
     """
-    x = x.reshape(-1, x.shape[-1])
+    x, banks = x.reshape(-1, x.shape[-1]), [Bank(*bank) for bank in banks]
     if not 2 <= len(banks) <= MAX_BANKS or not x.shape[0]:
         return None
     tensors = (x, *(tensor for bank in banks for tensor in bank))
@@ -52,7 +52,7 @@ def shared_scores(
     from .triton_backend.segments import Table
     from .triton_backend.shared_scores import launch_shared_scores
 
-    tables = [Table.of(bank[0].detach(), bank[2].detach()) for bank in banks]
+    tables = [Table.of(bank.keys.detach(), bank.current_keys.detach()) for bank in banks]
     with torch.no_grad(), launcher.on(x.device):
         steps = None if known is None else launcher.Steps(course)
         chosen = course.plan
@@ -71,13 +71,13 @@ def _plan(
     precision: str,
 ) -> Plan | None:
     """The plan of the first bank, or None where sharing does not pay."""
-    if any(bank[0].shape[0] + bank[2].shape[0] == 0 for bank in banks):
+    if any(bank.num_atoms == 0 for bank in banks):
         return None
     if any(
         pick_backend(backend, x, bank, activation.top_k, precision) != "triton" for bank in banks
     ):
         return None
-    if len({bank[0].dtype for bank in banks}) > 1:
+    if len({bank.keys.dtype for bank in banks}) > 1:
         return None
     settings = rule_of(activation)
     plans = [fused_ops.plan_for(x, bank, settings, training, precision) for bank in banks]
@@ -92,10 +92,10 @@ def pays(x: Tensor, banks: Sequence[Bank], plans: Sequence[Plan]) -> bool:
     """
     if any(not plan.path.startswith("split") for plan in plans):
         return False
-    rate = rate_of(dtype_name(x.dtype, banks[0][0].dtype), plans[0].precision)
+    rate = rate_of(dtype_name(x.dtype, banks[0].keys.dtype), plans[0].precision)
     device = available.device_of(x.device)
-    sizes = [bank[0].shape[0] + bank[2].shape[0] for bank in banks]
-    single = [(bank[0].shape[0] == 0 or bank[2].shape[0] == 0) for bank in banks]
+    sizes = [bank.num_atoms for bank in banks]
+    single = [bank.num_atoms in (len(bank.keys), len(bank.current_keys)) for bank in banks]
 
     def product(columns: int, library: bool) -> float:
         return cost.product(

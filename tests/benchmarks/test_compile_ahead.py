@@ -21,6 +21,7 @@ import pytest
 from support import ROOT
 
 from moram_kernels import fused_ops
+from moram_kernels.aliases import Bank
 
 H100 = gpu_dry_run.DEVICES["H100"]
 # Both kinds of items; with and without the vendor's products, in slices and whole.
@@ -131,10 +132,10 @@ def test_the_library_plans_as_it_does_on_the_machine():
     data, settings = gpu_cases.blank_data(case), (case.top_k, 0.03, 0.2, 1e-12)
     machine = gpu_dry_run.DEVICES["A100"]
     with compile_worker.pretend(machine, print):
-        found = fused_ops.plan_for(data.x, data[1:5], settings, True, "ieee")
+        found = fused_ops.plan_for(data.x, Bank(*data[1:5]), settings, True, "ieee")
     assert found == case.plan(machine.device) != case.plan("interpreter")
     # And as here again afterwards.
-    again = fused_ops.plan_for(data.x, data[1:5], settings, True, "ieee")
+    again = fused_ops.plan_for(data.x, Bank(*data[1:5]), settings, True, "ieee")
     assert again == case.plan("interpreter")
 
 

@@ -12,6 +12,7 @@ from support import make_case, run, with_spare_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moram_kernels import fused_ops, retrieve
+from moram_kernels.aliases import Bank
 from moram_kernels.triton_backend import launcher
 from moram_kernels.triton_backend import plan as planning
 
@@ -215,7 +216,7 @@ def test_the_library_adds_to_an_output_that_is_there_already(library):
     case = case_of("frozen", dtype=torch.bfloat16, training=False, residual=False)
     weight, bias = case.values.new_ones(32, 64), case.values.new_ones(32)
     a = case.activation
-    bank = (case.keys, case.values, case.keys[:0], case.values[:0])
+    bank = Bank(case.keys, case.values, case.keys[:0], case.values[:0])
     rule = (a.top_k, a.temperature, a.threshold, a.eps)
     arguments = (case.x, weight, bias, bank, rule, False, "ieee")
     with forced("split-dense"):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from moram_kernels import SelfActivation, api, explain
+from moram_kernels.aliases import Bank
 from moram_kernels.triton_backend import available, devices, launcher
 from moram_kernels.triton_backend.plan import plan
 from moram_kernels.triton_backend.tiles import resident_tile
@@ -155,7 +156,7 @@ def test_auto_takes_torch_where_kernels_would_spill_and_triton_says_why(card, ma
     (gpu,) = machine(properties)
     assert available.why_not(gpu) == available.why_not() == message
     x = SimpleNamespace(is_meta=False, is_cuda=True, device=gpu, dtype=torch.float32)
-    bank = (torch.zeros(8, 4),) * 4
+    bank = Bank(*(torch.zeros(8, 4),) * 4)
     assert api.pick_backend("auto", x, bank, 4) == "torch"
     with pytest.raises(RuntimeError, match=re.escape(f'backend="triton" cannot run: {message}')):
         api.pick_backend("triton", x, bank, 4)
@@ -177,7 +178,7 @@ def test_auto_takes_triton_where_kernels_compile_cleanly(machine):
         (gpu,) = machine(card)
         assert available.why_not(gpu) is None
         x = SimpleNamespace(is_meta=False, is_cuda=True, device=gpu, dtype=torch.float32)
-        assert api.pick_backend("auto", x, (torch.zeros(8, 4),) * 4, 4) == "triton"
+        assert api.pick_backend("auto", x, Bank(*(torch.zeros(8, 4),) * 4), 4) == "triton"
 
 
 def test_a_compiled_graph_asks_a_gpu_nothing(machine, monkeypatch, recwarn):
