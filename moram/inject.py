@@ -16,6 +16,7 @@ from .layers.shared import SharedInput
 from .models import split_attention
 from .models.heads import fresh_heads
 from .models.open_clip import settle_encoders
+from .models.quantised import keep_unpacked
 from .optimizers import watch
 from .sharded import reshard
 from .targets import find_targets, resolve_targets
@@ -188,6 +189,7 @@ def wrap_paths(
         for use in uses:
             parent, _, name = use.rpartition(".")
             setattr(model.get_submodule(parent), name, adapter)
+    keep_unpacked(model)
     # Only from here on can all of them have been called.
     for adapter in adapters(model, Adapter).values():
         adapter.calls.seen = False
