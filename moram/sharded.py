@@ -25,6 +25,11 @@ def is_managed(parameter: Tensor) -> bool:
     return hasattr(parameter, "full_tensor") or hasattr(parameter, "_fsdp_flattened")
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` has cut up a parameter of the model."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
 def reshard(model: nn.Module) -> None:
     """Put back what `fully_shard` has gathered: after a forward pass without a backward one, the
     root's parameters stay whole, and what is written to them is lost."""

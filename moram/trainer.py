@@ -16,7 +16,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .checkpoint import load, save
 from .continual.metrics import backward_transfer, forgetting, overall_performance, plasticity
+from .inject import adapters, parameters
 from .inputs import Batches
+from .sharded import is_sharded
 from .task import begin_task, end_task
 
 ADAPTERS, MATRIX = "adapters", "matrix.json"
@@ -51,6 +53,11 @@ class TaskCallback(TrainerCallback):
 
         Args: as for `transformers.TrainerCallback`.
         """
+        for adapter in adapters(model).values():
+            dtype = adapter.bank.frozen_keys.dtype
+            for parameter in adapter.bank.parameters():
+                if parameter.dtype != dtype:
+                    parameter.data = parameter.data.to(dtype)
         begin_task(model, self.batches, generator=self.generator)
 
     def on_train_end(
@@ -119,11 +126,20 @@ def train_tasks(
         if index < len(done):
             continue
         folder = out / name
+        atoms = [(p, p.data) for p in parameters(model)]
         trainer = make_trainer(model, tasks[name], str(folder))
+        for parameter, data in atoms:
+            # SFTTrainer rounds what is trainable on a quantised base to bfloat16.
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
         # In one order and without a draw, so that the training is the one without protection's.
-        batches = trainer.get_eval_dataloader(tasks[name])
+        # Some trainers prepare the data first.
+        batches = trainer.get_eval_dataloader(trainer.train_dataset)
         trainer.add_callback(TaskCallback(batches, torch.Generator().manual_seed(seed + index)))
         begun = get_last_checkpoint(folder) if adapter is not None and folder.is_dir() else None
+        if begun and trainer.is_fsdp_enabled:
+            # It fills tensors of the size that are there, before the Trainer would load anything.
+            load(model, begun)
         trainer.train(resume_from_checkpoint=begun)
         matrix.append([score(model, other) for other in names])
         if adapter is not None:
@@ -131,7 +147,10 @@ def train_tasks(
             adapter.tasks, adapter.matrix = names[: index + 1], matrix
         if trainer.is_world_process_zero():
             _write(out / MATRIX, matrix)
-        save(model, out / ADAPTERS, tasks=names[: index + 1])
+        if trainer.is_world_process_zero() or is_sharded(model):
+            # What is cut up, all must put together; the first one writes.
+            save(model, out / ADAPTERS, tasks=names[: index + 1])
+        trainer.accelerator.wait_for_everyone()
     return Learned(matrix)
 
 

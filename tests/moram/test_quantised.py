@@ -7,10 +7,10 @@ from bitsandbytes.functional import dequantize_4bit
 from peft import PeftModel, get_peft_model
 from peft_support import config
 from task_support import batches_of
-from test_trainer import TASKS, make_trainer, score
 from tiny_models import assert_equal, language_model, small_config
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig
+from trainer_support import TWO, make_trainer, score
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 import moram
@@ -113,7 +113,7 @@ def trained(model, tmp_path):
     torch.manual_seed(0)
     before = weights(model)
     model = get_peft_model(model, config())
-    found = train_tasks(model, dict(list(TASKS.items())[:2]), make_trainer, score, tmp_path)
+    found = train_tasks(model, TWO, make_trainer, score, tmp_path)
     assert_equal(list(weights(model).values()), list(before.values()))
     return model, found.matrix
 

@@ -7,7 +7,7 @@ import torch
 from peft_support import banks, logits, peft_model, save_base
 from task_support import seeded
 from tiny_models import assert_equal
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from trainer_support import TASKS, Stop, make_trainer, score
 
 import moram
 from moram import adapters
@@ -18,29 +18,6 @@ from moram.trainer import TaskCallback, train_tasks
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return save_base(tmp_path_factory.mktemp("base"))
-
-
-def rows_of(task, count=8):
-    """Examples of a task with tokens of its own."""
-    ids = torch.randint(1 + 20 * task, 20 + 20 * task, (count, 6), generator=seeded(task))
-    return [{"input_ids": row, "labels": row} for row in ids]
-
-
-TASKS = {"first": rows_of(0), "second": rows_of(1), "third": rows_of(2)}
-
-
-def make_trainer(model, data, folder, **changes):
-    settings = {"per_device_train_batch_size": 2, "max_steps": 4, "learning_rate": 1e-2}
-    settings |= {"report_to": [], "use_cpu": True, "seed": 5, "save_steps": 2}
-    settings |= {"disable_tqdm": True, "logging_strategy": "no"}
-    return Trainer(model, TrainingArguments(folder, **(settings | changes)), train_dataset=data)
-
-
-def score(model, name):
-    """Minus the loss on a task, which is as good as any score here."""
-    ids = torch.stack([row["input_ids"] for row in TASKS[name]])
-    with torch.no_grad():
-        return -float(model.eval()(input_ids=ids, labels=ids).loss)
 
 
 def by_hand(base, tmp_path):
@@ -63,17 +40,6 @@ def test_tasks_in_a_row_are_those_by_hand_number_by_number(base, tmp_path):
     assert found.summary()["overall_performance"] == overall_performance(matrix)
     assert found.summary()["backward_transfer"] == backward_transfer(matrix)
     assert model.peft_config["default"].tasks == list(TASKS)
-
-
-class Stop(TrainerCallback):
-    """Ends a training by an exception, as a crash does."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("step", [1, 3], ids=["before a checkpoint", "after a checkpoint"])
