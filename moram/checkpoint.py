@@ -27,6 +27,7 @@ from .layers import MoRAMLinear
 from .models import split_attention
 from .models.reads import why_read
 from .optimizers import watch
+from .replicas import watch_replicas
 from .saved_protection import restore_protection, tensor_name, write_protection
 from .sharded import copy_into, is_sharded, reshard, whole
 from .stored import CONFIG, FORMAT, PREFIX, WEIGHTS, for_peft, is_foreign, read_files
@@ -246,6 +247,7 @@ def load(model: nn.Module, directory: str | Path) -> dict[str, Any]:
         if isinstance(present, nn.Parameter):
             present.requires_grad_(True)
     note_beside(model)
+    watch_replicas(model)
     return about
 
 

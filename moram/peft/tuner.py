@@ -13,6 +13,7 @@ from ..checkpoint import split_like
 from ..fit import check_layers, fingerprint
 from ..inject import restore
 from ..models.quantised import keep_unpacked
+from ..replicas import watch_replicas
 from ..stored import PREFIX
 from ..wrappers import listed, plain_names, plain_paths
 from .config import MoRAMPeftConfig
@@ -71,6 +72,7 @@ class MoRAMTuner(BaseTuner):
                     lender = layers[known[of]].bank_of(adapter_name)
                     layer.bank_of(adapter_name).lenders[what] = lender
         keep_unpacked(model)
+        watch_replicas(model)
         config.fingerprint = config.fingerprint or fingerprint(layers)
 
     def _prepare_adapter_config(
