@@ -1,7 +1,7 @@
 """Finds DistributedDataParallel wrappers that do not know new atoms, and says so when called."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ def _unknown(wrapper: DistributedDataParallel) -> list[str]:
     ]
 
 
-def _around(parameters: list[Tensor]) -> Iterator[DistributedDataParallel]:
+def _around(parameters: Sequence[Tensor]) -> Iterator[DistributedDataParallel]:
     """Wrappers of modules that hold one of the parameters; these leave no trace on the model."""
     wanted = {id(p) for p in parameters}
     for found in gc.get_objects():

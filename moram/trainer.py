@@ -47,9 +47,10 @@ class TaskCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: Any = None,
+        optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Begin a task.
+        """Begin a task, and let the Trainer's optimiser begin it afresh.
 
         Args: as for `transformers.TrainerCallback`.
         """
@@ -58,7 +59,11 @@ class TaskCallback(TrainerCallback):
             for parameter in adapter.bank.parameters():
                 if parameter.dtype != dtype:
                     parameter.data = parameter.data.to(dtype)
-        begin_task(model, self.batches, generator=self.generator)
+        earlier = parameters(model)
+        is_fresh = any(adapter.bank.learned for adapter in adapters(model).values())
+        atoms = begin_task(model, self.batches, generator=self.generator)
+        if is_fresh and optimizer is not None:
+            _renew(optimizer, earlier, atoms)
 
     def on_train_end(
         self,
@@ -73,6 +78,15 @@ class TaskCallback(TrainerCallback):
         Args: as for `transformers.TrainerCallback`.
         """
         end_task(model, self.batches)
+
+
+def _renew(optimizer: Any, earlier: list[nn.Parameter], atoms: list[nn.Parameter]) -> None:
+    """Let an optimiser of earlier atoms train those in their places, without their moments."""
+    places = {id(old): new for old, new in zip(earlier, atoms, strict=True)}
+    for group in optimizer.param_groups:
+        group["params"] = [places.get(id(p), p) for p in group["params"]]
+    for parameter in earlier:
+        optimizer.state.pop(parameter, None)
 
 
 class Learned(NamedTuple):
@@ -112,7 +126,7 @@ def train_tasks(
     Returns:
         `Learned`.
     Raises:
-        ValueError: out holds a run of other tasks.
+        ValueError: out holds a run of other tasks, or a Trainer's settings cannot work.
     """
     out, names = Path(out), list(tasks)
     done, matrix = _finished(model, out)
@@ -134,8 +148,15 @@ def train_tasks(
                 parameter.data = data.to(parameter.device)
         # In one order and without a draw, so that the training is the one without protection's.
         # Some trainers prepare the data first.
-        batches = trainer.get_eval_dataloader(trainer.train_dataset)
+        data: Any = trainer.train_dataset
+        batches = trainer.get_eval_dataloader(tasks[name] if data is None else data)
         trainer.add_callback(TaskCallback(batches, torch.Generator().manual_seed(seed + index)))
+        plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+        if getattr(plugin, "cpu_ram_efficient_loading", False):
+            raise ValueError(
+                "fsdp_config['cpu_ram_efficient_loading'] must be False, got True: accelerate then "
+                "deals out parameters alone, and frozen atoms are buffers; leave it out"
+            )
         begun = get_last_checkpoint(folder) if adapter is not None and folder.is_dir() else None
         if begun and trainer.is_fsdp_enabled:
             # It fills tensors of the size that are there, before the Trainer would load anything.

@@ -4,6 +4,7 @@ python -m moram.examples.serve_users
 """
 
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -11,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import moram.peft
 
-SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+SMALL: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+SMALL |= {"vocab_size": 64, "num_attention_heads": 4, "initializer_range": 0.3}
 ADAPTER = moram.peft.MoRAMPeftConfig(target_modules="llama", atoms_per_task=4, top_k=4)
 # One counts up, the other down.
 USERS = {"ada": torch.arange(1, 33), "bob": torch.arange(63, 31, -1)}
@@ -20,7 +22,7 @@ USERS = {"ada": torch.arange(1, 33), "bob": torch.arange(63, 31, -1)}
 def make_model() -> LlamaForCausalLM:
     """The same small model every time."""
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(num_attention_heads=4, initializer_range=0.3, **SIZES))
+    return LlamaForCausalLM(LlamaConfig(**SMALL))
 
 
 def teach(user: str, out: str, steps: int = 60) -> None:
@@ -44,11 +46,10 @@ def main() -> list[list[int]]:
         model = PeftModel.from_pretrained(make_model(), f"{out}/{first}", adapter_name=first)
         for user in others:
             model.load_adapter(f"{out}/{user}", user)
-    written = []
+    ways, written = {"cache_implementation": "static", "max_new_tokens": 8, "do_sample": False}, []
     for user in [*USERS, *USERS]:
         model.eval().set_adapter(user)
-        more = {"cache_implementation": "static", "max_new_tokens": 8, "do_sample": False}
-        written.append(model.generate(input_ids=USERS[user][None, :5], **more)[0].tolist())
+        written.append(model.generate(input_ids=USERS[user][None, :5], **ways)[0].tolist())
         print(f"{user}: {written[-1]}")
     return written
 

@@ -109,8 +109,9 @@ def test_three_tasks_by_sft_are_loaded_by_peft_in_a_fresh_process(base, tasks, t
 
 def test_sft_on_a_four_bit_base_leaves_the_atoms_in_their_own_precision(base, tasks, tmp_path):
     def quantised():
-        options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-        return AutoModelForCausalLM.from_pretrained(base, quantization_config=options)
+        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        options = {"quantization_config": nf4, "dtype": torch.float32}
+        return AutoModelForCausalLM.from_pretrained(base, **options)
 
     torch.manual_seed(0)
     model = get_peft_model(quantised(), config(target_modules="llama"))

@@ -34,7 +34,8 @@ def base(tmp_path_factory):
 
 
 def quantised(base, kind="4 bits"):
-    return AutoModelForCausalLM.from_pretrained(base, quantization_config=QUANTISED[kind]).eval()
+    options = {"quantization_config": QUANTISED[kind], "dtype": torch.float32}
+    return AutoModelForCausalLM.from_pretrained(base, **options).eval()
 
 
 def four_bits(model):

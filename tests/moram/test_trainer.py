@@ -1,6 +1,8 @@
 """A Trainer learns tasks in a row as `moram.task` does by hand, and goes on where it stopped."""
 
 import re
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,3 +86,56 @@ def test_the_callback_alone_makes_a_training_a_task(base, tmp_path):
         trainer.train()
     assert {a.bank.num_frozen for a in adapters(model).values()} == {8}
     assert all(a.bank.learned for a in adapters(model).values())
+
+
+def test_one_trainer_begins_its_second_task_afresh(base, tmp_path):
+    ways = []
+    for fresh in (False, True):
+        model, callback = peft_model(base, protect=None), TaskCallback(generator=seeded(3))
+        for task in range(2):
+            if fresh or not task:
+                folder = str(tmp_path / f"{fresh} {task}")
+                trainer = make_trainer(model, TASKS["first"], folder, save_strategy="no")
+                trainer.add_callback(callback)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", RuntimeWarning)
+                trainer.train()
+        ways.append(banks(model))
+    assert_equal(*ways)
+
+
+def test_a_task_of_another_number_of_atoms_reaches_the_trainers_optimiser(base, tmp_path):
+    ways = []
+    for by_callback in (True, False):
+        model = peft_model(base, protect=None)
+        with moram.task(model, generator=seeded(1)):
+            pass
+        with moram.task(model, n=2, generator=seeded(2)):
+            pass
+        folder = str(tmp_path / f"{by_callback}")
+        trainer = make_trainer(model, TASKS["first"], folder, save_strategy="no")
+        if by_callback:
+            trainer.add_callback(TaskCallback(generator=seeded(3)))
+            trainer.train()
+        else:
+            with moram.task(model, generator=seeded(3)):
+                trainer.train()
+        assert {a.bank.num_frozen for a in adapters(model).values()} == {6}
+        assert all(a.bank.current_values.any() for a in adapters(model).values())
+        ways.append(banks(model))
+    assert_equal(*ways)
+
+
+def test_what_accelerate_cannot_deal_out_is_refused_before_it_tries(base, tmp_path, monkeypatch):
+    def make(model, data, folder):
+        trainer = make_trainer(model, data, folder)
+        plugin = SimpleNamespace(cpu_ram_efficient_loading=True)
+        monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
+        return trainer
+
+    message = (
+        "fsdp_config['cpu_ram_efficient_loading'] must be False, got True: accelerate then deals "
+        "out parameters alone, and frozen atoms are buffers; leave it out"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        train_tasks(peft_model(base), TASKS, make, score, tmp_path)

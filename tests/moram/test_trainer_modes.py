@@ -22,6 +22,9 @@ def learned(base, out, **changes):
         return make_trainer(model, data, folder, **settings)
 
     model = peft_model(base)
+    if "gradient_checkpointing" in changes:
+        # Before transformers 5, a Trainer forgets it, and the reentrant kind needs it.
+        model.enable_input_require_grads()
     return model, train_tasks(model, TWO, make, score, out).matrix
 
 
