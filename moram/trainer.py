@@ -55,6 +55,7 @@ class TaskCallback(TrainerCallback):
         Args: as for `transformers.TrainerCallback`.
         """
         for adapter in adapters(model).values():
+            adapter.bank.check_whole()
             dtype = adapter.bank.frozen_keys.dtype
             for parameter in adapter.bank.parameters():
                 if parameter.dtype != dtype:
@@ -82,7 +83,13 @@ class TaskCallback(TrainerCallback):
 
 def _renew(optimizer: Any, earlier: list[nn.Parameter], atoms: list[nn.Parameter]) -> None:
     """Let an optimiser of earlier atoms train those in their places, without their moments."""
-    places = {id(old): new for old, new in zip(earlier, atoms, strict=True)}
+    pairs = list(zip(earlier, atoms, strict=True))
+    if any(old is not new and hasattr(old, "_hp_mapping") for old, new in pairs):
+        raise RuntimeError(
+            "a task under DeepSpeed must have as many atoms as the one before: its optimiser takes "
+            "no new parameters; call moram.grow(model) before the training"
+        )
+    places = {id(old): new for old, new in pairs}
     for group in optimizer.param_groups:
         group["params"] = [places.get(id(p), p) for p in group["params"]]
     for parameter in earlier:

@@ -1,6 +1,7 @@
-"""Atoms that a DistributedDataParallel does not know raise at its next step, and not in silence."""
+"""What holds parameters from before the atoms says so or takes them over, and never in silence."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tiny_models import Mlp, small_config, trained_mlp
 from torch.nn.parallel import DistributedDataParallel
 
 import moram
+from moram.trainer import TaskCallback
 
 MESSAGE = (
     "DistributedDataParallel must be made after the atoms that it trains, got a wrapper from "
@@ -69,3 +71,43 @@ def test_growing_by_another_number_of_atoms_asks_to_wrap_anew(inside):
     with pytest.raises(RuntimeError, match=f"^{re.escape(MESSAGE)}$"):
         wrapped(X)
     DistributedDataParallel(wrapped.module)(X).sum().backward()
+
+
+def test_what_grows_is_written_to_the_copy_of_deepspeeds_optimiser():
+    model, copies = trained_mlp(), {}
+    for index, parameter in enumerate(moram.parameters(model)):
+        # What ZeRO-1 and ZeRO-2 put on a parameter.
+        parameter._hp_mapping = object()
+        parameter.set_full_hp_param = partial(copies.__setitem__, index)
+    moram.grow(model)
+    for index, parameter in enumerate(moram.parameters(model)):
+        assert torch.equal(copies[index], parameter)
+
+
+def test_a_task_on_shards_of_zero_3_is_refused():
+    model = trained_mlp()
+    keys = moram.parameters(model)[0]
+    keys.ds_id, keys.data = 0, torch.empty(0)
+    message = (
+        "current_keys must be whole, [N, 8], got a shard (0,); DeepSpeed's ZeRO-3 has cut it up: "
+        "use ZeRO-2, or FSDP2"
+    )
+    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+        TaskCallback().on_train_begin(None, None, None, model=model)
+
+
+def test_another_number_of_atoms_under_deepspeed_is_refused():
+    model = trained_mlp()
+    atoms = moram.grow(model, 3)
+    for adapter in moram.adapters(model).values():
+        adapter.bank.learned = True
+    for parameter in atoms:
+        parameter._hp_mapping = None
+    message = (
+        "a task under DeepSpeed must have as many atoms as the one before: its optimiser takes no "
+        "new parameters; call moram.grow(model) before the training"
+    )
+    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+        TaskCallback().on_train_begin(
+            None, None, None, model=model, optimizer=torch.optim.SGD(atoms, lr=0.1)
+        )
