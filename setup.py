@@ -65,6 +65,7 @@ setup(
             "pyyaml",
             "scikit-learn",
             "tensorboard",
+            "trl",
             "pytest",
             "pytest-benchmark",
             "ruff",

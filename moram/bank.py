@@ -13,7 +13,7 @@ from .config import check_count
 from .draw import changes_parameters, draw_rows
 from .guard import Guard
 from .live import UNIT, count_of
-from .sharded import copy_into, is_managed, whole
+from .sharded import copy_into, is_managed, remedy_for_shard, whole
 from .sketch import InputSketch
 
 
@@ -268,18 +268,17 @@ class AtomBank(nn.Module):
         self.current_values = nn.Parameter(values.detach().clone(), requires_grad=trainable)
 
     def check_whole(self) -> None:
-        """Raise where the current atoms are offloaded, or cut into flat shards by
-        FullyShardedDataParallel."""
+        """Raise where the current atoms are offloaded, or flat shards."""
         if self.current_keys.is_meta and "_hf_hook" in self.__dict__:
             raise RuntimeError(
                 "the atoms must stay where their layer computes, got offloaded ones; offload the "
                 "base model first, then inject or load"
             )
-        if self.current_keys.dim() != 2:
+        remedy = remedy_for_shard(self.current_keys)
+        if remedy:
             raise RuntimeError(
                 f"current_keys must be whole, [N, {self.in_features}], got a shard "
-                f"{tuple(self.current_keys.shape)}; do this inside "
-                "FullyShardedDataParallel.summon_full_params(model)"
+                f"{tuple(self.current_keys.shape)}; {remedy}"
             )
 
     def _check_replaceable(self, what: str) -> None:

@@ -27,8 +27,9 @@ from .layers import MoRAMLinear
 from .models import split_attention
 from .models.reads import why_read
 from .optimizers import watch
+from .replicas import watch_replicas
 from .saved_protection import restore_protection, tensor_name, write_protection
-from .sharded import copy_into, reshard, whole
+from .sharded import copy_into, is_sharded, reshard, whole
 from .stored import CONFIG, FORMAT, PREFIX, WEIGHTS, for_peft, is_foreign, read_files
 from .wrappers import plain_names, plain_paths, unwrapped
 
@@ -169,10 +170,9 @@ def save(
         "fingerprint": fingerprint(found),
     }
     about |= for_peft(about, _wholly(model, trained), type(unwrapped(model)).__name__)
-    sharded = any(hasattr(p, "full_tensor") for p in model.parameters())
     left_out = sketches is False and any(a.bank.sketch is not None for a in found.values())
     report = SaveReport(atoms, written, _bytes(tensors) - atoms - written, left_out)
-    if sharded and torch.distributed.get_rank() != 0:
+    if is_sharded(model) and torch.distributed.get_rank() != 0:
         return report
     directory.mkdir(parents=True, exist_ok=True)
     weights_tmp, config_tmp = directory / f".{WEIGHTS}.tmp", directory / f".{CONFIG}.tmp"
@@ -247,6 +247,7 @@ def load(model: nn.Module, directory: str | Path) -> dict[str, Any]:
         if isinstance(present, nn.Parameter):
             present.requires_grad_(True)
     note_beside(model)
+    watch_replicas(model)
     return about
 
 

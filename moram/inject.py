@@ -16,7 +16,9 @@ from .layers.shared import SharedInput
 from .models import split_attention
 from .models.heads import fresh_heads
 from .models.open_clip import settle_encoders
+from .models.quantised import keep_unpacked
 from .optimizers import watch
+from .replicas import watch_replicas
 from .sharded import reshard
 from .targets import find_targets, resolve_targets
 from .wrappers import listed, unwrapped
@@ -188,6 +190,8 @@ def wrap_paths(
         for use in uses:
             parent, _, name = use.rpartition(".")
             setattr(model.get_submodule(parent), name, adapter)
+    keep_unpacked(model)
+    watch_replicas(model)
     # Only from here on can all of them have been called.
     for adapter in adapters(model, Adapter).values():
         adapter.calls.seen = False
@@ -268,6 +272,7 @@ def grow_banks(
             adapter.bank.grow(adapter.config.atoms_per_task if n is None else n, generator)
 
     watch(lambda: parameters(model), change)
+    watch_replicas(model)
 
 
 def uncalled(model: nn.Module) -> tuple[str, ...]:

@@ -1,4 +1,5 @@
-"""Parameters that `fully_shard` or FullyShardedDataParallel hold: as wholes, and which they are."""
+"""Parameters that `fully_shard`, FullyShardedDataParallel or DeepSpeed hold: as wholes, and which
+they are."""
 
 from torch import Tensor, nn
 
@@ -18,11 +19,29 @@ def copy_into(parameter: Tensor, tensor: Tensor) -> None:
         tensor = tensor.to(parameter.device, parameter.dtype)
         tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
     parameter.copy_(tensor)
+    if getattr(parameter, "_hp_mapping", None) is not None:
+        # From its own copy, DeepSpeed's optimiser would write the earlier one back.
+        set_full = parameter.set_full_hp_param  # pyright: ignore[reportAttributeAccessIssue]
+        set_full(tensor)
+
+
+def remedy_for_shard(parameter: Tensor) -> str | None:
+    """What to do where a parameter is a piece, and not [rows, width]; None where it is whole."""
+    if parameter.dim() == 2:
+        return None
+    if hasattr(parameter, "ds_id"):
+        return "DeepSpeed's ZeRO-3 has cut it up: use ZeRO-2, or FSDP2"
+    return "do this inside FullyShardedDataParallel.summon_full_params(model)"
 
 
 def is_managed(parameter: Tensor) -> bool:
     """Whether a sharding library holds a parameter, so that no other may take its place."""
     return hasattr(parameter, "full_tensor") or hasattr(parameter, "_fsdp_flattened")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` has cut up a parameter of the model."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
 def reshard(model: nn.Module) -> None:

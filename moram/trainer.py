@@ -16,7 +16,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .checkpoint import load, save
 from .continual.metrics import backward_transfer, forgetting, overall_performance, plasticity
+from .inject import adapters, parameters
 from .inputs import Batches
+from .sharded import is_sharded
 from .task import begin_task, end_task
 
 ADAPTERS, MATRIX = "adapters", "matrix.json"
@@ -45,13 +47,24 @@ class TaskCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: Any = None,
+        optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Begin a task.
+        """Begin a task, and let the Trainer's optimiser begin it afresh.
 
         Args: as for `transformers.TrainerCallback`.
         """
-        begin_task(model, self.batches, generator=self.generator)
+        for adapter in adapters(model).values():
+            adapter.bank.check_whole()
+            dtype = adapter.bank.frozen_keys.dtype
+            for parameter in adapter.bank.parameters():
+                if parameter.dtype != dtype:
+                    parameter.data = parameter.data.to(dtype)
+        earlier = parameters(model)
+        is_fresh = any(adapter.bank.learned for adapter in adapters(model).values())
+        atoms = begin_task(model, self.batches, generator=self.generator)
+        if is_fresh and optimizer is not None:
+            _renew(optimizer, earlier, atoms)
 
     def on_train_end(
         self,
@@ -66,6 +79,21 @@ class TaskCallback(TrainerCallback):
         Args: as for `transformers.TrainerCallback`.
         """
         end_task(model, self.batches)
+
+
+def _renew(optimizer: Any, earlier: list[nn.Parameter], atoms: list[nn.Parameter]) -> None:
+    """Let an optimiser of earlier atoms train those in their places, without their moments."""
+    pairs = list(zip(earlier, atoms, strict=True))
+    if any(old is not new and hasattr(old, "_hp_mapping") for old, new in pairs):
+        raise RuntimeError(
+            "a task under DeepSpeed must have as many atoms as the one before: its optimiser takes "
+            "no new parameters; call moram.grow(model) before the training"
+        )
+    places = {id(old): new for old, new in pairs}
+    for group in optimizer.param_groups:
+        group["params"] = [places.get(id(p), p) for p in group["params"]]
+    for parameter in earlier:
+        optimizer.state.pop(parameter, None)
 
 
 class Learned(NamedTuple):
@@ -105,7 +133,7 @@ def train_tasks(
     Returns:
         `Learned`.
     Raises:
-        ValueError: out holds a run of other tasks.
+        ValueError: out holds a run of other tasks, or a Trainer's settings cannot work.
     """
     out, names = Path(out), list(tasks)
     done, matrix = _finished(model, out)
@@ -119,11 +147,27 @@ def train_tasks(
         if index < len(done):
             continue
         folder = out / name
+        atoms = [(p, p.data) for p in parameters(model)]
         trainer = make_trainer(model, tasks[name], str(folder))
+        for parameter, data in atoms:
+            # SFTTrainer rounds what is trainable on a quantised base to bfloat16.
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
         # In one order and without a draw, so that the training is the one without protection's.
-        batches = trainer.get_eval_dataloader(tasks[name])
+        # Some trainers prepare the data first.
+        data: Any = trainer.train_dataset
+        batches = trainer.get_eval_dataloader(tasks[name] if data is None else data)
         trainer.add_callback(TaskCallback(batches, torch.Generator().manual_seed(seed + index)))
+        plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+        if getattr(plugin, "cpu_ram_efficient_loading", False):
+            raise ValueError(
+                "fsdp_config['cpu_ram_efficient_loading'] must be False, got True: accelerate then "
+                "deals out parameters alone, and frozen atoms are buffers; leave it out"
+            )
         begun = get_last_checkpoint(folder) if adapter is not None and folder.is_dir() else None
+        if begun and trainer.is_fsdp_enabled:
+            # It fills tensors of the size that are there, before the Trainer would load anything.
+            load(model, begun)
         trainer.train(resume_from_checkpoint=begun)
         matrix.append([score(model, other) for other in names])
         if adapter is not None:
@@ -131,7 +175,10 @@ def train_tasks(
             adapter.tasks, adapter.matrix = names[: index + 1], matrix
         if trainer.is_world_process_zero():
             _write(out / MATRIX, matrix)
-        save(model, out / ADAPTERS, tasks=names[: index + 1])
+        if trainer.is_world_process_zero() or is_sharded(model):
+            # What is cut up, all must put together; the first one writes.
+            save(model, out / ADAPTERS, tasks=names[: index + 1])
+        trainer.accelerator.wait_for_everyone()
     return Learned(matrix)
 
 

@@ -5,6 +5,7 @@ python -m moram.examples.learn_with_peft
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -31,7 +32,7 @@ def make_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def make_trainer(model: torch.nn.Module, data: list[dict[str, torch.Tensor]], out: str) -> Trainer:
+def make_trainer(model: torch.nn.Module, data: Any, out: str) -> Trainer:
     """A task's Trainer."""
     settings = TrainingArguments(out, max_steps=60, learning_rate=1e-2, report_to=[])
     return Trainer(model, settings, train_dataset=data)

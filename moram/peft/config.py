@@ -39,7 +39,7 @@ class MoRAMPeftConfig(_Settings):
         tasks: names of the tasks learned so far, for the model card.
         matrix: R[t, i], percent, the score on task i after task t, for the model card.
     Raises:
-        TypeError, ValueError: as `moram.MoRAMConfig`.
+        TypeError, ValueError: as `moram.MoRAMConfig`; the files are of another format.
 
     The other fields are written by the library: they describe what an adapter's files hold.
     """
@@ -68,6 +68,11 @@ class MoRAMPeftConfig(_Settings):
         self.is_live: bool = False
         self.peft_type = peft_type()
         # What comes from a file.
+        if self.format != FORMAT:
+            raise ValueError(
+                f"format must be {FORMAT}, got {self.format!r}, whose tensors PEFT cannot place; "
+                f"moram.load(model, directory) reads 1, and moram.save then writes {FORMAT}"
+            )
         unknown = set(self.settings) - {f.name for f in fields(MoRAMConfig)}
         if unknown:
             raise ValueError(

@@ -12,6 +12,8 @@ from ..beside import has_other_adapters
 from ..checkpoint import split_like
 from ..fit import check_layers, fingerprint
 from ..inject import restore
+from ..models.quantised import keep_unpacked
+from ..replicas import watch_replicas
 from ..stored import PREFIX
 from ..wrappers import listed, plain_names, plain_paths
 from .config import MoRAMPeftConfig
@@ -69,6 +71,8 @@ class MoRAMTuner(BaseTuner):
                 if known.get(of, path) != path:
                     lender = layers[known[of]].bank_of(adapter_name)
                     layer.bank_of(adapter_name).lenders[what] = lender
+        keep_unpacked(model)
+        watch_replicas(model)
         config.fingerprint = config.fingerprint or fingerprint(layers)
 
     def _prepare_adapter_config(

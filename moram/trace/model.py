@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..inject import adapters
 from ..layers import AdapterLinear
+from ..models.quantised import keep_unpacked
 from ..models.smollm2 import fetch_weights, pick_dtype
 from ..processes import Processes
 from .prefix import check_layers
@@ -79,11 +80,8 @@ def load(
     except SafetensorError as error:
         raise ValueError(f"the weights in {folder} cannot be read: {error}") from error
     if settings.quantize:
-        for module in model.modules():
-            # On CPUs with AVX512-BF16, bitsandbytes would repack the weights when the model is
-            # first scored, and no gradient passes through repacked weights afterwards.
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]
+        # The base is scored before it is adapted.
+        keep_unpacked(model)
     else:
         model.to(device)
     if settings.gradient_checkpointing:

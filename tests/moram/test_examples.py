@@ -19,6 +19,7 @@ from moram.examples import (
     look_at_atoms,
     read_a_bank,
     serve,
+    serve_users,
 )
 from moram.trace.run import run_trace
 
@@ -86,6 +87,23 @@ def test_a_clip_learns_a_second_domain_and_keeps_the_first():
 def test_peft_and_a_trainer_learn_a_second_task_and_keep_the_first():
     (first, _), (kept, second) = learn_with_peft.main()
     assert min(first, kept, second) > 90
+
+
+def test_sft_teaches_four_bits_a_third_task_and_keeps_the_others():
+    pytest.importorskip("trl", reason="the example's trainer is TRL's")
+    from moram.examples import learn_with_sft
+
+    (first, *_), (_, second, _), last = learn_with_sft.main()
+    assert min(first, second, *last) > 80
+
+
+def test_users_are_served_by_turns_each_by_their_own_adapter():
+    written = serve_users.main()
+    assert written[:2] == written[2:]
+    for found, user in zip(written, serve_users.USERS, strict=False):
+        # Of eight tokens that go on counting, most.
+        wanted = serve_users.USERS[user][5:13].tolist()
+        assert sum(a == b for a, b in zip(found[5:], wanted, strict=True)) >= 6
 
 
 def test_a_loaded_adapter_writes_what_the_saved_one_does():

@@ -111,7 +111,8 @@ def test_a_base_with_a_device_map_takes_an_adapter(base, taught, folder):
     assert torch.equal(logits(model), logits(taught))
 
 
-def test_a_file_of_the_first_format_still_loads(base, taught, tmp_path):
+def save_in_first_format(taught, tmp_path):
+    """What `moram.save` wrote before PEFT could read it."""
     moram.save(taught, tmp_path)
     path = tmp_path / WEIGHTS
     with safe_open(path, framework="pt") as file:
@@ -127,7 +128,26 @@ def test_a_file_of_the_first_format_still_loads(base, taught, tmp_path):
             old[f"{start}moram_{names.get(part, part)}"] = tensor
     about |= {"format": 1, "learned": list(about["layers"])}
     save_file(old, path, metadata={"moram": json.dumps(about)})
-    assert_equal(banks(by_moram(base, tmp_path)), banks(taught))
+    (tmp_path / CONFIG).write_text(json.dumps(about), encoding="utf-8")
+
+
+def test_a_file_of_the_first_format_still_loads_and_its_copy_by_peft(base, taught, tmp_path):
+    save_in_first_format(taught, tmp_path / "first")
+    model = by_moram(base, tmp_path / "first")
+    assert_equal(banks(model), banks(taught))
+    moram.save(model, tmp_path / "second")
+    assert torch.equal(logits(by_peft(base, tmp_path / "second")), logits(taught))
+
+
+@pytest.mark.parametrize("load", [by_peft, by_transformers])
+def test_peft_says_how_a_file_of_the_first_format_is_read(base, taught, tmp_path, load):
+    save_in_first_format(taught, tmp_path)
+    message = (
+        "format must be 2, got 1, whose tensors PEFT cannot place; moram.load(model, directory) "
+        "reads 1, and moram.save then writes 2"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        load(base, tmp_path)
 
 
 def test_the_config_says_what_moram_save_says(taught, tmp_path):

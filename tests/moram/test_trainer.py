@@ -1,13 +1,15 @@
 """A Trainer learns tasks in a row as `moram.task` does by hand, and goes on where it stopped."""
 
 import re
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft_support import banks, logits, peft_model, save_base
 from task_support import seeded
 from tiny_models import assert_equal
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from trainer_support import TASKS, Stop, make_trainer, score
 
 import moram
 from moram import adapters
@@ -18,29 +20,6 @@ from moram.trainer import TaskCallback, train_tasks
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return save_base(tmp_path_factory.mktemp("base"))
-
-
-def rows_of(task, count=8):
-    """Examples of a task with tokens of its own."""
-    ids = torch.randint(1 + 20 * task, 20 + 20 * task, (count, 6), generator=seeded(task))
-    return [{"input_ids": row, "labels": row} for row in ids]
-
-
-TASKS = {"first": rows_of(0), "second": rows_of(1), "third": rows_of(2)}
-
-
-def make_trainer(model, data, folder, **changes):
-    settings = {"per_device_train_batch_size": 2, "max_steps": 4, "learning_rate": 1e-2}
-    settings |= {"report_to": [], "use_cpu": True, "seed": 5, "save_steps": 2}
-    settings |= {"disable_tqdm": True, "logging_strategy": "no"}
-    return Trainer(model, TrainingArguments(folder, **(settings | changes)), train_dataset=data)
-
-
-def score(model, name):
-    """Minus the loss on a task, which is as good as any score here."""
-    ids = torch.stack([row["input_ids"] for row in TASKS[name]])
-    with torch.no_grad():
-        return -float(model.eval()(input_ids=ids, labels=ids).loss)
 
 
 def by_hand(base, tmp_path):
@@ -63,17 +42,6 @@ def test_tasks_in_a_row_are_those_by_hand_number_by_number(base, tmp_path):
     assert found.summary()["overall_performance"] == overall_performance(matrix)
     assert found.summary()["backward_transfer"] == backward_transfer(matrix)
     assert model.peft_config["default"].tasks == list(TASKS)
-
-
-class Stop(TrainerCallback):
-    """Ends a training by an exception, as a crash does."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **_):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("step", [1, 3], ids=["before a checkpoint", "after a checkpoint"])
@@ -118,3 +86,56 @@ def test_the_callback_alone_makes_a_training_a_task(base, tmp_path):
         trainer.train()
     assert {a.bank.num_frozen for a in adapters(model).values()} == {8}
     assert all(a.bank.learned for a in adapters(model).values())
+
+
+def test_one_trainer_begins_its_second_task_afresh(base, tmp_path):
+    ways = []
+    for fresh in (False, True):
+        model, callback = peft_model(base, protect=None), TaskCallback(generator=seeded(3))
+        for task in range(2):
+            if fresh or not task:
+                folder = str(tmp_path / f"{fresh} {task}")
+                trainer = make_trainer(model, TASKS["first"], folder, save_strategy="no")
+                trainer.add_callback(callback)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", RuntimeWarning)
+                trainer.train()
+        ways.append(banks(model))
+    assert_equal(*ways)
+
+
+def test_a_task_of_another_number_of_atoms_reaches_the_trainers_optimiser(base, tmp_path):
+    ways = []
+    for by_callback in (True, False):
+        model = peft_model(base, protect=None)
+        with moram.task(model, generator=seeded(1)):
+            pass
+        with moram.task(model, n=2, generator=seeded(2)):
+            pass
+        folder = str(tmp_path / f"{by_callback}")
+        trainer = make_trainer(model, TASKS["first"], folder, save_strategy="no")
+        if by_callback:
+            trainer.add_callback(TaskCallback(generator=seeded(3)))
+            trainer.train()
+        else:
+            with moram.task(model, generator=seeded(3)):
+                trainer.train()
+        assert {a.bank.num_frozen for a in adapters(model).values()} == {6}
+        assert all(a.bank.current_values.any() for a in adapters(model).values())
+        ways.append(banks(model))
+    assert_equal(*ways)
+
+
+def test_what_accelerate_cannot_deal_out_is_refused_before_it_tries(base, tmp_path, monkeypatch):
+    def make(model, data, folder):
+        trainer = make_trainer(model, data, folder)
+        plugin = SimpleNamespace(cpu_ram_efficient_loading=True)
+        monkeypatch.setattr(trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
+        return trainer
+
+    message = (
+        "fsdp_config['cpu_ram_efficient_loading'] must be False, got True: accelerate then deals "
+        "out parameters alone, and frozen atoms are buffers; leave it out"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        train_tasks(peft_model(base), TASKS, make, score, tmp_path)
