@@ -15,7 +15,7 @@ from torch import nn
 from ..models import PRESETS, split_attention
 from ..targets import find_targets, no_match, resolve_targets, why_refused
 from ..wrappers import plain_names, unwrapped
-from .config import MoRAMPeftConfig
+from .config import HEADS, MoRAMPeftConfig
 from .layer import MoRAMTunerLinear
 
 Modules = dict[str, nn.Module]
@@ -30,8 +30,16 @@ def choose(model: nn.Module, config: MoRAMPeftConfig) -> dict[str, int]:
         ValueError: a name, a pattern or an index matches nothing, or a layer cannot be adapted.
     """
     targets = "auto" if config.target_modules is None else config.target_modules
+    if not targets:
+        raise ValueError(
+            "target_modules must name a projection, got none; None means those that the model's "
+            "family adapts"
+        )
     if isinstance(targets, str) and (targets == "auto" or targets in PRESETS):
-        counts = _take_preset(model, config, targets)
+        try:
+            counts = _take_preset(model, config, targets)
+        except ValueError as error:
+            raise ValueError(f"target_modules {config.target_modules!r}: {error}") from None
         modules, taken = _planned(model, config)
     elif isinstance(targets, str) and targets.lower() == "all-linear":
         _maybe_include_all_linear_layers(config, model)
@@ -53,6 +61,11 @@ def choose(model: nn.Module, config: MoRAMPeftConfig) -> dict[str, int]:
     for name in (excluded,) if isinstance(excluded, str) else sorted(excluded):
         if not any(_means(path, name, isinstance(excluded, str)) for path in modules):
             raise ValueError(no_match("exclude_modules", name, model, modules))
+    # PEFT adds these, whether the model has them or not.
+    heads = HEADS.get(config.task_type or "", ())
+    for name in sorted(set(config.modules_to_save or ()) - set(heads)):
+        if not any(path.endswith(name) for path in modules):
+            raise ValueError(no_match("modules_to_save", name, model, modules))
     for name, count in counts.items():
         if not count:
             raise ValueError(_why_none(model, config, name, name == targets, modules))

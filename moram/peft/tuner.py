@@ -187,7 +187,11 @@ def _why_not_name(model: nn.Module, name: str) -> str | None:
     parts = {part for path, _ in model.named_modules() for part in path.split(".")}
     for module in model.modules():
         if isinstance(module, MoRAMTunerLinear):
-            # Those of other adapters, and of this one where it is loaded anew.
+            if name in module.moram_bank:
+                return (
+                    "the model has an adapter of that name, whose atoms would be lost; take that "
+                    "one out with delete_adapter or unload() first"
+                )
             parts -= set(module.moram_bank)
     if name in parts:
         return "a module of the model has that name, and PEFT would leave its tensors out"
