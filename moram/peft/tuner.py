@@ -98,7 +98,9 @@ class MoRAMTuner(BaseTuner):
         if not isinstance(layer, MoRAMTunerLinear):
             layer = MoRAMTunerLinear(target, adapter_name).train(target.training)
             self._replace_module(parent, target_name, layer, target)
-        layer.add_bank(adapter_name, peft_config, self._plain_names[current_key])
+        # PEFT finds layers by a state dict's names without the wrapper of a compiled model.
+        key = current_key if current_key in self._plain_names else f"_orig_mod.{current_key}"
+        layer.add_bank(adapter_name, peft_config, self._plain_names[key])
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module

@@ -147,6 +147,21 @@ def test_a_grown_state_dict_fits_into_a_fresh_adapter(base):
     assert torch.equal(logits(other), logits(model))
 
 
+@pytest.mark.parametrize("compiled_before", [False, True])
+def test_a_state_dict_names_the_layers_of_a_compiled_model(base, compiled_before):
+    def compiled():
+        return torch.compile(plain(base), backend="eager")
+
+    taught = inject_adapter_in_model(config(), compiled() if compiled_before else plain(base))
+    learn(taught, 0)
+    state = get_peft_model_state_dict(taught)
+    model = compiled()
+    inject_adapter_in_model(config(), model, state_dict=state)
+    set_peft_model_state_dict(model if compiled_before else model._orig_mod, state)
+    assert_equal(banks(model), banks(taught))
+    assert torch.equal(logits(model), logits(taught))
+
+
 def test_atoms_may_wait_without_memory_for_their_state(base):
     taught = inject_adapter_in_model(config(), plain(base))
     learn(taught, 0)
