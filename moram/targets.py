@@ -151,7 +151,9 @@ def no_match(what: str, name: str, model: nn.Module, modules: Mapping[str, nn.Mo
     names = {
         path.rpartition(".")[2]
         for path, module in modules.items()
-        if what == "exclude" or why_not_linear(module) is None or "Conv1D" in type(module).__name__
+        if not what.startswith("target")
+        or why_not_linear(module) is None
+        or "Conv1D" in type(module).__name__
     }
     close = difflib.get_close_matches(name.rpartition(".")[2], sorted(names), n=3, cutoff=0.4)
     if not close:

@@ -12,6 +12,12 @@ from ..stored import FORMAT
 from .card import write_card
 from .names import peft_type
 
+# What PEFT trains whole for a task type. It adds some to the caller's config, too late for a copy.
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 # PEFT has names of its own for the other two.
 SETTINGS = tuple(f.name for f in fields(MoRAMConfig) if f.name not in ("targets", "exclude"))
 
@@ -83,6 +89,11 @@ class MoRAMPeftConfig(_Settings):
                 setattr(self, name, self.settings[name])
         self.settings = {}
         self.take_settings(self.settings_of(None))
+        if self.target_parameters:
+            raise ValueError(
+                f"target_parameters must be None, got {self.target_parameters!r}: MoRAM adapts "
+                "modules; name them in target_modules"
+            )
         for pattern, count in self.atoms_pattern.items():
             check_count(f"atoms_pattern[{pattern!r}]", count, 1)
         if isinstance(self.target_modules, (list, tuple)):
@@ -111,6 +122,9 @@ class MoRAMPeftConfig(_Settings):
             own.layers, own.protection, own.fingerprint = {}, {}, {}
             own.tasks, own.matrix, own.trained = [], None, None
         own.is_live = True
+        if self.task_type in ("TOKEN_CLS", "QUESTION_ANS"):
+            names = (*(self.modules_to_save or ()), *HEADS[self.task_type])
+            own.modules_to_save = list(dict.fromkeys(names))
         return own
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -101,6 +102,15 @@ class MoRAMTunerLinear(MoRAMLinear, BaseTunerLayer):
         super().set_adapter(names, inference_mode)
         if self.has_bank:
             super().configure(self.moram_settings[names[0]])
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        # PEFT would give atoms the base's dtype, too, and what they have lost would stay lost.
+        if adapter_name in self.moram_bank:
+            bank = self.bank_of(adapter_name)
+            if not any(parameter.is_meta for parameter in bank.parameters()):
+                bank.to(device_of(self.base_layer) if device is None else device)
 
     def merge(self, *_: Any, **__: Any) -> NoReturn:
         """Raise NotImplementedError: there is nothing that a weight could do instead."""

@@ -102,7 +102,9 @@ class MoRAMTuner(BaseTuner):
         if not isinstance(layer, MoRAMTunerLinear):
             layer = MoRAMTunerLinear(target, adapter_name).train(target.training)
             self._replace_module(parent, target_name, layer, target)
-        layer.add_bank(adapter_name, peft_config, self._plain_names[current_key])
+        # PEFT finds layers by a state dict's names without the wrapper of a compiled model.
+        key = current_key if current_key in self._plain_names else f"_orig_mod.{current_key}"
+        layer.add_bank(adapter_name, peft_config, self._plain_names[key])
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
@@ -191,7 +193,11 @@ def _why_not_name(model: nn.Module, name: str) -> str | None:
     parts = {part for path, _ in model.named_modules() for part in path.split(".")}
     for module in model.modules():
         if isinstance(module, MoRAMTunerLinear):
-            # Those of other adapters, and of this one where it is loaded anew.
+            if name in module.moram_bank:
+                return (
+                    "the model has an adapter of that name, whose atoms would be lost; take that "
+                    "one out with delete_adapter or unload() first"
+                )
             parts -= set(module.moram_bank)
     if name in parts:
         return "a module of the model has that name, and PEFT would leave its tensors out"

@@ -42,9 +42,9 @@ def settled(model):
     return model
 
 
-def plain(folder):
+def plain(folder, dtype=torch.float32):
     """The tiny model of a folder."""
-    return settled(AutoModelForCausalLM.from_pretrained(folder).eval())
+    return settled(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval())
 
 
 def peft_model(folder, name="default", seed=0, **changes):
@@ -86,30 +86,37 @@ def banks(model):
     return found
 
 
-def by_peft(base, folder):
-    return PeftModel.from_pretrained(plain(base), folder, is_trainable=True)
+def by_peft(base, folder, dtype=torch.float32):
+    return PeftModel.from_pretrained(plain(base, dtype), folder, is_trainable=True)
 
 
-def by_peft_without_memory(base, folder):
-    return PeftModel.from_pretrained(plain(base), folder, is_trainable=True, low_cpu_mem_usage=True)
+def by_peft_without_memory(base, folder, dtype=torch.float32):
+    model = plain(base, dtype)
+    return PeftModel.from_pretrained(model, folder, is_trainable=True, low_cpu_mem_usage=True)
 
 
-def by_auto(base, folder):
-    return settled(AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True))
+def by_auto(base, folder, dtype=torch.float32):
+    return settled(AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True, dtype=dtype))
 
 
-def by_transformers(base, folder):
-    model = plain(base)
+def by_transformers(base, folder, dtype=torch.float32):
+    model = plain(base, dtype)
     model.load_adapter(str(folder), is_trainable=True)
     return model
 
 
-def by_transformers_at_once(base, folder):
-    return settled(AutoModelForCausalLM.from_pretrained(folder))
+def by_transformers_without_memory(base, folder, dtype=torch.float32):
+    model = plain(base, dtype)
+    model.load_adapter(str(folder), is_trainable=True, low_cpu_mem_usage=True)
+    return model
 
 
-def by_moram(base, folder):
-    model = plain(base)
+def by_transformers_at_once(base, folder, dtype=torch.float32):
+    return settled(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
+
+
+def by_moram(base, folder, dtype=torch.float32):
+    model = plain(base, dtype)
     moram.load(model, folder)
     return model
 
@@ -119,6 +126,7 @@ LOADERS = (
     by_peft_without_memory,
     by_auto,
     by_transformers,
+    by_transformers_without_memory,
     by_transformers_at_once,
     by_moram,
 )

@@ -67,6 +67,8 @@ def test_tasks_learned_through_peft_are_those_learned_without(base):
         ({"layers_to_transform": [1]}, 2),
         ({"target_modules": "llama", "layers_to_transform": 1}, 4),
         ({"layers_to_transform": [1], "layers_pattern": "layers"}, 2),
+        ({"target_modules": "all-linear", "layers_to_transform": [1]}, 7),
+        ({"target_modules": r".*\.(q|v)_proj", "layers_to_transform": 0}, 2),
     ],
 )
 def test_target_modules_are_those_of_every_other_method(base, changes, expected):

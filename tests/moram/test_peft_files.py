@@ -91,14 +91,10 @@ def test_a_checkpoint_inside_a_protected_task_keeps_its_guards(base, tmp_path, w
     assert {a.bank.num_frozen for a in adapters(loaded).values()} == {4}
 
 
-@pytest.mark.parametrize("load", [by_peft, by_moram])
+@pytest.mark.parametrize("load", LOADERS)
 def test_another_dtype_of_the_base_leaves_the_atoms_as_they_are(base, taught, folder, load):
-    loaded = load(base, folder)
-    low = plain(base).to(torch.bfloat16)
-    low = PeftModel.from_pretrained(low, folder) if load is by_peft else low
-    if load is by_moram:
-        moram.load(low, folder)
-    assert_equal(banks(low), banks(loaded))
+    low = load(base, folder, torch.bfloat16)
+    assert_equal(banks(low), banks(taught))
     assert {p.dtype for p in moram.parameters(low)} == {torch.float32}
     assert logits(low).dtype == torch.bfloat16
 

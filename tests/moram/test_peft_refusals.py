@@ -40,6 +40,21 @@ REFUSED = {
         "target_modules 'q_proj' names modules, but exclude_modules, layers_to_transform or "
         "modules_to_save leave none of them; leave the name out, too",
     ),
+    "expression all excluded": (
+        {"target_modules": r".*\.q_proj", "exclude_modules": r".*self_attn.*"},
+        r"target_modules '.*\\.q_proj' names modules, but exclude_modules, layers_to_transform or "
+        "modules_to_save leave none of them; leave the name out, too",
+    ),
+    "all-linear without a block": (
+        {"target_modules": "all-linear", "layers_to_transform": [2]},
+        "target_modules 'all-linear' names modules, but exclude_modules, layers_to_transform or "
+        "modules_to_save leave none of them; leave the name out, too",
+    ),
+    "pattern of blocks alone": (
+        {"layers_pattern": "layers"},
+        "layers_pattern must come with layers_to_transform, whose blocks it finds, got 'layers' "
+        "alone",
+    ),
     "index": (
         {"layers_to_transform": [0, 7]},
         "layers_to_transform must be indices of blocks with a target, got 7",
