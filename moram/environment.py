@@ -153,10 +153,11 @@ def _pick(backend: str, device: torch.device, dtype: str) -> str:
     """The backend that runs for one atom and one token."""
     import torch
 
+    from moram_kernels.aliases import Bank
     from moram_kernels.api import pick_backend
 
     row = torch.zeros(1, 1, dtype=getattr(torch, dtype), device=device)
-    return pick_backend(backend, row, (row, row, row[:0], row[:0]), 1)
+    return pick_backend(backend, row, Bank(row, row, row[:0], row[:0]), 1)
 
 
 def _refusal(backend: str, device: torch.device) -> str | None:
