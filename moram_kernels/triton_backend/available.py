@@ -46,6 +46,15 @@ def is_early() -> bool:
     return version is not None and version < (3, 8)
 
 
+def unbound(wide: bool) -> dict[str, int]:
+    """What keeps ptxas from spilling to fit more programs on a unit: registers a thread, or {}.
+
+    Args:
+        wide: whether the kernel's tile is one that spills a little so before Triton 3.8.
+    """
+    return {"maxnreg": 255} if wide and is_early() else {}
+
+
 def interpreting() -> bool:
     """Whether Triton was told to interpret kernels on the CPU."""
     if not installed():

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aliases import Rule
+from . import available
 from .launcher import Launch, Steps, launch, next_power_of_2, numbers_of
 from .rows_backward import score_gradient
 from .segments import Table, row_pointers
@@ -137,6 +138,7 @@ def launch_lists_backward(
             "HAS_CURRENT": not none,
             "ALIGNED": values.aligned,
             "num_warps": 4,
+            **available.unbound(top_k > 64),
             **config(top_k, num_current, values.width),
         }
         return Launch(_lists_backward_kernel, (num_rows,), numbers, constants)

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aliases import Rule
+from . import available
 from .launcher import Launch, Steps, cdiv, launch, next_power_of_2, numbers_of
 from .threshold import select_rows
 from .weights import (
@@ -113,12 +114,19 @@ def _select_kernel(
         store_stats(stats_ptr + first, offs_m, stride_stats, mask_m, norm, top, inverse_sum, value)
 
 
-def tiles(num_atoms: int) -> tuple[dict[str, int], int]:
-    """Rows and warps of a program that holds rows of that many atoms in registers."""
+def tiles(num_atoms: int, lists: bool) -> tuple[dict[str, int], int]:
+    """Rows and warps of a program that holds rows of that many atoms in registers.
+
+    Args:
+        num_atoms: columns of the scores. lists: whether places in lists are found as well.
+    """
     block = max(16, next_power_of_2(num_atoms))
     if block <= 128:
         # Many short rows, and the places in their lists, take registers: 4 elements a lane.
         return {"BLOCK_M": 512 // block, "BLOCK_N": block}, 4
+    if lists and 512 <= block <= 1024 and available.is_early():
+        # 16 elements a lane, because 32 spill on sm_80 before Triton 3.8.
+        return {"BLOCK_M": 1, "BLOCK_N": block}, block // 512
     # 32 elements a lane.
     return {"BLOCK_M": max(1, 1024 // block), "BLOCK_N": block}, max(1, block // 1024)
 
@@ -151,7 +159,7 @@ def launch_select(
 
     def describe() -> Launch:
         num_rows, num_atoms = scores.shape
-        blocks, warps = tiles(num_atoms)
+        blocks, warps = tiles(num_atoms, lists is not None)
         numbers = (
             num_rows,
             num_atoms,

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..aliases import Rule
+from . import available
 from .cost import GROUP
 from .launcher import Launch, Steps, cdiv, launch, next_power_of_2, numbers_of
 from .threshold import select_rows
@@ -148,6 +149,8 @@ def launch_select_groups(
     def describe() -> Launch:
         block_g = next_power_of_2(cdiv(num_atoms, GROUP))
         block_c = next_power_of_2(GROUP * rule.top_k)
+        # 16 maxima or scores a lane: their places take registers as well.
+        warps = max(1, min(8, max(block_g, block_c) // 512))
         constants = {
             "TOP_K": rule.top_k,
             "HAS_MAXIMA": groups is not None,
@@ -160,8 +163,8 @@ def launch_select_groups(
             "BLOCK_C": block_c,
             "LOG_G": block_g.bit_length() - 1,
             "LOG_C": block_c.bit_length() - 1,
-            # 16 maxima or scores a lane: their places take registers as well.
-            "num_warps": max(1, min(8, max(block_g, block_c) // 512)),
+            "num_warps": warps,
+            **available.unbound(warps == 4),
         }
         strides = (scores.stride(0), maxima.stride(0))
         numbers = (num_atoms, num_frozen, *strides, *numbers_of(rule))

@@ -54,6 +54,9 @@ def resident_tile(atoms: int, top_k: int, dtype: str, device: Device) -> tuple[i
     if ("float32" in dtype and not mixed) or (dtype == "float16" and device.target == "sm_89"):
         # What is wider spills: a float32 product takes registers of its own.
         widest = min(64, widest)
+    if dtype == "float32" and device.target == "sm_80" and available.is_early():
+        # 24 bytes of stack with bf16x6.
+        widest = min(32, widest)
     pairs = (p for p in TILES if not p[1] or device.target not in SINGLE)
     return next((pair for pair in pairs if widest >= sum(pair) >= atoms), None)
 
@@ -75,7 +78,7 @@ def tiles(
     # Products of bfloat16 parts are wide where 64 rows meet, which one of float32 has no room for.
     several = shape.rate in ("three", "six")
     rows = 64 if several and _is_large(device) else block
-    tight = dtype == "float16" and target in TIGHT
+    tight = dtype == "float16" and (target in TIGHT or (target == "sm_80" and available.is_early()))
     # Masked or unaligned rows are not copied to shared memory but held in registers.
     loose = shape.width % block or shape.out % block
     if several or (not small and (loose or target == "sm_100")):

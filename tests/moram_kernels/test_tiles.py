@@ -10,6 +10,7 @@ import triton
 from moram_kernels.triton_backend import available, cost
 from moram_kernels.triton_backend.devices import REFERENCES
 from moram_kernels.triton_backend.plan import plan
+from moram_kernels.triton_backend.select import tiles as select_tiles
 from moram_kernels.triton_backend.tiles import resident_tile, tiles
 
 CARDS = {target: card for target, (card, _) in REFERENCES.items()}
@@ -95,6 +96,35 @@ def test_before_triton_3_8_amds_gpus_take_torch_and_say_why(version):
     )
     # Below 8.0 no Triton helps.
     assert "compute capability 8.0" in plan(4096, 768, 768, 64, 8, device="sm_75").reason
+
+
+def test_before_triton_3_8_an_a100_holds_half_as_many_float32_atoms(version):
+    for found, widest in (((3, 6), 32), ((3, 8), 64)):
+        version(*found)
+        card = CARDS["sm_80"]
+        assert resident_tile(widest, 16, "float32", card) == (widest, 0)
+        assert resident_tile(widest + 1, 16, "float32", card) is None
+        assert resident_tile(64, 16, "bfloat16+float32", card) == (64, 0)
+
+
+@pytest.mark.parametrize("lists", [True, False])
+def test_before_triton_3_8_places_in_lists_take_half_the_elements_a_lane(lists, version):
+    for num_atoms, late, early in (
+        (512, (2, 1), (1, 1)),
+        (1000, (1, 1), (1, 2)),
+        (4096, (1, 4), (1, 4)),
+    ):
+        for found, wanted in (((3, 6), early if lists else late), ((3, 8), late)):
+            version(*found)
+            blocks, warps = select_tiles(num_atoms, lists)
+            assert (blocks["BLOCK_M"], warps) == wanted, (num_atoms, found)
+
+
+def test_before_triton_3_8_registers_are_unbound_where_ptxas_spills_a_little(version):
+    version(3, 6)
+    assert (available.unbound(True), available.unbound(False)) == ({"maxnreg": 255}, {})
+    version(3, 8)
+    assert available.unbound(True) == {}
 
 
 @pytest.mark.parametrize("found, rows", [((3, 6), 64), ((3, 7), 64), ((3, 8), 128), ((), 128)])
