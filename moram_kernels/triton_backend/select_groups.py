@@ -164,7 +164,7 @@ def launch_select_groups(
             "LOG_G": block_g.bit_length() - 1,
             "LOG_C": block_c.bit_length() - 1,
             "num_warps": warps,
-            **available.unbound(warps == 4),
+            **available.unbound(True),
         }
         strides = (scores.stride(0), maxima.stride(0))
         numbers = (num_atoms, num_frozen, *strides, *numbers_of(rule))

@@ -54,7 +54,7 @@ def resident_tile(atoms: int, top_k: int, dtype: str, device: Device) -> tuple[i
     if ("float32" in dtype and not mixed) or (dtype == "float16" and device.target == "sm_89"):
         # What is wider spills: a float32 product takes registers of its own.
         widest = min(64, widest)
-    if dtype == "float32" and device.target == "sm_80" and available.is_early():
+    if dtype == "float32" and device.target in ("sm_80", "sm_89") and available.is_early():
         # 24 bytes of stack with bf16x6.
         widest = min(32, widest)
     pairs = (p for p in TILES if not p[1] or device.target not in SINGLE)
@@ -84,8 +84,10 @@ def tiles(
     if several or (not small and (loose or target == "sm_100")):
         # Left to itself, ptxas spills a little here to fit more programs on a unit.
         common = six
+    # Scores of 64 x 128, which on sm_120 spill 4 registers before Triton 3.8.
+    free = six if target == "sm_120" and available.is_early() else common
     chosen = {
-        "scores": _scores(shape, device, rows, loose, common),
+        "scores": _scores(shape, device, rows, loose, free),
         "aggregate": _aggregate(shape, device, rows, loose, tight, common),
         # x (keys^T keys) in float16, of which the square is float32.
         "through": {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_D": 32, **six},

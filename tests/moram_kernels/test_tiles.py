@@ -98,10 +98,11 @@ def test_before_triton_3_8_amds_gpus_take_torch_and_say_why(version):
     assert "compute capability 8.0" in plan(4096, 768, 768, 64, 8, device="sm_75").reason
 
 
-def test_before_triton_3_8_an_a100_holds_half_as_many_float32_atoms(version):
+@pytest.mark.parametrize("target", ["sm_80", "sm_89"])
+def test_before_triton_3_8_some_cards_hold_half_as_many_float32_atoms(target, version):
     for found, widest in (((3, 6), 32), ((3, 8), 64)):
         version(*found)
-        card = CARDS["sm_80"]
+        card = CARDS[target]
         assert resident_tile(widest, 16, "float32", card) == (widest, 0)
         assert resident_tile(widest + 1, 16, "float32", card) is None
         assert resident_tile(64, 16, "bfloat16+float32", card) == (64, 0)
