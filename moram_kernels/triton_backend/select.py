@@ -178,6 +178,7 @@ def launch_select(
             "SAVE_STATS": stats is not None,
             "LOG_N": blocks["BLOCK_N"].bit_length() - 1,
             "num_warps": warps,
+            **available.unbound(blocks["BLOCK_N"] == 256),
             **blocks,
         }
         return Launch(_select_kernel, (cdiv(num_rows, blocks["BLOCK_M"]),), numbers, constants)
