@@ -222,9 +222,8 @@ def _chunks(shape: Shape, dense: bool) -> int:
 
 def _scores(device: Device, shape: Shape, inner: int, tiles: Tiles) -> float:
     """All atoms' scores, or their pull, in float32."""
-    tile = _tile(tiles, "scores", shape.met)
-    size = shape.itemsize
-    return _product(device, shape, shape.tokens, shape.atoms, inner, size, out=4, tile=tile)
+    tile, sizes = _tile(tiles, "scores", shape.met), (shape.tokens, shape.atoms, inner)
+    return _product(device, shape, *sizes, shape.itemsize, out=4, tile=tile)
 
 
 def _aggregate(device: Device, shape: Shape, columns: int, tiles: Tiles, extra: float = 0) -> float:
