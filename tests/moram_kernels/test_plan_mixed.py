@@ -1,4 +1,4 @@
-"""The plan of mixed dtypes, and of banks in two segments that the vendor's library would multiply."""
+"""The plan of mixed dtypes, and of banks in two segments that the library would multiply."""
 
 import pytest
 import torch
