@@ -65,9 +65,9 @@ def retrieve(
             they can follow. On the meta device nothing is computed: every name gives shape and
             dtype.
         precision: of the Triton backend's float32 products: "ieee", or "bf16x6", which is as exact
-            to a few float32 roundings and uses tensor cores. Where dtypes are mixed it is the
-            latter; where bfloat16 meets float32, with three products in place of six. Products of
-            one 16-bit dtype ignore it.
+            to a few float32 roundings and uses tensor cores. Where dtypes are mixed and
+            inputs have 16 bits it is the latter; where bfloat16 meets float32, with three products
+            in place of six. Products of one 16-bit dtype ignore it.
         num_frozen: live rows of keys and values if they have spare capacity, an int64 CPU tensor
             without dimensions; the rows after them are never read. torch.compile does not
             specialise on its value.

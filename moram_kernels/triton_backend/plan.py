@@ -20,8 +20,8 @@ from .devices import Device, device_model
 from .tiles import resident_tile, tiles
 
 DTYPES = ("float32", "bfloat16", "float16")
-# Where dtypes differ among inputs, atoms and results: the rate of their products. A float16 number
-# is two bfloat16 ones.
+# Where dtypes differ among 16-bit inputs, atoms and results: the rate of their products. A float16
+# number is two bfloat16 ones.
 MIXED = {"bfloat16+float32": "three", "float16+float32": "six"}
 PRECISIONS = ("ieee", "bf16x6")
 NETWORK_TOP_K = (4, 8, 16)
@@ -73,12 +73,15 @@ def why_not_covered(atoms: int, top_k: int, dtype: str, precision: str = "ieee")
     return None
 
 
-def dtype_name(*dtypes: torch.dtype) -> str:
-    """The name, as `plan` takes it, of the dtypes of inputs, atoms and results."""
-    names = sorted({str(dtype).removeprefix("torch.") for dtype in dtypes})
-    if len(names) == 1:
-        return names[0]
-    return "float16+float32" if "float16" in names else "+".join(names)
+def dtype_name(inputs: torch.dtype, *others: torch.dtype) -> str:
+    """The name, as `plan` takes it, of the dtypes of inputs, and of atoms and results.
+
+    Float32 inputs mix with nothing: they may be smaller than 2^-110, below which bits are lost.
+    """
+    names = {str(dtype).removeprefix("torch.") for dtype in (inputs, *others)}
+    if len(names) == 1 or inputs == torch.float32:
+        return str(inputs).removeprefix("torch.")
+    return "float16+float32" if "float16" in names else "bfloat16+float32"
 
 
 def rate_of(dtype: str, precision: str) -> str:

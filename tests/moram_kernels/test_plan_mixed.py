@@ -15,13 +15,14 @@ CLIP = (12608, 768, 768, 160, 16)
         ("float32", "float32", "single", "ieee"),
         ("bfloat16", "bfloat16", "half", "ieee"),
         ("bfloat16 float32", "bfloat16+float32", "three", "bf16x6"),
-        ("float32 bfloat16 float32", "bfloat16+float32", "three", "bf16x6"),
+        ("bfloat16 bfloat16 float32", "bfloat16+float32", "three", "bf16x6"),
+        ("float32 bfloat16 float32", "float32", "single", "ieee"),
         ("float16 float32", "float16+float32", "six", "bf16x6"),
         ("float16 bfloat16", "float16+float32", "six", "bf16x6"),
-        ("float32 float16 bfloat16", "float16+float32", "six", "bf16x6"),
+        ("float32 float16 bfloat16", "float32", "single", "ieee"),
     ],
 )
-def test_mixed_dtypes_use_tensor_cores_whatever_the_precision(dtypes, name, rate, precision):
+def test_mixed_16_bit_inputs_use_tensor_cores_whatever_the_precision(dtypes, name, rate, precision):
     assert dtype_name(*(getattr(torch, dtype) for dtype in dtypes.split())) == name
     chosen = plan(*CLIP, name, training=True, current=16)
     assert (rate_of(name, "ieee"), chosen.precision) == (rate, precision)
