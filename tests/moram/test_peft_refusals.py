@@ -73,6 +73,21 @@ REFUSED = {
         "target_modules match model.layers.0.input_layernorm: got LlamaRMSNorm, which lacks "
         "in_features, out_features or weight",
     ),
+    "no name": (
+        {"target_modules": []},
+        "target_modules must name a projection, got none; None means those that the model's "
+        "family adapts",
+    ),
+    "a preset of another family": (
+        {"target_modules": "clip-vision"},
+        "target_modules 'clip-vision': target 'self_attn.out_proj' matches no module of "
+        "LlamaForCausalLM; closest names: o_proj, up_proj, v_proj",
+    ),
+    "module to save": (
+        {"modules_to_save": ["lm_haed"]},
+        "modules_to_save 'lm_haed' matches no module of LlamaForCausalLM; closest names: lm_head, "
+        "layers",
+    ),
 }
 
 
