@@ -90,7 +90,6 @@ def test_peft_and_a_trainer_learn_a_second_task_and_keep_the_first():
 
 
 def test_sft_teaches_four_bits_a_third_task_and_keeps_the_others():
-    pytest.importorskip("trl", reason="the example's trainer is TRL's")
     from moram.examples import learn_with_sft
 
     (first, *_), (_, second, _), last = learn_with_sft.main()

@@ -4,8 +4,10 @@ import json
 import subprocess
 import sys
 
+import datasets
 import pytest
 import torch
+import trl
 from peft import PeftModel, get_peft_model
 from peft_support import config
 from trace_support import TASKS as NAMES
@@ -15,8 +17,6 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import moram
 from moram import adapters
 from moram.trainer import train_tasks
-
-datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
 
 LOAD = """
 import json, sys, torch, moram.peft
