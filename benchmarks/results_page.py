@@ -194,6 +194,7 @@ def _speed(folder):
             "base), memory",
             tables.many_tasks_table,
         ),
+        ("versus_lora.csv", "In a language model, beside PEFT's LoRA", tables.lora_table),
         ("images/speed.csv", "What the image harness saves", tables.saving_table),
     ):
         if (folder / name).is_file():

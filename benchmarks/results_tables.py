@@ -247,6 +247,17 @@ def many_tasks_table(rows):
     return markdown(["tasks", "tokens", *layers], lines)
 
 
+def lora_table(rows):
+    """Times in a language model, LoRA = 1: one row a mode."""
+    found = {}
+    for row in rows:
+        cell = f"{float(row['ratio']):.2f} ({row['ratio_p20']} to {row['ratio_p80']})"
+        found.setdefault(row["mode"], {})[int(row["atoms"])] = cell
+    atoms = sorted({count for cells in found.values() for count in cells})
+    lines = [[mode, *(cells.get(count, "-") for count in atoms)] for mode, cells in found.items()]
+    return markdown(["LoRA of rank 8 = 1", *(f"{count} atoms" for count in atoms)], lines)
+
+
 def _mib(size):
     return f"{int(size) / 2**20:.1f} MiB"
 

@@ -19,7 +19,11 @@ def count_of(live: Tensor) -> int:
     """
     if is_batchedtensor(live):
         live = get_unwrapped(live)
-    values = {int(value) for value in live.reshape(-1)} if live.dim() else {int(live)}
+    if not live.dim():
+        count, rest = divmod(int(live), UNIT)
+        if not rest:
+            return count
+    values = {int(value) for value in live.reshape(-1)}
     first = next(iter(values))
     count = round(first / UNIT)
     if len(values) > 1 or abs(first - count * UNIT) > UNIT // 1000:

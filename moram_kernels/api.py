@@ -1,6 +1,7 @@
 """The public operator: picks a backend and flattens the leading dimensions."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from .checks import bank_of, check_scores, checked
 from .fused_ops import retrieve_linear_triton, retrieve_triton
 from .ops import retrieve_torch
 from .reference import retrieve_reference
+from .torch_backend import forward_one
 from .triton_backend import available
 from .triton_backend.plan import PRECISIONS, dtype_name, why_not_covered
 
@@ -94,7 +96,7 @@ def retrieve(
     """
     current = (current_keys, current_values)
     known = None
-    if num_frozen is None and backend != "torch":
+    if num_frozen is None and may_be_triton(backend, x):
         tensors = (x, keys, values, *current, residual, scores)
         known = recall(tensors, ("retrieve", activation, training, backend, precision))
     if known is not None and known.checked:
@@ -156,7 +158,12 @@ def retrieve_linear(
         raise TypeError(f"x and weight must be tensors, got {kinds}")
     current = (current_keys, current_values)
     # What the signature of a call does not say.
-    alone = x.is_meta or torch.is_autocast_enabled(x.device.type) or weight.requires_grad
+    alone = (
+        not may_be_triton(backend, x)
+        or x.is_meta
+        or torch.is_autocast_enabled(x.device.type)
+        or weight.requires_grad
+    )
     known = None
     if not alone and not (bias is not None and bias.requires_grad):
         tensors = (x, weight, bias, keys, values, *current, scores)
@@ -192,6 +199,45 @@ def retrieve_linear(
     how = (settings, training, precision, scores, known)
     output = retrieve_linear_triton(rows, weight, bias, bank, *how)
     return output.view(*x.shape[:-1], output.shape[-1])
+
+
+def retrieve_one(
+    x: Tensor,
+    bank: Sequence[Tensor],
+    activation: SelfActivation,
+    residual: Tensor,
+    training: bool,
+    backend: str,
+) -> Tensor | None:
+    """As `retrieve` for one token at inference on the CPU, without its checks.
+
+    Args:
+        x: [.., D], of one token. bank: (keys, values, current_keys, current_values), which fit.
+        residual: [.., O]. activation, training, backend: as for `retrieve`.
+    Returns:
+        [.., O], or None where `retrieve` must be called.
+    """
+    if (
+        torch.is_grad_enabled()
+        or not x.is_cpu
+        or backend not in ("auto", "torch")
+        or not x.dtype == residual.dtype == bank[0].dtype == torch.float32
+        or torch.is_autocast_enabled("cpu")
+        or _functorch.peek_interpreter_stack()
+    ):
+        return None
+    rows, onto = x.reshape(1, -1), residual.reshape(1, -1)
+    output = forward_one(rows, bank, onto, rule_of(activation), training)
+    return None if output is None else output.view(residual.shape)
+
+
+def may_be_triton(backend: str, x: Tensor) -> bool:
+    """Whether the Triton backend may run for a name: "auto" takes it on a GPU alone.
+
+    Args:
+        backend: as for `retrieve`. x: the inputs.
+    """
+    return backend == "triton" or (backend == "auto" and getattr(x, "is_cuda", False))
 
 
 def _stands_alone(x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor) -> bool:

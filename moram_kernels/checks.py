@@ -8,6 +8,8 @@ from torch import Tensor
 from .activation import SelfActivation
 from .aliases import Bank
 
+_NAMES = ("x", "keys", "values", "current_keys", "current_values", "residual")
+
 
 def checked(
     x: Tensor,
@@ -25,17 +27,11 @@ def checked(
     """
     if current_keys is None and current_values is None:
         current_keys, current_values = _no_atoms(keys), _no_atoms(values)
-    tensors = {
-        "x": x,
-        "keys": keys,
-        "values": values,
-        "current_keys": current_keys,
-        "current_values": current_values,
-    }
-    if residual is not None:
-        tensors["residual"] = residual
-    for name, tensor in tensors.items():
+    tensors = (x, keys, values, current_keys, current_values, residual)
+    for name, tensor in zip(_NAMES, tensors, strict=True):
         if not isinstance(tensor, torch.Tensor):
+            if tensor is None and name == "residual":
+                continue
             hint = ""
             if tensor is None and name.startswith("current_"):
                 hint = "; give both current_keys and current_values or neither"
@@ -66,10 +62,10 @@ def checked(
             f"current_values must be {(current_keys.shape[0], out)} to match current_keys and "
             f"values, got {tuple(current_values.shape)}"
         )
-    for name in ("values", "current_keys", "current_values"):
-        if tensors[name].dtype != keys.dtype:
+    for name, tensor in zip(_NAMES[2:5], (values, current_keys, current_values), strict=True):
+        if tensor.dtype != keys.dtype:
             raise ValueError(
-                f"{name} must have the dtype of keys, {keys.dtype}, got {tensors[name].dtype}"
+                f"{name} must have the dtype of keys, {keys.dtype}, got {tensor.dtype}"
             )
     if residual is not None and residual.shape != (*x.shape[:-1], out):
         raise ValueError(

@@ -22,7 +22,7 @@ TAGS = tuple(
 _LIBRARY = torch.library.Library("moram", "DEF")
 _BANK = "Tensor keys, Tensor values, Tensor current_keys, Tensor current_values"
 _SETTINGS = "int top_k, float temperature, float threshold, float eps, bool training"
-_SAVED = "Tensor index, Tensor scores, Tensor weights, Tensor norm, Tensor frozen_scores"
+_SAVED = "Tensor index, Tensor scores, Tensor weights, Tensor norm, Tensor all_scores"
 _LIBRARY.define("live_count(Tensor live, Tensor noted, int unit) -> Tensor", tags=TAGS)
 _LIBRARY.define(
     f"retrieve(Tensor x, {_BANK}, Tensor? residual, Tensor num_frozen, {_SETTINGS}) -> "
@@ -157,17 +157,17 @@ class _Retrieve(torch.autograd.Function):
         return dx, None, None, dkeys, dvalues, dresidual, None, None, None
 
 
-def _is_dense(num_frozen: int, top_k: int) -> bool:
+def _is_dense(num_atoms: int, top_k: int) -> bool:
     # Independent of the number of tokens, so that shapes do not depend on it.
-    return torch_backend.is_dense(num_frozen, top_k, float("inf"))
+    return torch_backend.is_dense(num_atoms, top_k, float("inf"))
 
 
-def _sizes(capacity: int, num_current: int, top_k: int) -> tuple[int, int, int]:
-    """Columns of (index, scores, frozen_scores) that hold any live count up to the capacity."""
-    dense = _is_dense(capacity, top_k)
-    limit = torch_backend.GATHER_RATIO * top_k
-    kept = 0 if dense else min(capacity, torch_backend.KEEP_SCORES)
-    return (0 if dense else top_k, num_current + min(capacity, limit), kept)
+def _sizes(num_atoms: int, top_k: int, width: int) -> tuple[int, int, int]:
+    """Columns of (index, scores, all_scores) that hold a bank of up to so many live atoms."""
+    if _is_dense(num_atoms, top_k):
+        return 0, num_atoms, 0
+    kept = torch_backend.kept_scores(num_atoms, width)
+    return top_k, torch_backend.GATHER_RATIO * top_k, kept
 
 
 def _retrieve(
@@ -196,17 +196,17 @@ def _retrieve(
         Rule(top_k, temperature, threshold, eps),
         training,
         True,
-        _is_dense(count, top_k),
+        _is_dense(count + len(current_keys), top_k),
     )
     assert saved is not None
-    index, scores, frozen = _sizes(len(keys), len(current_keys), top_k)
+    index, scores, found = _sizes(len(keys) + len(current_keys), top_k, keys.shape[1])
     return (
         output,
         _pad(saved.index, index),
         _pad(saved.scores, scores),
         _pad(saved.weights, scores),
         saved.norm,
-        _pad(saved.frozen_scores, frozen),
+        _pad(saved.all_scores, found),
     )
 
 
@@ -229,7 +229,8 @@ def _retrieve_fake(
     training: bool,
 ) -> tuple[Tensor, ...]:
     dtype = torch_backend.compute_dtype(x, current_keys)
-    index, scores, frozen = _sizes(keys.shape[0], current_keys.shape[0], top_k)
+    num_atoms = keys.shape[0] + current_keys.shape[0]
+    index, scores, found = _sizes(num_atoms, top_k, keys.shape[1])
     rows = x.shape[0]
     return (
         x.new_empty(rows, values.shape[1], dtype=x.dtype if residual is None else residual.dtype),
@@ -237,7 +238,7 @@ def _retrieve_fake(
         x.new_empty(rows, scores, dtype=dtype),
         x.new_empty(rows, scores, dtype=dtype),
         x.new_empty(rows, 1, dtype=dtype),
-        x.new_empty(rows, frozen, dtype=dtype),
+        x.new_empty(rows, found, dtype=dtype),
     )
 
 
@@ -252,7 +253,7 @@ def _retrieve_backward(
     scores: Tensor,
     weights: Tensor,
     norm: Tensor,
-    frozen_scores: Tensor,
+    all_scores: Tensor,
     num_frozen: Tensor,
     top_k: int,
     temperature: float,
@@ -260,14 +261,17 @@ def _retrieve_backward(
     eps: float,
     training: bool,
 ) -> Gradients:
-    count, num_current = int(num_frozen), len(current_keys)
-    if _is_dense(count, top_k):
-        index, columns = index[:, :0], num_current + count
+    count = int(num_frozen)
+    num_atoms = columns = count + len(current_keys)
+    kept = 0
+    if _is_dense(num_atoms, top_k):
+        index = index[:, :0]
     else:
-        columns = num_current + top_k
-    kept = count if index.shape[1] and count <= torch_backend.KEEP_SCORES else 0
+        columns = top_k
+        if not torch_backend.uses_gram(x.shape[0], num_atoms, x.shape[1]):
+            kept = torch_backend.kept_scores(num_atoms, x.shape[1])
     saved = torch_backend.Saved(
-        index, scores[:, :columns], weights[:, :columns], norm, frozen_scores[:, :kept]
+        index, scores[:, :columns], weights[:, :columns], norm, all_scores[:, :kept]
     )
     return torch_backward.backward(
         grad,

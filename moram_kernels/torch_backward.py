@@ -41,9 +41,12 @@ def backward(
     """
     dtype = compute_dtype(x, current_keys)
     bank = cast(dtype, keys, values, current_keys, current_values)
-    rows = torch_backend.block_rows(keys.shape[0], dtype.itemsize)
+    num_atoms = keys.shape[0] + current_keys.shape[0]
+    rows = torch_backend.block_rows(num_atoms, dtype.itemsize)
     sparse = saved.index.shape[1] > 0
-    gram = _gram(bank[0], x.shape[0]) if needs[0] and sparse else None
+    gram = None
+    if needs[0] and sparse and torch_backend.uses_gram(x.shape[0], num_atoms, x.shape[1]):
+        gram = bank[0].t() @ bank[0]
     if x.shape[0] <= rows:
         xs, dy = cast(dtype, x, grad)
         grads = list(_backward_block(dy, xs, bank, saved, settings, training, needs, gram))
@@ -68,15 +71,6 @@ def backward(
     return dx, dkeys, dvalues
 
 
-def _gram(keys: Tensor, tokens: int) -> Tensor | None:
-    """keys^T keys if it makes (x keys^T) keys cheaper than recomputing the scores, else None."""
-    num_frozen, width = keys.shape
-    if num_frozen <= torch_backend.KEEP_SCORES:
-        return None
-    with_gram = num_frozen * width * width + tokens * width * width
-    return keys.t() @ keys if with_gram < 2 * tokens * num_frozen * width else None
-
-
 def _backward_block(
     dy: Tensor,
     x: Tensor,
@@ -90,10 +84,11 @@ def _backward_block(
     """dx, dkeys, dvalues of one block of tokens, None where not needed."""
     keys, values, current_keys, current_values = bank
     _, temperature, threshold, eps = settings
-    scores, weights, num_current = saved.scores, saved.weights, current_keys.shape[0]
-    sparse = saved.index.shape[1] > 0
+    scores, weights, index = saved.scores, saved.weights, saved.index
+    num_frozen, num_current = keys.shape[0], current_keys.shape[0]
+    sparse = index.shape[1] > 0
     clamped = saved.norm.clamp_min(eps)
-    pull = _pull(dy, values, current_values, saved.index)
+    pull = _pull(dy, values, current_values, index)
     written = weights * scores
     if not training and threshold > 0:
         silent = scores < clamped * threshold
@@ -105,27 +100,52 @@ def _backward_block(
     dense = (dnorm_scores * scores).sum(-1, keepdim=True) / clamped / clamped
     dense.masked_fill_(saved.norm < eps, 0)
     dscores = torch.addcmul(dnorm_scores, weights, pull)
-    if sparse:
-        dscores[:, :num_current].addcmul_(scores[:, :num_current], dense, value=-1)
-    else:
+
+    def by_current(numbers: Tensor) -> Tensor:
+        if sparse:
+            return torch_backend.current_part(index, numbers, num_current, num_frozen)
+        return numbers[:, num_frozen:]
+
+    if not sparse:
         dscores.addcmul_(scores, dense, value=-1)
-    current = dscores[:, :num_current]
+        current = by_current(dscores)
+    elif needs[0] and gram is None:
+        found, kept = saved.all_scores, saved.all_scores.shape[1]
+        if kept < num_frozen + num_current:
+            rest = keys[kept:], current_keys[max(0, kept - num_frozen) :]
+            found = torch.cat([found, torch_backend.all_scores(x, *rest)], dim=-1)
+        dscores = (found * -dense).scatter_add_(1, index.long(), dscores)
+        current = dscores[:, num_frozen:]
+    else:
+        current = by_current(dscores).addcmul(x @ current_keys.t(), dense, value=-1)
+    dx = None
+    if needs[0] and gram is not None:
+        dx = ((x * -dense) @ gram).add_(bag(keys, index, dscores, index < num_frozen))
+        dx.addmm_(current, current_keys)
+    elif needs[0]:
+        table = torch_backend.joined(keys, current_keys, x.shape[0])
+        if table is not None:
+            dx = dscores @ table
+        else:
+            dx = (dscores[:, :num_frozen] @ keys).addmm_(current, current_keys)
     return (
-        _dx(x, keys, current_keys, saved, dscores, dense, gram) if needs[0] else None,
+        dx,
         current.t() @ x if needs[1] else None,
-        written[:, :num_current].t() @ dy if needs[2] else None,
+        by_current(written).t() @ dy if needs[2] else None,
     )
 
 
 def _pull(dy: Tensor, values: Tensor, current_values: Tensor, index: Tensor) -> Tensor:
     """<values_i, dy> for the candidates."""
-    if values.shape[0] == 0:
-        return dy @ current_values.t()
-    if index.shape[1] == 0 and torch_backend.joins(dy.shape[0]):
-        return dy @ torch.cat([current_values, values]).t()
-    current = dy @ current_values.t()
-    frozen = _bag_pull(dy, values, index) if index.shape[1] else dy @ values.t()
-    return torch.cat([current, frozen], dim=-1)
+    if not index.shape[1]:
+        return torch_backend.all_scores(dy, values, current_values)
+    table = torch_backend.joined(values, current_values, dy.shape[0])
+    if table is not None:
+        return _bag_pull(dy, table, index)
+    num_frozen = values.shape[0]
+    frozen = _bag_pull(dy, values, index.clamp(max=num_frozen - 1))
+    column = (index.long() - num_frozen).clamp_(min=0)
+    return torch.where(index < num_frozen, frozen, (dy @ current_values.t()).gather(1, column))
 
 
 def _bag_pull(dy: Tensor, values: Tensor, index: Tensor) -> Tensor:
@@ -136,29 +156,3 @@ def _bag_pull(dy: Tensor, values: Tensor, index: Tensor) -> Tensor:
         dy, values, index.reshape(-1), row * per_row, row.repeat_interleave(per_row), 0
     )
     return flat.view(rows, per_row)
-
-
-def _dx(
-    x: Tensor,
-    keys: Tensor,
-    current_keys: Tensor,
-    saved: Saved,
-    dscores: Tensor,
-    dense: Tensor,
-    gram: Tensor | None,
-) -> Tensor:
-    num_current = current_keys.shape[0]
-    if keys.shape[0] == 0:
-        return dscores @ current_keys
-    if saved.index.shape[1] == 0 and torch_backend.joins(x.shape[0]):
-        return dscores @ torch.cat([current_keys, keys])
-    frozen = dscores[:, num_current:]
-    if saved.index.shape[1] == 0:
-        dx = frozen @ keys
-    elif gram is not None:
-        dx = ((x * -dense) @ gram).add_(bag(keys, saved.index, frozen))
-    else:
-        kept = saved.frozen_scores if saved.frozen_scores.shape[1] else x @ keys.t()
-        full = (kept * -dense).scatter_add_(1, saved.index.long(), frozen)
-        dx = full @ keys
-    return dx.addmm_(dscores[:, :num_current], current_keys) if num_current else dx

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moram_kernels import SelfActivation, reference, retrieve, retrieve_linear
+from moram_kernels.api import may_be_triton, retrieve_one
 
 from ..bank import AtomBank
 from ..config import MoRAMConfig
@@ -99,9 +100,11 @@ class MoRAMLinear(AdapterLinear):
         self.calls.seen = True
         if not self.is_active:
             return self.base_layer(x)
-        bank = self.bank
+        # A module's attributes are slow to find.
+        bank, base_layer, config = self.bank, self.base_layer, self.config
         call: dict[str, Any] = {"training": self.training, "backend": self.backend}
-        call["precision"] = self.config.precision
+        call["precision"] = config.precision
+        whole, parts = False, ()
         if torch.compiler.is_compiling():
             # Whole buffers and a count that is data: nothing to recompile when a task is added.
             keys, values, call["num_frozen"] = (
@@ -110,20 +113,24 @@ class MoRAMLinear(AdapterLinear):
                 bank.live_count(),
             )
             call["current_keys"], call["current_values"] = bank.acting_keys(), bank.scaled_values()
-            whole = False
         else:
-            keys, values, call["current_keys"], call["current_values"] = bank.segments()
-            if keys.shape[0] + call["current_keys"].shape[0] == 0:
-                return self.base_layer(x)
-            whole = self.config.dropout == 0
-        if whole and self.shared is not None:
-            call["scores"] = self.shared.scores(self, x)
-        if whole and _is_plain(self.base_layer):
-            weight, bias = self.base_layer.weight, self.base_layer.bias
-            return retrieve_linear(x, weight, bias, keys, values, self.activation, **call)
-        base = self.base_layer(x)
-        if self.config.dropout:
-            x = F.dropout(x, self.config.dropout, self.training)
+            keys, values, call["current_keys"], call["current_values"] = parts = bank.segments()
+            if keys.shape[0] + parts[2].shape[0] == 0:
+                return base_layer(x)
+            whole = config.dropout == 0
+        if whole and may_be_triton(self.backend, x):
+            if self.shared is not None:
+                call["scores"] = self.shared.scores(self, x)
+            if _is_plain(base_layer):
+                weight, bias = base_layer.weight, base_layer.bias
+                return retrieve_linear(x, weight, bias, keys, values, self.activation, **call)
+        base = base_layer(x)
+        if whole and x.numel() == self.in_features:
+            output = retrieve_one(x, parts, self.activation, base, self.training, self.backend)
+            if output is not None:
+                return output
+        if config.dropout:
+            x = F.dropout(x, config.dropout, self.training)
         return retrieve(x, keys, values, self.activation, residual=base, **call)
 
     def adapter_state(self) -> dict[str, Tensor]:

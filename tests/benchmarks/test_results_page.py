@@ -209,6 +209,17 @@ def test_layers_that_hold_many_tasks_stand_side_by_side():
     ]
 
 
+def test_times_beside_lora_stand_by_mode_and_atoms():
+    row = {"mode": "decode", "atoms": "64", "ratio": "1.186", "ratio_p20": "1.1"}
+    rows = [row | {"ratio_p80": "1.25"}, row | {"mode": "prefill", "atoms": "8", "ratio_p80": "2"}]
+    assert tables.lora_table(rows).splitlines() == [
+        "| LoRA of rank 8 = 1 | 8 atoms | 64 atoms |",
+        "| --- | --- | --- |",
+        "| decode | - | 1.19 (1.1 to 1.25) |",
+        "| prefill | 1.19 (1.1 to 2) | - |",
+    ]
+
+
 def test_the_check_names_pages_that_are_out_of_date(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(results_page, "ROOT", tmp_path)
     stale = {tmp_path / "README.md": "new\n"}

@@ -154,7 +154,7 @@ def test_forward_and_backward_inside_autocast(frozen):
 @pytest.mark.parametrize("dtype", LOW, ids=DTYPE_NAMES.get)
 def test_gram_and_blocks(dtype, width, monkeypatch):
     take_large_routes(monkeypatch)
-    monkeypatch.setattr(torch_backend, "KEEP_SCORES", 16)
+    monkeypatch.setattr(torch_backend, "KEEP_RATIO", 0)
     monkeypatch.setattr(torch_backend, "BLOCK_BYTES", 1)
     check_budget([separated_case((200, 60, 8, width, 24), dtype, i) for i in range(3)])
 

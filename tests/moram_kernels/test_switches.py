@@ -46,17 +46,17 @@ def check_parity(tokens, frozen, current, width=6, top_k=3):
 @pytest.mark.parametrize("offset", [-1, 0, 1])
 def test_gather_ratio(offset, current, monkeypatch):
     gathers = spy(monkeypatch, "bag")
-    check_parity(100, torch_backend.GATHER_RATIO * 3 + offset, current)
+    check_parity(100, torch_backend.GATHER_RATIO * 3 + offset - current, current)
     assert bool(gathers) == (offset > 0)
 
 
 @pytest.mark.parametrize("current", [0, 4])
 @pytest.mark.parametrize("limit, gathered", [(9999, True), (10000, False), (10001, False)])
 def test_dense_macs(limit, gathered, current, monkeypatch):
-    # 100 tokens, 20 frozen atoms, 5 outputs: 10000 multiply-adds.
+    # 100 tokens, 20 atoms, 5 outputs: 10000 multiply-adds.
     monkeypatch.setattr(torch_backend, "DENSE_MACS", limit)
     gathers = spy(monkeypatch, "bag")
-    check_parity(100, 20, current)
+    check_parity(100, 20 - current, current)
     assert bool(gathers) == gathered
 
 
@@ -77,26 +77,34 @@ def test_few_scores_of_frozen_atoms_alone_take_the_closed_form(monkeypatch):
 
 
 @pytest.mark.parametrize("current", [0, 4])
-@pytest.mark.parametrize("offset", [-1, 0, 1])
-def test_keep_scores(offset, current, monkeypatch):
-    monkeypatch.setattr(torch_backend, "KEEP_SCORES", 40)
+@pytest.mark.parametrize("kept", [0, 20, 36, 38, 40, 45])
+def test_scores_that_are_kept(kept, current, monkeypatch):
+    # Of 40 atoms, all or 36 of them frozen: none, some frozen ones, some current ones, all.
+    monkeypatch.setattr(torch_backend, "KEEP_RATIO", kept / 50)
     saved = spy(monkeypatch, "_forward_block")
-    check_parity(30, 40 + offset, current, width=50)
-    kept = {block.frozen_scores.shape[1] for _, block in saved if block is not None}
-    assert kept == {40 + offset if offset <= 0 else 0}
+    check_parity(30, 40 - current, current, width=50)
+    found = {block.all_scores.shape[1] for _, block in saved if block is not None}
+    assert found == {min(kept, 40)}
 
 
 @pytest.mark.parametrize("current", [0, 4])
-@pytest.mark.parametrize("tokens, used", [(100, True), (33, True), (31, False)])
+@pytest.mark.parametrize("tokens, used", [(100, True), (33, True), (32, False)])
 def test_gram(tokens, used, current, monkeypatch):
-    # N D^2 + M D^2 < 2 M N D for N = 40 and D = 36 from M = 33 on (it is 32.7).
-    monkeypatch.setattr(torch_backend, "KEEP_SCORES", 20)
-    grams = spy(monkeypatch, "_gram", torch_backward)
-    check_parity(tokens, 40, current, width=36)
-    assert grams and all((gram is not None) == used for gram in grams)
+    # Nothing kept: N D^2 + M D^2 < 2 M N D for N = 40 and D = 36 from M = 33 on (it is 32.7).
+    monkeypatch.setattr(torch_backend, "KEEP_RATIO", 0)
+    choices = spy(monkeypatch, "uses_gram")
+    check_parity(tokens, 40 - current, current, width=36)
+    assert choices and set(choices) == {used}
 
 
-@pytest.mark.parametrize("keep", [10, 1000], ids=["recomputed", "kept"])
+@pytest.mark.parametrize("tokens, used", [(56, True), (55, False)])
+def test_gram_beside_kept_scores(tokens, used, monkeypatch):
+    # N D^2 + M D^2 < M (N - 18) D + M N D, that is 1440 < 26 M, for N = 40, D = 36 and 18 kept.
+    monkeypatch.setattr(torch_backend, "KEEP_RATIO", 0.5)
+    assert torch_backend.uses_gram(tokens, 40, 36) == used
+
+
+@pytest.mark.parametrize("keep", [0, 1000], ids=["recomputed", "kept"])
 @pytest.mark.parametrize("current", [0, 4])
 @pytest.mark.parametrize("frozen", [0, 5, 40])
 @pytest.mark.parametrize("tokens", [63, 64, 65, 128, 193])
@@ -104,7 +112,7 @@ def test_blocks(tokens, frozen, current, keep, monkeypatch):
     if not frozen + current:
         current = 1
     monkeypatch.setattr(torch_backend, "BLOCK_BYTES", 1)
-    monkeypatch.setattr(torch_backend, "KEEP_SCORES", keep)
+    monkeypatch.setattr(torch_backend, "KEEP_RATIO", keep)
     blocks = spy(monkeypatch, "_forward_block")
     check_parity(tokens, frozen, current)
     # Four runs in `check_parity`, 64 tokens a block.
@@ -128,7 +136,7 @@ def test_block_of_the_default_size():
 
 @pytest.mark.parametrize("tokens, single", [(1, True), (2, False)])
 def test_single_token(tokens, single, monkeypatch):
-    answers = spy(monkeypatch, "_forward_one")
+    answers = spy(monkeypatch, "forward_one")
     case = make_case(1, (tokens,), 40, 4, 6, 5, training=False)
     with torch.no_grad():
         assert_parity(case, wanted=())
@@ -139,7 +147,7 @@ def test_single_token(tokens, single, monkeypatch):
 
 
 def test_single_token_with_a_tie_at_the_border_takes_the_general_path(monkeypatch):
-    answers = spy(monkeypatch, "_forward_one")
+    answers = spy(monkeypatch, "forward_one")
     case = make_case(1, (1,), 40, 4, 1, 5, training=False, integers=True)
     with torch.no_grad():
         assert_parity(case, wanted=())
