@@ -251,7 +251,8 @@ def lora_table(rows):
     """Times in a language model, LoRA = 1: one row a mode."""
     found = {}
     for row in rows:
-        cell = f"{float(row['ratio']):.2f} ({row['ratio_p20']} to {row['ratio_p80']})"
+        low, middle, high = (float(row[f"ratio{end}"]) for end in ("_p20", "", "_p80"))
+        cell = f"{middle:.2f} ({low:.2f} to {high:.2f})"
         found.setdefault(row["mode"], {})[int(row["atoms"])] = cell
     atoms = sorted({count for cells in found.values() for count in cells})
     lines = [[mode, *(cells.get(count, "-") for count in atoms)] for mode, cells in found.items()]

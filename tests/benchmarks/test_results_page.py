@@ -215,8 +215,8 @@ def test_times_beside_lora_stand_by_mode_and_atoms():
     assert tables.lora_table(rows).splitlines() == [
         "| LoRA of rank 8 = 1 | 8 atoms | 64 atoms |",
         "| --- | --- | --- |",
-        "| decode | - | 1.19 (1.1 to 1.25) |",
-        "| prefill | 1.19 (1.1 to 2) | - |",
+        "| decode | - | 1.19 (1.10 to 1.25) |",
+        "| prefill | 1.19 (1.10 to 2.00) | - |",
     ]
 
 
