@@ -268,7 +268,7 @@ def _retrieve_backward(
         index = index[:, :0]
     else:
         columns = top_k
-        if not torch_backend.uses_gram(x.shape[0], num_atoms, x.shape[1]):
+        if not torch_backend.uses_gram(x.shape[0], count, x.shape[1]):
             kept = torch_backend.kept_scores(num_atoms, x.shape[1])
     saved = torch_backend.Saved(
         index, scores[:, :columns], weights[:, :columns], norm, all_scores[:, :kept]

@@ -69,10 +69,10 @@ def kept_scores(num_atoms: int, width: int) -> int:
     return min(num_atoms, int(KEEP_RATIO * width))
 
 
-def uses_gram(tokens: int, num_atoms: int, width: int) -> bool:
+def uses_gram(tokens: int, num_frozen: int, width: int) -> bool:
     """Whether x (keys^T keys) is cheaper in the backward than (x keys^T) keys with kept scores."""
-    recomputed = num_atoms - kept_scores(num_atoms, width)
-    return (num_atoms + tokens) * width < tokens * (recomputed + num_atoms)
+    recomputed = num_frozen - kept_scores(num_frozen, width)
+    return (num_frozen + tokens) * width < tokens * (recomputed + num_frozen)
 
 
 def block_rows(num_atoms: int, itemsize: int) -> int:
@@ -118,7 +118,7 @@ def forward(
     rows = block_rows(num_atoms, dtype.itemsize)
     keep = None
     if save:
-        needless = dense or uses_gram(x.shape[0], num_atoms, x.shape[1])
+        needless = dense or uses_gram(x.shape[0], keys.shape[0], x.shape[1])
         keep = 0 if needless else kept_scores(num_atoms, x.shape[1])
     if x.shape[0] <= rows:
         (x,) = cast(dtype, x)

@@ -45,7 +45,7 @@ def backward(
     rows = torch_backend.block_rows(num_atoms, dtype.itemsize)
     sparse = saved.index.shape[1] > 0
     gram = None
-    if needs[0] and sparse and torch_backend.uses_gram(x.shape[0], num_atoms, x.shape[1]):
+    if needs[0] and sparse and torch_backend.uses_gram(x.shape[0], keys.shape[0], x.shape[1]):
         gram = bank[0].t() @ bank[0]
     if x.shape[0] <= rows:
         xs, dy = cast(dtype, x, grad)

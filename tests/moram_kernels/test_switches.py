@@ -4,6 +4,8 @@ Each test also proves which route ran, so that a moved constant cannot empty it.
 against the reference; the constants are set small where that makes the test cheap.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support import assert_parity, make_case, take_large_routes
@@ -90,16 +92,31 @@ def test_scores_that_are_kept(kept, current, monkeypatch):
 @pytest.mark.parametrize("current", [0, 4])
 @pytest.mark.parametrize("tokens, used", [(100, True), (33, True), (32, False)])
 def test_gram(tokens, used, current, monkeypatch):
-    # Nothing kept: N D^2 + M D^2 < 2 M N D for N = 40 and D = 36 from M = 33 on (it is 32.7).
+    # Nothing kept: F D^2 + M D^2 < 2 M F D for F = 40 and D = 36 from M = 33 on (it is 32.7).
     monkeypatch.setattr(torch_backend, "KEEP_RATIO", 0)
     choices = spy(monkeypatch, "uses_gram")
-    check_parity(tokens, 40 - current, current, width=36)
+    check_parity(tokens, 40, current, width=36)
     assert choices and set(choices) == {used}
+
+
+def test_a_first_task_with_more_atoms_than_features(monkeypatch):
+    # All atoms are current: keys^T keys would be of none.
+    choices = spy(monkeypatch, "uses_gram")
+    check_parity(100, 0, 40, width=6)
+    assert choices and not any(choices)
+
+
+@pytest.mark.parametrize("frozen", [1, 14])
+def test_tokens_that_select_current_atoms_alone(frozen, monkeypatch):
+    # Few tokens: the two segments are gathered from apart, and one of them has nothing.
+    case = make_case(0, (20,), frozen, 20, 6, 5)
+    current = torch.cat([case.x[:10], -case.x[:10]]) * 100
+    assert_parity(replace(case, current_keys=current))
 
 
 @pytest.mark.parametrize("tokens, used", [(56, True), (55, False)])
 def test_gram_beside_kept_scores(tokens, used, monkeypatch):
-    # N D^2 + M D^2 < M (N - 18) D + M N D, that is 1440 < 26 M, for N = 40, D = 36 and 18 kept.
+    # F D^2 + M D^2 < M (F - 18) D + M F D, that is 1440 < 26 M, for F = 40, D = 36 and 18 kept.
     monkeypatch.setattr(torch_backend, "KEEP_RATIO", 0.5)
     assert torch_backend.uses_gram(tokens, 40, 36) == used
 
