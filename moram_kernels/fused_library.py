@@ -11,7 +11,7 @@ from torch import Tensor
 from . import torch_backend, torch_backward
 from .aliases import Bank, Gradients, Rule
 from .fused_ops import run_backward, run_forward
-from .ops import TAGS, check_live, fake_backward
+from .ops import TAGS, check_live, fake_backward, padded
 from .triton_backend import available
 from .triton_backend.plan import fixed_form, saved_shapes
 
@@ -56,13 +56,7 @@ def _retrieve_fused(
     else:
         stats = stats[:1]
     filled = (index, picked, scores, stats)
-    return output, *(_padded(t, shape) for t, (shape, _) in zip(filled, wanted, strict=True))
-
-
-def _padded(matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The matrix followed by rows and columns of zeros."""
-    rows, columns = shape[0] - matrix.shape[0], shape[1] - matrix.shape[1]
-    return torch.nn.functional.pad(matrix, (0, columns, 0, rows)).contiguous()
+    return output, *(padded(t, *shape) for t, (shape, _) in zip(filled, wanted, strict=True))
 
 
 def _fixed_form(keys: Tensor, current_keys: Tensor, top_k: int) -> str:

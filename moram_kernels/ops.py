@@ -202,16 +202,20 @@ def _retrieve(
     index, scores, found = _sizes(len(keys) + len(current_keys), top_k, keys.shape[1])
     return (
         output,
-        _pad(saved.index, index),
-        _pad(saved.scores, scores),
-        _pad(saved.weights, scores),
+        padded(saved.index, len(x), index),
+        padded(saved.scores, len(x), scores),
+        padded(saved.weights, len(x), scores),
         saved.norm,
-        _pad(saved.all_scores, found),
+        padded(saved.all_scores, len(x), found),
     )
 
 
-def _pad(tensor: Tensor, columns: int) -> Tensor:
-    return torch.nn.functional.pad(tensor, (0, columns - tensor.shape[1])).contiguous()
+def padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    """A matrix, none that an op was called with, of so many rows and columns, the new ones zero."""
+    more = columns - matrix.shape[1], rows - matrix.shape[0]
+    if any(more):
+        matrix = torch.nn.functional.pad(matrix, (0, more[0], 0, more[1]))
+    return matrix.contiguous()
 
 
 def _retrieve_fake(

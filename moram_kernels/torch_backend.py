@@ -217,7 +217,7 @@ def _forward_block(
     if keep is None:
         return output, None
     if index is None:
-        index = x.new_empty(x.shape[0], 0)
+        index = x.new_empty(x.shape[0], 0, dtype=torch.int32)
     # A view of some columns would keep them all.
     found = found if keep == found.shape[1] else found[:, :keep].contiguous()
     return output, Saved(index.to(torch.int32), scores, weights, norm, found)
