@@ -20,19 +20,26 @@ help: ## this list
 	@echo "make TARGET [ARGS=...] [VENV=$(VENV)] [OUT=$(OUT)] [CONSTRAINTS=]"
 	@sed -nE 's/^([a-z]+):.*## (.*)/  \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 
-.PHONY: demo test portable lint bench clean plain interpreted parity traffic gate launches opcheck
+.PHONY: demo test portable lint bench clean plain library others interpreted parity traffic gate launches opcheck
 .PHONY: emulate mutations counts results
 
 demo: $(VENV)/.demo ## a small language model learns three tasks in a row; results in OUT/demo
 	$(BIN)/moram demo --out $(OUT)/demo $(ARGS)
 
-# Two processes, because Triton decides at its import whether it interprets kernels.
+# Processes of their own, because Triton decides at its import whether it interprets kernels; and of
+# about equal length, two at a time.
 test: $(VENV)/.dev lint ## lint and every test: what CI runs
-	$(MAKE) --no-print-directory -j2 -Otarget plain interpreted
+	$(MAKE) --no-print-directory -j2 -Otarget library others interpreted
 
-# Both processes as the oldest CPUs run them, which round otherwise than this one.
+# The processes as the oldest CPUs run them, which round otherwise than this one.
 portable: $(VENV)/.dev ## every test, with the instructions of the oldest CPUs alone
-	$(OLDEST) $(MAKE) --no-print-directory -j2 -Otarget plain interpreted
+	$(OLDEST) $(MAKE) --no-print-directory -j2 -Otarget library others interpreted
+
+library: $(VENV)/.dev ## the tests of moram
+	$(MAKE) --no-print-directory plain ARGS="tests/moram $(ARGS)"
+
+others: $(VENV)/.dev ## the tests but those of moram and of interpreted kernels
+	$(MAKE) --no-print-directory plain ARGS="tests --ignore tests/moram $(ARGS)"
 
 plain: $(VENV)/.dev ## the tests but those of interpreted kernels; ARGS goes to pytest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
