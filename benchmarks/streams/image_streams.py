@@ -26,6 +26,10 @@ SLOW = {"lr": 2.5e-4, "label": "MoRAM, lr 2.5e-4"}
 AVERAGE = {"lr": 2e-3, "label": "MoRAM, lr 2e-3"}
 IMAGE = {"lr": 1e-3, "text_loss": False, "label": "MoRAM, image loss alone, lr 1e-3"}
 PROTECTED = {"lr": 2e-3, "method_args.protect": 0.95}
+# What the experts learned, whatever the selector finds; and the loss of its own paper.
+GIVEN = {"method_args.selection": "given", "label": "MoE-Adapters, router given"}
+SMOOTHED = {"text_loss": False, "label_smoothing": 0.2, "lr": 2.5e-4}
+SMOOTHED["label"] = "MoE-Adapters, own loss"
 METHODS = {
     "zero-shot": ("zero-shot", {}),
     "lora": ("lora", {}),
@@ -36,6 +40,8 @@ METHODS = {
     "moram-protected": ("moram", PROTECTED),
     "moe-lora": ("moe-lora", {}),
     "moe-adapters": ("moe-adapters", {}),
+    "moe-given": ("moe-adapters", GIVEN),
+    "moe-smoothed": ("moe-adapters", SMOOTHED),
     "codyra": ("codyra", {}),
     "rail-primal": ("rail-primal", {}),
     "rail-dual": ("rail-dual", {}),
@@ -43,14 +49,16 @@ METHODS = {
 # The same rates for every method that has one, on the stream of part small, scored on training
 # images that were not drawn.
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
-VARIANTS = ("moram-slow", "moram-average", "moram-image")
+# Beside them, for experts whose outputs are multiplied by 0.1.
+FASTER = {"moe-adapters": (5e-3, 1e-2)}
+VARIANTS = ("moram-slow", "moram-average", "moram-image", "moe-given", "moe-smoothed")
 WITHOUT_RATE = ("zero-shot", "rail-primal", "rail-dual", *VARIANTS)
 
 
 def search_runs():
     """Name, method and changes of each run of the search."""
     for label, (method, changes) in METHODS.items():
-        for lr in () if label in WITHOUT_RATE else RATES:
+        for lr in () if label in WITHOUT_RATE else (*RATES, *FASTER.get(label, ())):
             held_out = {"datasets": SMALL, "held_out": True, "eval_limit": 200}
             held_out |= {"seed": 100, "label": f"{label}, lr {lr:g}"}
             yield f"search/{label}-lr{lr:g}", method, {**changes, **held_out, "lr": lr}
