@@ -73,6 +73,14 @@ def test_the_search_gives_every_method_the_same_rates_and_sees_no_test_image():
     assert learn <= searched and "zero-shot" not in searched
 
 
+def test_how_long_to_train_is_asked_of_images_that_no_table_scores():
+    runs = list(PARTS["steps"]())
+    for _, _, changes in runs:
+        assert changes["held_out"] is True and changes["seed"] not in image_streams.SEEDS
+    assert {changes["iterations"] for _, _, changes in runs} == {260, 500}
+    assert {method for _, method, _ in runs} == {"lora", "moram", "joint"}
+
+
 def test_a_part_does_every_run_with_its_changes_and_those_of_the_command(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(runs, "sweep", lambda *arguments: asked.append(arguments))
