@@ -1,8 +1,10 @@
 """What a linear reader finds in the image features after finished runs, and what scoring takes.
 
-    python benchmarks/streams/image_probe.py OUT/long/*-seed0 --out FILE.csv
+    moram xtail --preset small --method moram --out OUT/moram
+    python benchmarks/streams/image_probe.py OUT/moram --out FILE.csv
 
-Each run's model is read back as it was after the last task. `probe` is the accuracy of RAIL-Dual's
+Each run's model is read back as it was after the last task, from its state, which `image_streams`
+removes. `probe` is the accuracy of RAIL-Dual's
 kernel ridge alone on its features: fitted to the training images of all domains at once, scored on
 the test images among all classes. It tells features from classifiers: it is no method, because it
 reads all images together after the last task. `text` is the accuracy of those features with the
@@ -26,7 +28,7 @@ from moram.xtail.images import TestImages
 from moram.xtail.run import XtailRun
 from moram.xtail.settings import XtailSettings
 
-BATCH, REPEATS = 256, 5
+BATCH, REPEATS = 256, 3
 
 
 def read_back(folder):
@@ -37,7 +39,9 @@ def read_back(folder):
     run = XtailRun(XtailSettings(**settings))
     run.check()
     run.prepare()
-    run.restore()
+    # A model that never changes has nothing to read back.
+    if any(run.plan.stages):
+        run.restore()
     run.model.eval()
     return run, results
 
