@@ -52,7 +52,7 @@ METHODS = {
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
 # Beside them, for experts whose outputs are multiplied by 0.1.
 FASTER = {"moe-adapters": (5e-3, 1e-2)}
-VARIANTS = ("moram-slow", "moram-average", "moram-image", "moe-given", "moe-smoothed")
+VARIANTS = ("moram-slow", "moram-average", "moram-image", "moe-given")
 WITHOUT_RATE = ("zero-shot", "rail-primal", "rail-dual", *VARIANTS)
 
 

@@ -69,7 +69,7 @@ def test_the_search_gives_every_method_the_same_rates_and_sees_no_test_image():
     assert tuple(more[:4]) == image_streams.RATES and more[4:] == [5e-3, 1e-2]
     searched = {label.removeprefix("search/") for label in rates}
     assert searched == set(METHODS) - set(image_streams.WITHOUT_RATE)
-    learn = {"lora", "moram", "moe-lora", "moe-adapters", "codyra"}
+    learn = {"lora", "moram", "moe-lora", "moe-adapters", "moe-smoothed", "codyra"}
     assert learn <= searched and "zero-shot" not in searched
 
 
