@@ -29,6 +29,7 @@ IMAGE = {"lr": 1e-3, "text_loss": False, "label": "MoRAM, image loss alone, lr 1
 PROTECTED = {"lr": 2e-3, "method_args.protect": 0.95}
 # What the experts learned, whatever the selector finds; and the loss of its own paper.
 GIVEN = {"method_args.selection": "given", "label": "MoE-Adapters, router given"}
+RELATIVE = {"method_args.selector_relative": True, "label": "MoE-Adapters, relative errors"}
 SMOOTHED = {"text_loss": False, "label_smoothing": 0.2, "lr": 2.5e-4}
 SMOOTHED["label"] = "MoE-Adapters, own loss"
 METHODS = {
@@ -41,6 +42,7 @@ METHODS = {
     "moram-protected": ("moram", PROTECTED),
     "moe-lora": ("moe-lora", {}),
     "moe-adapters": ("moe-adapters", {}),
+    "moe-relative": ("moe-adapters", RELATIVE),
     "moe-given": ("moe-adapters", GIVEN),
     "moe-smoothed": ("moe-adapters", SMOOTHED),
     "codyra": ("codyra", {}),
@@ -52,7 +54,7 @@ METHODS = {
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
 # Beside them, for experts whose outputs are multiplied by 0.1.
 FASTER = {"moe-adapters": (5e-3, 1e-2)}
-VARIANTS = ("moram-slow", "moram-average", "moram-image", "moe-given")
+VARIANTS = ("moram-slow", "moram-average", "moram-image", "moe-relative", "moe-given")
 WITHOUT_RATE = ("zero-shot", "rail-primal", "rail-dual", *VARIANTS)
 
 

@@ -60,6 +60,7 @@ class MoEAdapters(Method):
         selector_features: "clip", or "alexnet", with its sigmoid.
         alexnet: file of torchvision's AlexNet weights.
         selector_width, selector_steps, selector_lr, threshold, quantile: see `TaskSelector`.
+        selector_relative: its `relative`.
     Source: Yu et al., "Boosting Continual Learning of Vision-Language Models via Mixture-of-Experts
         Adapters", CVPR 2024, arXiv 2403.11549.
     Cost: an image is encoded twice, and all texts once for each task and once without.
@@ -90,6 +91,7 @@ class MoEAdapters(Method):
         selector_lr: float = 0.003,
         threshold: float | None = None,
         quantile: float = 0.95,
+        selector_relative: bool = False,
     ) -> None:
         for key, value in (("experts", experts), ("top_k", top_k), ("width", width)):
             check_count(key, value, 1)
@@ -131,6 +133,7 @@ class MoEAdapters(Method):
             threshold,
             quantile,
             bounded=alexnet is not None,
+            relative=selector_relative,
         )
 
     def setup(self, model: nn.Module) -> None:
