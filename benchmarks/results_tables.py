@@ -183,8 +183,8 @@ def search_table(runs):
 def probe_table(rows):
     """What a ridge finds in each run's features on every domain, and what scoring takes."""
     tasks = [name.removeprefix("probe ") for name in rows[0] if name.startswith("probe ")]
-    titles = ["method", "seed", "Last", "ridge", *tasks, "ms / image", "s, all texts"]
-    keys = ["seed", "last", "probe", *(f"probe {task}" for task in tasks), "ms_image", "s_texts"]
+    titles = ["method", "Last", "ridge", *tasks, "ms / image"]
+    keys = ["last", "probe", *(f"probe {task}" for task in tasks), "ms_image"]
     return markdown(titles, [[row["name"], *(row[key] or "-" for key in keys)] for row in rows])
 
 
