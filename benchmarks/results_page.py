@@ -50,6 +50,7 @@ STUDIES = {
         "Search of the rate, images",
         "Each cell is Transfer/Average/Last, on training images that were not drawn.",
     ),
+    "images/steps": ("How long to train", "As the search of the rate, which has 150 steps."),
     "images/vit": (
         "The published size, two steps a task",
         "Random weights and two steps: there is no accuracy to speak of, only what a step costs.",
@@ -81,6 +82,9 @@ DETAILS = """# Results, {room}: the details
 This page is written by `make results` from the files beside it. Do not edit it.
 The summary, and what the columns mean, are in [results](../README.md). Rates stand over columns,
 tasks over the score on each after the last task, in percent."""
+PROBE = """After the last task of single runs: a kernel ridge fitted at once to the training images
+of all domains, on the features as they then are, and what scoring takes.
+`benchmarks/streams/image_probe.py` says more. File: `images/probe.csv`."""
 ROOMS = ("language", "images")
 # Rows of the README's table, besides the best of the others.
 FRONT, FRONT_ROWS = "language/textcls", 6
@@ -106,7 +110,11 @@ def results_pages(root):
             if name.startswith(f"{room}/"):
                 parts += _study(name, found, "tasks")
         texts[folder / room] = parts
-    texts[folder / "language"] += _shares(folder) + [p for parts in demos.values() for p in parts]
+    probe, shares = folder / "images" / "probe.csv", folder / "language" / "shares.json"
+    found = "What a ridge finds in the features"
+    texts[folder / "images"] += _one_file(probe, found, PROBE, tables.probe_table)
+    found = _one_file(shares, "Which atoms write", "", tables.share_table)
+    texts[folder / "language"] += found + [p for parts in demos.values() for p in parts]
     return {place / "README.md": "\n\n".join(parts) + "\n" for place, parts in texts.items()}
 
 
@@ -128,7 +136,7 @@ def _demo(name, results):
 def _study(name, runs, shown):
     """A study's title, sentences and table, or nothing where it belongs to the other pages."""
     title, note = STUDIES.get(name, (name, ""))
-    is_search, is_cost = name.endswith("/search"), name.endswith("/vit")
+    is_search, is_cost = name.endswith(("/search", "/steps")), name.endswith("/vit")
     if (is_search and shown == "summary") or (is_cost and shown == "tasks"):
         return []
     if is_search:
@@ -148,7 +156,10 @@ def _protocol(runs):
     orders = dict.fromkeys(", ".join(run["tasks"]) for run in runs)
     seeds = sorted({one["seed"] for one in settings})
     kind = "epoch" if "epochs" in first else "step"
+    counts = dict.fromkeys(str(one.get("epochs", one.get("iterations"))) for one in settings)
     steps = _count(first.get("epochs", first.get("iterations")), kind)
+    if len(counts) > 1:
+        steps = f"{' or '.join(counts)} {kind}s"
     limits = [
         f"{first[key]} {what}"
         for key, what in (
@@ -175,12 +186,11 @@ def _count(number, what):
     return f"{number} {what}{'s' * (number != 1)}"
 
 
-def _shares(folder):
-    path = folder / "language" / "shares.json"
+def _one_file(path, title, said, table):
     if not path.is_file():
         return []
     found = tables.read(path)
-    return ["## Which atoms write", wrap(found["note"]), tables.share_table(found)]
+    return [f"## {title}", wrap(said or found["note"]), table(found)]
 
 
 def _speed(folder):

@@ -172,10 +172,20 @@ def search_table(runs):
     keys = ("transfer", "average", "last") if images else ("overall_performance",)
     rates, found = sorted({run["settings"]["lr"] for run in runs}), {}
     for run in runs:
-        cell = "/".join(f"{run['summary'][key]:.1f}" for key in keys)
+        # Joint training has no order, and so a last score alone.
+        scores = [run["summary"].get(key) for key in keys]
+        cell = "/".join("-" if score is None else f"{score:.1f}" for score in scores)
         found.setdefault(_marked(run["name"].split(", lr")[0]), {})[run["settings"]["lr"]] = cell
     rows = [[name, *(cells.get(rate, "-") for rate in rates)] for name, cells in found.items()]
     return markdown(["method", *map(_rate, rates)], rows)
+
+
+def probe_table(rows):
+    """What a ridge finds in each run's features on every domain, and what scoring takes."""
+    tasks = [name.removeprefix("probe ") for name in rows[0] if name.startswith("probe ")]
+    titles = ["method", "Last", "ridge", *tasks, "ms / image"]
+    keys = ["last", "probe", *(f"probe {task}" for task in tasks), "ms_image"]
+    return markdown(titles, [[row["name"], *(row[key] or "-" for key in keys)] for row in rows])
 
 
 def demo_tables(results):

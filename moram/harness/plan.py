@@ -91,7 +91,8 @@ class StreamPlan(ABC):
         accepted = accepted_arguments(settings.method)
         common = {k: value for k, value in cls.arguments(settings).items() if k in accepted}
         method = make_method(settings.method, **(common | settings.method_args))
-        refusal = settings.refusal(method)
+        # What a method always needs; an argument that asks for more says so in the results.
+        refusal = settings.refusal(type(method))
         if refusal:
             raise ValueError(f"{settings.method} {refusal}")
         return method

@@ -151,7 +151,7 @@ class StreamSettings:
         return {item.name for item in fields(cls) if rules_of(cls, item.name).get(rule)}
 
     @classmethod
-    def refusal(cls, method: Entry | type[Method] | Method) -> str:
+    def refusal(cls, method: Entry | type[Method]) -> str:
         """Why a method does not fit, to be read behind its name; empty where it does."""
         if method.needs not in (None, cls.model_kind):
             return f"is for {MODELS[method.needs]}{cls.elsewhere}"

@@ -73,8 +73,9 @@ class Method:
     """
 
     name: str = ""
-    # Whether the model must be told, at inference, which task an input belongs to.
-    needs_task_id = False
+    # Whether the model must be told, at inference, which task an input belongs to. An instance says
+    # so where an argument asks for it.
+    needs_task_id: bool = False
     # A key of MODELS where a method is for such models alone.
     needs: str | None = None
     # Whether tasks are trained step by step, or learned in `end_task` alone.

@@ -41,8 +41,9 @@ class MoEAdapters(Method):
     for the reference autoencoder, whose part thresholds take (see `TaskSelector`), and the pixels,
     which AlexNet sees as CLIP normalises them. Experts that a task has never used do not freeze.
 
-    Needs no task id. Stores the experts, a router per task and block, the current one's noise, and
-    an autoencoder per task; a selector on AlexNet needs that model, too.
+    Needs no task id, but for selection="given". Stores the experts, a router per task and block,
+    the current one's noise, and an autoencoder per task; a selector on AlexNet needs that model,
+    too.
 
     Trained per task: (E - F) (2 W D + W + D) + 2 D E in each block of width D, for E experts of
     bottleneck W, F of them frozen. In a ViT-B/16: 43,625,472 in the experts at first, 3,965,952
@@ -52,11 +53,14 @@ class MoEAdapters(Method):
         experts, top_k, width, scale, dropout: see `MoEAdapterMLP`.
         freeze: experts that freeze per task and block.
         seed: of the experts' and selectors' initial weights.
-        selection: "image", or "batch": one task for all images that are scored together, which
-            tells the domain where a batch comes from one domain.
+        selection: "image"; "batch": one task for all images that are scored together, which tells
+            the domain where a batch comes from one domain; or "given": every image is scored with
+            the router of its own task, or without any where that is not learned yet. The last is
+            told the task: it shows what the experts have learned, whatever the selector does.
         selector_features: "clip", or "alexnet", with its sigmoid.
         alexnet: file of torchvision's AlexNet weights.
         selector_width, selector_steps, selector_lr, threshold, quantile: see `TaskSelector`.
+        selector_relative: its `relative`.
     Source: Yu et al., "Boosting Continual Learning of Vision-Language Models via Mixture-of-Experts
         Adapters", CVPR 2024, arXiv 2403.11549.
     Cost: an image is encoded twice, and all texts once for each task and once without.
@@ -66,6 +70,7 @@ class MoEAdapters(Method):
     needs = "clip"
     freeze: int
     selection: str
+    given: int
     alexnet: nn.Module | None
     selector: TaskSelector
 
@@ -86,6 +91,7 @@ class MoEAdapters(Method):
         selector_lr: float = 0.003,
         threshold: float | None = None,
         quantile: float = 0.95,
+        selector_relative: bool = False,
     ) -> None:
         for key, value in (("experts", experts), ("top_k", top_k), ("width", width)):
             check_count(key, value, 1)
@@ -95,7 +101,7 @@ class MoEAdapters(Method):
         if not 0 < scale < float("inf"):
             raise ValueError(f"scale must be finite and > 0, got {scale}")
         for key, value, allowed in (
-            ("selection", selection, ("image", "batch")),
+            ("selection", selection, ("image", "batch", "given")),
             ("selector_features", selector_features, ("clip", "alexnet")),
         ):
             if value not in allowed:
@@ -113,6 +119,9 @@ class MoEAdapters(Method):
             "dropout": dropout,
         }
         self.freeze, self.selection = freeze, selection
+        self.needs_task_id = selection == "given"
+        # The task that is scored, where it is told.
+        self.given = -1
         # Images that are scored together are given to one task.
         self.tied = frozenset({"eval_batch"} if selection == "batch" else ())
         self.generator = torch.Generator().manual_seed(seed)
@@ -124,6 +133,7 @@ class MoEAdapters(Method):
             threshold,
             quantile,
             bounded=alexnet is not None,
+            relative=selector_relative,
         )
 
     def setup(self, model: nn.Module) -> None:
@@ -161,6 +171,9 @@ class MoEAdapters(Method):
         model.train(was_training)
         self.selector.learn(torch.cat(features), self.generator)
 
+    def select(self, model: nn.Module, index: int) -> None:
+        self.given = index
+
     def classifier(self, clip: Clip, prompts: Tensor) -> Classifier:
         """Each image's similarities with the texts, both encoded for the task it is given to."""
         texts = {
@@ -171,8 +184,12 @@ class MoEAdapters(Method):
         def classify(images: Images) -> Tensor:
             pixels = images.pixels()
             features = self._encode(clip, -1, pixels)
-            inputs = self._selector_input(pixels, features)
-            chosen = self.selector.select(inputs, whole_batch=self.selection == "batch")
+            if self.selection == "given":
+                known = self.given if self.given in texts else -1
+                chosen = torch.full((len(pixels),), known, device=pixels.device)
+            else:
+                inputs = self._selector_input(pixels, features)
+                chosen = self.selector.select(inputs, whole_batch=self.selection == "batch")
             scores = clip.logits(features, texts[-1])
             for task in chosen[chosen >= 0].unique().tolist():
                 rows = chosen == task

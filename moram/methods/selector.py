@@ -44,6 +44,9 @@ class TaskSelector:
         threshold: one for all tasks, in the units of the errors; None = as above.
         quantile: of a task's own images, the part that is to stay below its threshold.
         bounded: whether features lie in [0, 1].
+        relative: compare errors as parts of the tasks' thresholds. A task of few images, or of many
+            kinds, reconstructs its own worse than others do theirs, and loses them to others
+            otherwise. Not as published.
     Source: Yu et al., CVPR 2024, arXiv 2403.11549 (DDAS); Aljundi et al., CVPR 2017,
         arXiv 1611.06194 (the autoencoder gate).
     Cost: 4 T width E FLOPs an image for T tasks and E features; stores (2 width + 2) E + width + 2
@@ -56,6 +59,7 @@ class TaskSelector:
     threshold: float | None
     quantile: float
     bounded: bool
+    relative: bool
 
     def __init__(
         self,
@@ -65,6 +69,7 @@ class TaskSelector:
         threshold: float | None = None,
         quantile: float = 0.95,
         bounded: bool = False,
+        relative: bool = False,
     ) -> None:
         check_count("selector_width", width, 1)
         check_count("selector_steps", steps, 1)
@@ -76,6 +81,7 @@ class TaskSelector:
             raise ValueError(f"quantile must be in (0, 1], got {quantile}")
         self.width, self.steps, self.lr = width, steps, lr
         self.threshold, self.quantile, self.bounded = threshold, quantile, bounded
+        self.relative = relative
         self.tasks: list[dict[str, Tensor]] = []
 
     def __len__(self) -> int:
@@ -158,13 +164,13 @@ class TaskSelector:
             return torch.full((len(features),), -1, device=features.device)
         if whole_batch:
             errors = errors.mean(0, keepdim=True).expand_as(errors)
-        lowest, chosen = errors.min(1)
-        if self.threshold is None:
-            # Loaded tasks may still lie on the CPU.
-            limits = torch.stack([task["threshold"].to(errors) for task in self.tasks])[chosen]
-        else:
-            limits = torch.full_like(lowest, self.threshold)
-        return chosen.masked_fill(lowest > limits, -1)
+        # Loaded tasks may still lie on the CPU.
+        limits = torch.stack([task["threshold"].to(errors) for task in self.tasks])
+        if self.threshold is not None:
+            limits = torch.full_like(limits, self.threshold)
+        chosen = (errors / limits if self.relative else errors).argmin(1)
+        lowest = errors.gather(1, chosen[:, None])[:, 0]
+        return chosen.masked_fill(lowest > limits[chosen], -1)
 
     def state_dict(self) -> dict[str, Any]:
         """The tensors of every task."""

@@ -3,13 +3,15 @@
 import hashlib
 import os
 import zlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..harness.plan import StreamPlan
 from ..harness.progress import Log
 from ..harness.settings import StreamSettings
+from ..methods.train import TrainSettings
 from .data.datasets import load_domains, offsets, shared_names
 from .data.domains import (
     ArraySplit,
@@ -74,6 +76,11 @@ class XtailPlan(StreamPlan):
         if limit is not None and limit < len(test):
             test = take(test, [i * len(test) // limit for i in range(limit)])
         return domain._replace(train=take(domain.train, shots.indices), test=test)
+
+    def train_settings(self, members: Sequence[int]) -> TrainSettings:
+        """How a stage is trained; several datasets at once take the steps of all of them."""
+        found = self.settings.train_settings(self.stream[members[0]].name)
+        return replace(found, iterations=len(members) * self.settings.iterations)
 
     @property
     def fingerprint(self) -> str:

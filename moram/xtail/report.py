@@ -101,7 +101,10 @@ class XtailReport(Report):
 
     def notes(self, runs: list[Results]) -> str:
         total = sum(runs[0]["classes"])
-        return f"Accuracies in percent among all {total} classes, without a hint of the dataset."
+        # Earlier versions did not say it.
+        told = dict.fromkeys(run["name"] for run in runs if run.get("needs_task_id"))
+        among = f"Accuracies in percent among all {total} classes, without a hint of the dataset"
+        return "; ".join([among, *(f"{name} was told it" for name in told)]) + "."
 
 
 REPORT = XtailReport()

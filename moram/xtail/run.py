@@ -199,7 +199,7 @@ class XtailRun(Run):
         )
         # Of the crops that hooks see, not of those that are trained on.
         seed = settings.seed * 1000 + members[0]
-        return ImageStage(self.model, data, settings.train_settings(domains[0].name), seed)
+        return ImageStage(self.model, data, self.plan.train_settings(members), seed)
 
     @torch.no_grad()
     def score_task(self, number: int | str, i: int) -> dict[str, Any]:

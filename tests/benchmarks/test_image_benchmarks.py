@@ -34,7 +34,9 @@ def test_all_runs_of_a_part_are_valid_and_have_a_folder_of_their_own(part):
         assert folder == part and own
         settings = make_settings(preset, method, changes=[common | changes])
         assert (settings.method, settings.preset) == (method, preset)
-        assert not XtailPlan.build_method(settings).needs_task_id
+        # One row is told the task, and says so.
+        asks = "moe-given" in name
+        assert XtailPlan.build_method(settings).needs_task_id == asks
         # What `run_part` sets itself.
         assert not common.keys() & changes.keys()
 
@@ -62,11 +64,22 @@ def test_the_search_gives_every_method_the_same_rates_and_sees_no_test_image():
         assert changes["held_out"] is True
         # Not a seed of the comparisons.
         assert changes["seed"] not in image_streams.SEEDS
-    assert {tuple(found) for found in rates.values()} == {image_streams.RATES}
+    more = rates["search/moe-adapters"]
+    assert {tuple(found) for found in rates.values()} == {image_streams.RATES, tuple(more)}
+    assert tuple(more[:4]) == image_streams.RATES and more[4:] == [5e-3, 1e-2]
     searched = {label.removeprefix("search/") for label in rates}
     assert searched == set(METHODS) - set(image_streams.WITHOUT_RATE)
-    learn = {"lora", "moram", "moe-lora", "moe-adapters", "codyra"}
+    learn = {"lora", "moram", "moe-lora", "moe-adapters", "moe-smoothed", "codyra"}
     assert learn <= searched and "zero-shot" not in searched
+
+
+def test_how_long_to_train_is_asked_of_images_that_no_table_scores():
+    runs = list(PARTS["steps"]())
+    for _, _, changes in runs:
+        assert changes["held_out"] is True and changes["seed"] not in image_streams.SEEDS
+        # The published number of steps.
+        assert changes["iterations"] == make_settings("paper", "moram").iterations == 500
+    assert [method for _, method, _ in runs] == ["lora", "moram"]
 
 
 def test_a_part_does_every_run_with_its_changes_and_those_of_the_command(tmp_path, monkeypatch):

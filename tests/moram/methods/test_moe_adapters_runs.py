@@ -195,6 +195,20 @@ def test_a_batch_is_given_to_one_task_if_so_asked():
     assert not torch.equal(method.classifier(clip, PROMPTS)(Batch(pixels)), scores)
 
 
+@every_model
+@torch.no_grad()
+def test_a_task_that_is_told_is_used_whatever_the_images_look_like(kind):
+    clip, method = learned(kind, 2, selection="given")
+    assert method.needs_task_id and not learned(kind, 0)[1].needs_task_id
+    batch = Batch(torch.cat([domain(i, 2, seed=1) for i in (0, 1, 5)]))
+    classify = method.classifier(clip, PROMPTS)
+    # The third task is not learned yet.
+    for task, router in ((1, 1), (0, 0), (2, -1)):
+        method.select(clip.model, task)
+        expected = scores_by_hand(clip, method, batch.pixels(), router)
+        torch.testing.assert_close(classify(batch), expected)
+
+
 @torch.no_grad()
 def test_what_an_image_is_given_to_does_not_depend_on_its_batch():
     clip, method = learned(tasks=2, threshold=5e-4)
@@ -266,7 +280,7 @@ def test_other_weights_than_alexnets_are_refused(tmp_path):
         ({"freeze": -1}, "freeze must be >= 0, got -1"),
         ({"scale": 0}, "scale must be finite and > 0, got 0"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
-        ({"selection": "task"}, "selection must be one of image, batch, got 'task'"),
+        ({"selection": "task"}, "selection must be one of image, batch, given, got 'task'"),
         ({"selector_features": "dino"}, "selector_features must be one of clip, alexnet"),
         ({"selector_features": "alexnet"}, "alexnet must be a file"),
         ({"alexnet": "file.pth"}, "alexnet must be a file"),

@@ -86,6 +86,18 @@ def test_a_whole_batch_goes_by_its_mean_error():
     assert selector.select(points, whole_batch=True).tolist() == [2] * 7
 
 
+def test_relative_errors_are_parts_of_each_tasks_own_threshold(monkeypatch):
+    errors = torch.tensor([[0.3, 0.5, 9.0], [0.5, 2.1, 9.0], [0.1, 0.9, 2.0]])
+    thresholds = (0.2, 2.0, 4.0)
+    for relative, expected in ((False, [-1, -1, 0]), (True, [1, -1, 1])):
+        selector = selector_of(relative=relative)
+        for task, threshold in zip(selector.tasks, thresholds, strict=True):
+            task["threshold"] = torch.tensor(threshold)
+        monkeypatch.setattr(selector, "errors", lambda _: errors)
+        # Parts: 1.5, 0.25, 2.25; 2.5, 1.05, 2.25; 0.5, 0.45, 0.5.
+        assert selector.select(torch.zeros(3, 12)).tolist() == expected
+
+
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_a_task_of_very_few_images_can_be_learned(count):
     selector = selector_of((1, 2), count)

@@ -85,6 +85,13 @@ def test_zero_shot_has_the_same_row_each_time_and_forgets_nothing():
     ]
 
 
+def test_notes_name_the_runs_that_were_told_the_dataset():
+    runs = [results(), results(name="asks", needs_task_id=True), results(needs_task_id=False)]
+    plain = "Accuracies in percent among all 9 classes, without a hint of the dataset"
+    assert REPORT.notes([runs[0], runs[2]]) == f"{plain}."
+    assert REPORT.notes(runs) == f"{plain}; asks was told it."
+
+
 def test_joint_training_has_last_alone():
     found = results([[10.0, 20.0, 60.0]], stages=[["a", "b", "c"]], method="joint")
     assert found["summary"] == {"last": 30.0}

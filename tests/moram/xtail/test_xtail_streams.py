@@ -13,6 +13,7 @@ from xtail_support import (
     REFUSED,
     ROWS,
     SIDE,
+    SMALL_ARGS,
     TEST,
     answers,
     run,
@@ -64,6 +65,29 @@ def test_a_task_trains_on_its_drawn_images_alone(data, tmp_path, monkeypatch):
     assert seen == [[name for images in drawn(data).values() for name in images]]
 
 
+def test_training_on_all_datasets_at_once_takes_the_steps_of_all(data, tmp_path, monkeypatch):
+    seen, original = [], TaskTrainer.run
+
+    def note(trainer, on_step):
+        original(trainer, on_step)
+        seen.append(trainer.done)
+
+    monkeypatch.setattr(TaskTrainer, "run", note)
+    run(data, tmp_path / "one", "lora")
+    run(data, tmp_path / "all", "joint")
+    assert seen == [6, 6, 6, 18]
+
+
+def test_a_router_that_is_told_the_task_is_marked(data, tmp_path):
+    arguments = SMALL_ARGS["moe-adapters"] | {"selection": "given"}
+    found = run(data, tmp_path / "out", "moe-adapters", method_args=arguments)
+    assert found["needs_task_id"]
+    # What is not learned yet is scored by the untrained model.
+    for t, row in enumerate(found["matrix"]):
+        assert row[t + 1 :] == found["untrained"][t + 1 :]
+    assert "; MoE-Adapters was told it." in (tmp_path / "out" / "table.md").read_text()
+
+
 def test_another_order_of_datasets_offsets_labels_by_its_own(data, tmp_path):
     results = run(data, tmp_path / "out", "zero-shot", datasets=("tools", "fruit"))
     assert results["classes"] == [2, 4]
@@ -92,7 +116,7 @@ def test_the_bar_of_a_terminal_ends_full(data, tmp_path, monkeypatch, method, un
     changes = {"quiet": False, "untrained": untrained, "log": lambda line: None}
     run(data, tmp_path / "out", method, **changes)
     last = terminal.getvalue().strip().splitlines()[-1]
-    trained = {"moram": 3 * 6 * 4, "joint": 6 * 4, "rail-primal": 27}.get(method, 0)
+    trained = {"moram": 3 * 6 * 4, "joint": 3 * 6 * 4, "rail-primal": 27}.get(method, 0)
     rows = ROWS.get(method, 3) + (untrained and method != "zero-shot")
     assert f" {trained + 36 * rows}/{trained + 36 * rows} " in last
 
