@@ -140,11 +140,18 @@ class MoRAMLinear(AdapterLinear):
 
         For looking into a model; `forward` does not call it.
         """
-        keys, _, current_keys, _ = self.bank.segments()
+        return self.fire(x)[0]
+
+    @torch.no_grad()
+    def fire(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`mixture_weights` [..., N], and the update that they write for inputs x: [..., O]."""
+        keys, values, current_keys, current_values = self.bank.segments()
         scores = reference.score_atoms(x, torch.cat([keys, current_keys]))
         norm_scores = reference.normalize_scores(scores, self.activation.eps)
         selected = reference.select_atoms(norm_scores, self.activation.top_k)
-        return reference.mixture_weights(norm_scores, selected, self.activation)
+        weights = reference.mixture_weights(norm_scores, selected, self.activation)
+        values = torch.cat([values, current_values])
+        return weights, reference.aggregate_values(weights, scores, values)
 
 
 def _is_plain(linear: nn.Module) -> bool:
