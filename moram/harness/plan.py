@@ -93,7 +93,8 @@ class StreamPlan(ABC):
         method = make_method(settings.method, **(common | settings.method_args))
         refusal = settings.refusal(method)
         if refusal:
-            raise ValueError(f"{settings.method} {refusal}")
+            as_given = "" if settings.refusal(type(method)) else " with these method_args"
+            raise ValueError(f"{settings.method}{as_given} {refusal}")
         return method
 
     def train_settings(self, members: Sequence[int]) -> TrainSettings:
