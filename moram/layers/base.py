@@ -29,13 +29,11 @@ class Adapter(nn.Module):
         self.base_layer: nn.Module = base_layer.requires_grad_(False)
         # Every forward sets `seen`.
         self.calls: Calls = Calls()
-        # Whether it adds nothing for now.
-        self.paused: bool = False
 
     @property
     def is_active(self) -> bool:
         """Whether it adds an update; one of several PEFT adapters may leave this layer alone."""
-        return not self.paused
+        return True
 
     def adapter_state(self) -> dict[str, Tensor]:
         """Every tensor of the adapter, by name, without those of the base."""

@@ -27,6 +27,9 @@ class MoRAMLinear(AdapterLinear):
         generator: for the initial keys.
     """
 
+    # Whether it is the base alone for now.
+    paused: bool = False
+
     def __init__(
         self,
         in_features: int,
@@ -94,6 +97,10 @@ class MoRAMLinear(AdapterLinear):
         self.backend: str = config.backend if backend is None else backend
         if hasattr(self, "bank"):
             self.bank.value_scale = config.value_scale
+
+    @property
+    def is_active(self) -> bool:
+        return not self.paused
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls.seen = True
