@@ -16,7 +16,7 @@ IMAGES = {"transfer": "Transfer", "average": "Average", "last": "Last", "forgett
 # Whose times are modelled.
 COMPARED = ("plain", "compiled", "ours")
 # What is this project's own, by its name.
-ADDITIONS, MARK = ("protected", "zero-shot first"), " [+]"
+ADDITIONS, MARK = ("protected", "aligned", "zero-shot first"), " [+]"
 
 
 def read(path):

@@ -122,7 +122,7 @@ class MoRAMLinear(AdapterLinear):
             keys, values, call["current_keys"], call["current_values"] = bank.segments()
             if keys.shape[0] + call["current_keys"].shape[0] == 0:
                 return self.base_layer(x)
-            whole = self.config.dropout == 0
+            whole = self.config.dropout == 0 and not self._looks
         if whole and self.shared is not None:
             call["scores"] = self.shared.scores(self, x)
         if whole and _is_plain(self.base_layer):
@@ -131,7 +131,24 @@ class MoRAMLinear(AdapterLinear):
         base = self.base_layer(x)
         if self.config.dropout:
             x = F.dropout(x, self.config.dropout, self.training)
+        if self._looks:
+            # Raw scores of 0 write nothing.
+            x = x.masked_fill(~self._aligned(x, keys, call["current_keys"]), 0)
         return retrieve(x, keys, values, self.activation, residual=base, **call)
+
+    @property
+    def _looks(self) -> bool:
+        """Whether inputs are looked at before atoms write."""
+        return self.config.alignment > 0 and not self.training
+
+    def _aligned(self, x: Tensor, *keys: Tensor) -> Tensor:
+        """At which inputs x [..., D] atoms may write, bool [..., 1], see `MoRAMConfig.alignment`;
+        keys of zeros, such as spare rows, never win."""
+        rows = torch.cat(keys)
+        best, index = reference.score_atoms(x, rows).max(-1)
+        norms = torch.linalg.vector_norm(rows.to(best.dtype), dim=-1)[index]
+        norms = norms * torch.linalg.vector_norm(x.to(best.dtype), dim=-1)
+        return ((best > 0) & (best >= self.config.alignment * norms))[..., None]
 
     def adapter_state(self) -> dict[str, Tensor]:
         # As many frozen rows as live ones say how many are live.
@@ -157,6 +174,8 @@ class MoRAMLinear(AdapterLinear):
         norm_scores = reference.normalize_scores(scores, self.activation.eps)
         selected = reference.select_atoms(norm_scores, self.activation.top_k)
         weights = reference.mixture_weights(norm_scores, selected, self.activation)
+        if self.config.alignment > 0:
+            weights = weights * self._aligned(x, keys, current_keys)
         values = torch.cat([values, current_values])
         return weights, reference.aggregate_values(weights, scores, values)
 

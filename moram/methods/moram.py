@@ -30,8 +30,8 @@ class MoRAM(Method):
     """The bank grows at the start of each task but the first, so no untrained atom is ever scored.
 
     Args:
-        config: `MoRAMConfig`; with `protect` set it is this project's addition to the published
-            rule, see `moram.task`.
+        config: `MoRAMConfig`; with `protect` or `alignment` set it is this project's addition to
+            the published rule, see `moram.task` and `MoRAMConfig`.
         seed: of the keys.
         zero_shot_first: for CLIP alone, and this project's addition, too: an image whose answer
             without the atoms is a class of no learned task keeps that answer. The others get that
@@ -56,6 +56,7 @@ class MoRAM(Method):
         # Of the tasks learned so far, where it is asked for.
         self.classes = 0
         additions = {"protected": self.config.protect is not None}
+        additions["aligned"] = self.config.alignment > 0
         additions["zero-shot first"] = zero_shot_first
         self.name = ", ".join(["MoRAM", *(name for name, is_on in additions.items() if is_on)])
 

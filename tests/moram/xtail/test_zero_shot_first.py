@@ -128,6 +128,7 @@ def test_names_say_what_was_added():
     names = {
         "MoRAM": {},
         "MoRAM, protected": {"protect": 0.9},
+        "MoRAM, aligned": {"alignment": 0.3},
         "MoRAM, zero-shot first": {"zero_shot_first": True},
         "MoRAM, protected, zero-shot first": {"protect": 0.9, "zero_shot_first": True},
     }
