@@ -45,6 +45,10 @@ STUDIES = {
         "Each cell is the mean score after two tasks, on held-out training examples.",
     ),
     "images/small": ("Six drawn domains", ""),
+    "images/unseen": (
+        "Six drawn domains, with what keeps zero-shot's answers",
+        "Two seeds. Rates were chosen on training images that were not drawn.",
+    ),
     "images/real": ("Real images", ""),
     "images/search": (
         "Search of the rate, images",
@@ -71,7 +75,8 @@ and read) and *modelled* (computed from rates). Everything on this page is measu
 is modelled is in [benchmarks](../README.md), what is compiled in
 [moram_kernels](../../moram_kernels/README.md).
 
-`[+]` marks key protection, this project's own addition to the published rule.
+`[+]` marks this project's own additions to the published rule: key protection, aligned atoms, and
+asking zero-shot first.
 "just learned" is the mean of the diagonal of R. OP and Last are the mean score after the last task.
 BWT is the mean change of the earlier tasks since each was learned, over T - 1 tasks, unclipped;
 negative is forgetting. Forgetting is the mean drop from the best to the last score.

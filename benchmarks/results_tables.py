@@ -15,8 +15,8 @@ LANGUAGE = {"overall_performance": "OP", "plasticity": "just learned", "backward
 IMAGES = {"transfer": "Transfer", "average": "Average", "last": "Last", "forgetting": "Forgetting"}
 # Whose times are modelled.
 COMPARED = ("plain", "compiled", "ours")
-# Protection is this project's own.
-PROTECTED, ADDITION = "protected", " [+]"
+# What is this project's own, by its name.
+ADDITIONS, MARK = ("protected", "aligned", "zero-shot first"), " [+]"
 
 
 def read(path):
@@ -100,7 +100,7 @@ def row_name(run):
 
 
 def _marked(name):
-    return name + ADDITION if PROTECTED in name else name
+    return name + MARK if any(addition in name for addition in ADDITIONS) else name
 
 
 def summary_tables(runs):

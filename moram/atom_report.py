@@ -1,5 +1,7 @@
 """What was seen of a model's atoms, and the numbers that follow from it. Runs no model."""
 
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import mean
@@ -7,6 +9,19 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Places(NamedTuple):
+    """What happened at the places that one adapter reads, by input task and kind of place.
+
+    num: places. fired: those at which some atom fired. update, output: sums of |update|^2 and of
+    |output of the base|^2 over them. All [inputs, kinds], float64.
+    """
+
+    num: Tensor
+    fired: Tensor
+    update: Tensor
+    output: Tensor
 
 
 class FiredAtom(NamedTuple):
@@ -30,6 +45,8 @@ class AtomReport:
         weights: by path, mean mixture weight [inputs, N], float64; a row sums to 1 at most.
         fired: by path, in which part of the tokens an atom fired [inputs, N], float64.
         num_tokens: how many tokens of each input task were looked at.
+        kinds: names of the kinds of places, such as class token and patch.
+        places: by path, `Places`.
     """
 
     inputs: tuple[str, ...]
@@ -38,6 +55,8 @@ class AtomReport:
     weights: dict[str, Tensor]
     fired: dict[str, Tensor]
     num_tokens: tuple[int, ...]
+    kinds: tuple[str, ...]
+    places: dict[str, Places]
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -87,6 +106,23 @@ class AtomReport:
         if path is None:
             return torch.stack([self.num_fired(path) for path in self.paths]).mean(0)
         return self.fired[path].sum(1)
+
+    def fired_places(self, paths: Iterable[str] | None = None) -> Tensor:
+        """Percent of the places at which some atom fired, [inputs, kinds + 1], the last column over
+        all kinds: the mean over some adapters (None = all) that read such places, nan without."""
+        return 100 * self._by_kind(paths, lambda p: p.fired / p.num)
+
+    def strength(self, paths: Iterable[str] | None = None) -> Tensor:
+        """The update's root mean square in percent of the base output's, as `fired_places`."""
+        return 100 * self._by_kind(paths, lambda p: (p.update / p.output.clamp_min(1e-30)).sqrt())
+
+    def _by_kind(self, paths: Iterable[str] | None, ratio: Callable[[Places], Tensor]) -> Tensor:
+        found = []
+        for path in self.paths if paths is None else paths:
+            columns = [torch.cat([t, t.sum(1, keepdim=True)], 1) for t in self.places[path]]
+            places = Places(*columns)
+            found.append(ratio(places).masked_fill(places.num == 0, math.nan))
+        return torch.stack(found).nanmean(0)
 
     def dead(self, path: str) -> tuple[int, ...]:
         """Rows in the bank of the atoms that fired at no token of any input, a tuple."""

@@ -196,8 +196,8 @@ def _run_table(arguments: Namespace, parser: ArgumentParser) -> int:
 
 def _add_inspect_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("run", type=Path, help="folder that moram trace wrote with method moram")
-    add("--data", type=Path, help="folder in TRACE's format (default: the run's)")
+    add("run", type=Path, help="folder of a finished run with method moram")
+    add("--data", type=Path, help="folder of the data (default: the run's)")
     add("--tasks", help="whose inputs to look at, separated by commas (default: all of the run)")
     add("--split", default="test", help="which examples: train, eval or test (default: test)")
     add("--limit", type=int, default=32, help="at most so many examples a task (default: 32)")
@@ -208,13 +208,14 @@ def _add_inspect_arguments(parser: ArgumentParser) -> None:
 
 
 def _run_inspect(arguments: Namespace, parser: ArgumentParser) -> int:
-    from .trace.inspection.run import inspect_run
+    from .harness.inspection.run import Choice, inspect_run
+    from .trace.inspection import LOOKER as TRACE
+    from .xtail.inspection import LOOKER as XTAIL
 
-    names = ("run", "data", "split", "limit", "last", "adapter", "text", "out")
-    given = {name: getattr(arguments, name) for name in names}
-    tasks = arguments.tasks
-    tasks = None if tasks is None else tuple(name for name in tasks.split(",") if name)
-    inspect_run(tasks=tasks, **given)
+    given = {item.name: getattr(arguments, item.name) for item in fields(Choice)}
+    if given["tasks"] is not None:
+        given["tasks"] = tuple(name for name in given["tasks"].split(",") if name)
+    inspect_run(arguments.run, (TRACE, XTAIL), Choice(**given), arguments.out)
     return 0
 
 
@@ -283,7 +284,7 @@ COMMANDS = {
         _run_table,
     ),
     "inspect": Command(
-        "which atoms fire for which task, in a finished run of moram trace",
+        "which atoms fire for which task, in a finished run of moram trace or xtail",
         _add_inspect_arguments,
         _run_inspect,
     ),

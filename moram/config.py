@@ -43,6 +43,9 @@ class MoRAMConfig:
         protect_strength: of new atoms' first scores against the frozen ones', > 0. A full one (1)
             amplifies what earlier inputs have outside the protected directions, and was seen to
             destroy earlier tasks.
+        alignment: this project's addition to the published rule: at inference no atom writes at an
+            input whose cosine with the key of its highest-scoring atom is below it; in [0, 1),
+            0, the default, = off.
         capacity: frozen atoms that the bank has room for from the start; None = 8 tasks. It doubles
             when full. torch.compile compiles again when the capacity changes, not when a task does.
     Raises:
@@ -66,6 +69,7 @@ class MoRAMConfig:
     protect_size: int = 256
     protect_examples: int = 80
     protect_strength: float = 0.5
+    alignment: float = 0.0
 
     def __post_init__(self) -> None:
         check_count("atoms_per_task", self.atoms_per_task, 1)
@@ -75,7 +79,7 @@ class MoRAMConfig:
             check_count("capacity", self.capacity, 0)
         for name in ("protect_size", "protect_examples"):
             check_count(name, getattr(self, name), 1)
-        for name in ("value_scale", "dropout", "protect_strength", "protect"):
+        for name in ("value_scale", "dropout", "protect_strength", "protect", "alignment"):
             value = getattr(self, name)
             if name == "protect" and value is None:
                 continue
@@ -89,8 +93,9 @@ class MoRAMConfig:
             )
         if not 0 < self.value_scale < float("inf"):
             raise ValueError(f"value_scale must be finite and > 0, got {self.value_scale}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        for name in ("dropout", "alignment"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.backend not in BACKENDS:
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {self.backend!r}")
         if self.precision not in PRECISIONS:
@@ -109,7 +114,7 @@ class MoRAMConfig:
         # Plain Python numbers from here on, whatever kind of number came.
         counts = ("atoms_per_task", "top_k", "capacity", "protect_size", "protect_examples")
         numbers = ("temperature", "threshold", "value_scale", "dropout", "eps", "protect")
-        for names, kind in ((counts, int), ((*numbers, "protect_strength"), float)):
+        for names, kind in ((counts, int), ((*numbers, "protect_strength", "alignment"), float)):
             for name in names:
                 if getattr(self, name) is not None:
                     object.__setattr__(self, name, kind(getattr(self, name)))

@@ -9,12 +9,12 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .atom_report import AtomReport, FiredAtom
+from .atom_report import AtomReport, FiredAtom, Places
 from .config import check_count
 from .inject import adapters
 from .layers import MoRAMLinear
@@ -23,13 +23,29 @@ from .layers import MoRAMLinear
 Visit = Callable[[str, MoRAMLinear, Tensor], None]
 
 
+class Reading(NamedTuple):
+    """One call of a model that is not called as language models are.
+
+    run: makes the call. kinds: what the places are that the adapters which it reaches read,
+    int64 [B, T]: an index into the names of kinds, or -1 for a place that does not count.
+    """
+
+    run: Callable[[], object]
+    kinds: Tensor
+
+
+# A `Reading`, or input_ids and attention_mask, both [B, T] (1 = token, 0 = padding), and more.
+Batch = Reading | Sequence[Tensor]
+
+
 def inspect_atoms(
     model: nn.Module,
-    batches: Mapping[str, Iterable[Sequence[Tensor]]],
+    batches: Mapping[str, Iterable[Batch]],
     tasks: Sequence[str],
     *,
     sizes: Sequence[int] | None = None,
     last: int | None = None,
+    kinds: Sequence[str] = ("token",),
 ) -> AtomReport:
     """Run inputs of several tasks through a model and add up which atoms fire, adapter by adapter.
 
@@ -37,14 +53,16 @@ def inspect_atoms(
     as it was. Only sums are kept, never the weights of more than one call of one adapter.
 
     Args:
-        model: a language model with MoRAM adapters; called with input_ids and attention_mask.
-        batches: dict from the name of an input task to an iterable of batches, whose first two
-            items are input_ids and attention_mask, both [B, T] (1 = token, 0 = padding).
+        model: a model with MoRAM adapters.
+        batches: dict from the name of an input task to an iterable of batches. A batch is a
+            `Reading`, or what a language model is called with: a sequence whose first two items
+            are input_ids and attention_mask, both [B, T] (1 = token, 0 = padding).
         tasks: names of the tasks that trained the atoms, in order, as `moram.load` returns them.
         sizes: atoms of each of them, in order, frozen ones first; None = the config's
             atoms_per_task for each.
         last: look at the last so many tokens of each example only; None = all. Padding never
             counts.
+        kinds: names of the kinds of places that `Reading`s tell apart.
     Returns:
         `AtomReport`.
     Raises:
@@ -59,20 +77,23 @@ def inspect_atoms(
         raise ValueError("batches must hold at least one input task, got none")
     weights: dict[str, list[Tensor]] = {path: [] for path in found}
     fired: dict[str, list[Tensor]] = {path: [] for path in found}
+    places: dict[str, list[Tensor]] = {path: [] for path in found}
     num_tokens = []
     for name, part in batches.items():
-        sums, count = _add_up(model, found, part, last)
+        sums, count = _add_up(model, found, part, last, len(kinds))
         if not count:
             raise ValueError(f"input task {name!r} has no tokens to look at")
         num_tokens.append(count)
         for path, total in sums.items():
-            if not total.rows:
+            rows = total.places[0].sum()
+            if not rows:
                 raise ValueError(
                     f"no input of {name!r} reached adapter {path}: it is not used for such "
                     "inputs, or was compiled before (inspect the model before torch.compile)"
                 )
-            weights[path].append(total.weights / total.rows)
-            fired[path].append(total.times.double() / total.rows)
+            weights[path].append(total.weights / rows)
+            fired[path].append(total.times / rows)
+            places[path].append(total.places)
     return AtomReport(
         tuple(batches),
         tuple(tasks),
@@ -80,6 +101,8 @@ def inspect_atoms(
         {path: torch.stack(rows) for path, rows in weights.items()},
         {path: torch.stack(rows) for path, rows in fired.items()},
         tuple(num_tokens),
+        tuple(kinds),
+        {path: Places(*torch.stack(rows, 1)) for path, rows in places.items()},
     )
 
 
@@ -173,54 +196,70 @@ def _owners(
 
 
 class _Sums:
-    """What is added up of one adapter: weights [N], how often each atom fired [N], rows."""
+    """What is added up of one adapter: weights [N], how often each atom fired [N], `Places` of one
+    input task [4, kinds]."""
 
-    def __init__(self, atoms: int) -> None:
+    def __init__(self, atoms: int, kinds: int) -> None:
         self.weights = torch.zeros(atoms, dtype=torch.float64)
-        self.times = torch.zeros(atoms, dtype=torch.int64)
-        self.rows = 0
+        self.times = torch.zeros(atoms, dtype=torch.float64)
+        self.places = torch.zeros(4, kinds, dtype=torch.float64)
+
+    def add(self, adapter: MoRAMLinear, rows: Tensor, kinds: Tensor) -> None:
+        """Add inputs [M, D] of an adapter at places of some kinds [M]."""
+        weights, update = adapter.fire(rows)
+        output = adapter.base_layer(rows)
+        fired = weights > 0
+        self.weights += weights.sum(0).cpu()
+        self.times += fired.sum(0).cpu()
+        squares = (update.double().square().sum(1), output.double().square().sum(1))
+        found = torch.stack([torch.ones_like(squares[0]), fired.any(1).double(), *squares])
+        self.places.index_add_(1, kinds.cpu(), found.cpu())
 
 
 def _add_up(
     model: nn.Module,
     found: Mapping[str, MoRAMLinear],
-    batches: Iterable[Sequence[Tensor]],
+    batches: Iterable[Batch],
     last: int | None,
+    num_kinds: int,
 ) -> tuple[dict[str, _Sums], int]:
     """(sums by path, tokens) of one task's batches."""
-    sums = {path: _Sums(adapter.bank.num_atoms) for path, adapter in found.items()}
+    sums = {path: _Sums(a.bank.num_atoms, num_kinds) for path, a in found.items()}
     count = 0
-    kept: Tensor
+    kinds: Tensor
 
     def visit(path: str, adapter: MoRAMLinear, x: Tensor) -> None:
-        if x.shape[:-1] not in (kept.shape, (kept.numel(),)):
+        if x.shape[:-1] not in (kinds.shape, (kinds.numel(),)):
             raise ValueError(
                 f"adapter {path} must read an input for each place of the mask "
-                f"{tuple(kept.shape)}, got {tuple(x.shape)}"
+                f"{tuple(kinds.shape)}, got {tuple(x.shape)}"
             )
-        rows = x.reshape(-1, x.shape[-1])[kept.flatten().to(x.device)]
-        weights = adapter.mixture_weights(rows)
-        total = sums[path]
-        total.weights += weights.sum(0).cpu()
-        total.times += (weights > 0).sum(0).cpu()
-        total.rows += len(rows)
+        kept = kinds.flatten() >= 0
+        rows = x.reshape(-1, x.shape[-1])[kept.to(x.device)]
+        sums[path].add(adapter, rows, kinds.flatten()[kept])
 
     with _listening(model, found, visit):
-        for ids, mask, *_ in batches:
-            if ids.dim() != 2 or mask.shape != ids.shape:
-                raise ValueError(
-                    "input_ids and attention_mask must both be [B, T], got "
-                    f"{tuple(ids.shape)} and {tuple(mask.shape)}"
-                )
-            kept = _positions(mask, last)
-            count += int(kept.sum())
-            _forward(model, ids, mask)
+        for batch in batches:
+            reading = batch if isinstance(batch, Reading) else _reading(model, batch)
+            kinds = reading.kinds.masked_fill(~_positions(reading.kinds >= 0, last), -1)
+            count += int((kinds >= 0).sum())
+            reading.run()
     return sums, count
+
+
+def _reading(model: nn.Module, batch: Sequence[Tensor]) -> Reading:
+    """The call of a language model."""
+    ids, mask, *_ = batch
+    if ids.dim() != 2 or mask.shape != ids.shape:
+        raise ValueError(
+            "input_ids and attention_mask must both be [B, T], got "
+            f"{tuple(ids.shape)} and {tuple(mask.shape)}"
+        )
+    return Reading(partial(_forward, model, ids, mask), mask.bool().long() - 1)
 
 
 def _positions(mask: Tensor, last: int | None) -> Tensor:
     """Which places [B, T] are looked at: tokens, the last so many of each row or all."""
-    mask = mask.bool()
     if last is None:
         return mask
     # How many tokens of the row begin here or later, wherever the padding is.

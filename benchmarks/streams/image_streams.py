@@ -3,11 +3,12 @@
     python benchmarks/streams/image_streams.py search --out DIR
     python benchmarks/streams/image_streams.py steps --out DIR
     python benchmarks/streams/image_streams.py small --out DIR
+    python benchmarks/streams/image_streams.py unseen --out DIR
     python benchmarks/streams/image_streams.py real --data DIR --out DIR
     python benchmarks/streams/image_streams.py vit --out DIR
 
-`small` needs no data. `real` reads MNIST's test images and CIFAR-10, see
-`moram.xtail.data.small`.
+`small` needs no data. `unseen` is its stream with what keeps zero-shot's answers on domains to
+come. `real` reads MNIST's test images and CIFAR-10, see `moram.xtail.data.small`.
 `vit` is two tasks of the paper's preset with ViT-B/16, random weights: time and memory per step.
 Each finished run stays in its folder below --out; the same command goes on with what is missing.
 `--shard 0/2` and `--shard 1/2` share the runs out over two processes. The table of a part is
@@ -90,6 +91,19 @@ def stream_runs(part, datasets, without=()):
     yield f"{part}/joint", "joint", {"datasets": datasets, "seed": 0}
 
 
+def unseen_runs():
+    """MoRAM as published and with what keeps zero-shot's answers on domains to come, two seeds."""
+    variants = {
+        "moram": {},
+        "moram-aligned": {"lr": 2e-3, "method_args.alignment": 0.35},
+        "moram-first": {"lr": 2e-3, "method_args.zero_shot_first": True},
+    }
+    for seed in SEEDS[:2]:
+        for label, changes in variants.items():
+            more = {"datasets": SMALL, "seed": seed}
+            yield f"unseen/{label}-seed{seed}", "moram", {**changes, **more}
+
+
 def vit_runs():
     """Two tasks of the published protocol with the real architecture, for each backend."""
     short = {
@@ -113,6 +127,7 @@ PARTS = {
     "search": search_runs,
     "steps": steps_runs,
     "small": lambda: stream_runs("small", SMALL),
+    "unseen": unseen_runs,
     "real": lambda: stream_runs("real", ("digits", *REAL), VARIANTS),
     "vit": vit_runs,
 }

@@ -94,7 +94,8 @@ class StreamPlan(ABC):
         # What a method always needs; an argument that asks for more says so in the results.
         refusal = settings.refusal(type(method))
         if refusal:
-            raise ValueError(f"{settings.method} {refusal}")
+            as_given = "" if settings.refusal(type(method)) else " with these method_args"
+            raise ValueError(f"{settings.method}{as_given} {refusal}")
         return method
 
     def train_settings(self, members: Sequence[int]) -> TrainSettings:

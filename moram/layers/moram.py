@@ -28,6 +28,9 @@ class MoRAMLinear(AdapterLinear):
         generator: for the initial keys.
     """
 
+    # Whether it is the base alone for now.
+    paused: bool = False
+
     def __init__(
         self,
         in_features: int,
@@ -96,6 +99,10 @@ class MoRAMLinear(AdapterLinear):
         if hasattr(self, "bank"):
             self.bank.value_scale = config.value_scale
 
+    @property
+    def is_active(self) -> bool:
+        return not self.paused
+
     def forward(self, x: Tensor) -> Tensor:
         self.calls.seen = True
         if not self.is_active:
@@ -117,7 +124,7 @@ class MoRAMLinear(AdapterLinear):
             keys, values, call["current_keys"], call["current_values"] = parts = bank.segments()
             if keys.shape[0] + parts[2].shape[0] == 0:
                 return base_layer(x)
-            whole = config.dropout == 0
+            whole = config.dropout == 0 and not self._looks
         if whole and may_be_triton(self.backend, x):
             if self.shared is not None:
                 call["scores"] = self.shared.scores(self, x)
@@ -131,7 +138,24 @@ class MoRAMLinear(AdapterLinear):
                 return output
         if config.dropout:
             x = F.dropout(x, config.dropout, self.training)
+        if self._looks:
+            # Raw scores of 0 write nothing.
+            x = x.masked_fill(~self._aligned(x, keys, call["current_keys"]), 0)
         return retrieve(x, keys, values, self.activation, residual=base, **call)
+
+    @property
+    def _looks(self) -> bool:
+        """Whether inputs are looked at before atoms write."""
+        return self.config.alignment > 0 and not self.training
+
+    def _aligned(self, x: Tensor, *keys: Tensor) -> Tensor:
+        """At which inputs x [..., D] atoms may write, bool [..., 1], see `MoRAMConfig.alignment`;
+        keys of zeros, such as spare rows, never win."""
+        rows = torch.cat(keys)
+        best, index = reference.score_atoms(x, rows).max(-1)
+        norms = torch.linalg.vector_norm(rows.to(best.dtype), dim=-1)[index]
+        norms = norms * torch.linalg.vector_norm(x.to(best.dtype), dim=-1)
+        return ((best > 0) & (best >= self.config.alignment * norms))[..., None]
 
     def adapter_state(self) -> dict[str, Tensor]:
         # As many frozen rows as live ones say how many are live.
@@ -147,11 +171,20 @@ class MoRAMLinear(AdapterLinear):
 
         For looking into a model; `forward` does not call it.
         """
-        keys, _, current_keys, _ = self.bank.segments()
+        return self.fire(x)[0]
+
+    @torch.no_grad()
+    def fire(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`mixture_weights` [..., N], and the update that they write for inputs x: [..., O]."""
+        keys, values, current_keys, current_values = self.bank.segments()
         scores = reference.score_atoms(x, torch.cat([keys, current_keys]))
         norm_scores = reference.normalize_scores(scores, self.activation.eps)
         selected = reference.select_atoms(norm_scores, self.activation.top_k)
-        return reference.mixture_weights(norm_scores, selected, self.activation)
+        weights = reference.mixture_weights(norm_scores, selected, self.activation)
+        if self.config.alignment > 0:
+            weights = weights * self._aligned(x, keys, current_keys)
+        values = torch.cat([values, current_values])
+        return weights, reference.aggregate_values(weights, scores, values)
 
 
 def _is_plain(linear: nn.Module) -> bool:

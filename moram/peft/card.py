@@ -63,6 +63,7 @@ def describe(config: "MoRAMPeftConfig") -> str:
         f"| top_k, temperature, threshold | {config.top_k}, {config.temperature}, "
         f"{config.threshold} |",
         f"| key protection (an addition to the paper's rule) | {config.protect or 'off'} |",
+        f"| alignment (another addition) | {config.alignment or 'off'} |",
     ]
     if config.matrix:
         lines += ["", "Scores in percent: a row for the time after each task, a column a task.", ""]

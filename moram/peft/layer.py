@@ -69,7 +69,7 @@ class MoRAMTunerLinear(MoRAMLinear, BaseTunerLayer):
 
     @property
     def is_active(self) -> bool:
-        return self.has_bank and not self._disable_adapters
+        return super().is_active and self.has_bank and not self._disable_adapters
 
     @property
     def bank(self) -> TunerBank:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -83,11 +83,13 @@ def test_a_row_says_what_only_its_method_was_given():
         run("LoRA per task", [[80.0, 0.0], [80.0, 60.0]], needs_task_id=True),
         run("joint", [[30.0, 20.0]], stages=[["a", "b"]]),
         run("MoRAM, protected", [[1.0, 0.0], [1.0, 0.0]]),
+        run("MoRAM, aligned", [[0.9, 0.0], [0.9, 0.0]]),
+        run("MoRAM, zero-shot first", [[0.8, 0.0], [0.8, 0.0]]),
         run("zero-shot", [[0.0, 0.0]], stages=[[]]),
     ]
     assert list(tables.groups(rows)) == [
         *("LoRA per task (told the task)", "joint (all at once)", "MoRAM, protected [+]"),
-        "zero-shot",
+        *("MoRAM, aligned [+]", "MoRAM, zero-shot first [+]", "zero-shot"),
     ]
 
 

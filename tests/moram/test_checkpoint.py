@@ -163,6 +163,7 @@ def test_config_file_holds_sizes_tasks_settings_and_base_model(tmp_path):
         "protect_size": 256,
         "protect_examples": 80,
         "protect_strength": 0.5,
+        "alignment": 0.0,
     }
     loaded = moram.load(language_model(), tmp_path)
     assert loaded == about

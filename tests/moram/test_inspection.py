@@ -11,8 +11,8 @@ from torch import nn
 
 import moram
 from moram import MoRAMConfig, adapters
-from moram.inspection import find_adapter, inspect_atoms, token_atoms
-from moram.trace.inspection.plot import layer_grid
+from moram.harness.inspection.plot import layer_grid
+from moram.inspection import Reading, find_adapter, inspect_atoms, token_atoms
 
 # One line a token: 1 to 4 are the axes, 5 lies between two of them. The padding, 0, is the same as
 # token 4, so that an atom which only padding fires would show.
@@ -94,6 +94,45 @@ def test_weights_shares_reuse_and_dead_atoms_are_those_counted_by_hand():
     assert report.dead(path) == (1, 3)
     assert report.num_dead() == [(1, 2), (1, 2)]
     assert report.separation(path) == pytest.approx(0.8 - 2 / 7)
+
+
+def two_readings(model):
+    """Places of two kinds, 3 and 2 of them, and a sixth that does not count; two calls."""
+    rows = [([[1, 4, 3]], [[0, 1, -1]]), ([[0, 3, 5]], [[0, 0, 1]])]
+    ids = [(torch.tensor(ids), torch.tensor(kinds)) for ids, kinds in rows]
+    return [Reading(lambda i=i: model(i, None, False), kinds) for i, kinds in ids]
+
+
+def test_places_of_several_kinds_are_those_counted_by_hand():
+    model = lookup(("first", "second"), (range(4), (1, 1, 1, 1)))
+    with torch.no_grad():
+        for layer in model.layers.values():
+            layer.base_layer.weight.copy_(2 * torch.eye(4))
+            layer.base_layer.bias.zero_()
+            layer.bank.frozen_values[:2] = torch.tensor([[0, 4, 0, 0], [0, 0, 0, 0.0]])
+    report = inspect_atoms(
+        model, {"one": two_readings(model)}, ["one", "two"], kinds=["left", "right"]
+    )
+    assert report.kinds == ("left", "right") and report.num_tokens == (5,)
+    places = report.places["layers.first"]
+    assert near(places.num, [[3, 2]]) and near(places.fired, [[3, 2]])
+    # Token 1 gives atom 0 3/4 of a score of 1: 3/4 x 4 = 3. Token 5 gives it 1/2: 2. The base
+    # doubles inputs, whose squares are 1, but 2 of token 5.
+    assert near(places.update, [[9, 4]]) and near(places.output, [[12, 12]])
+    paths = ["layers.first"]
+    root = math.sqrt
+    expected = [100 * root(9 / 12), 100 * root(4 / 12), 100 * root(13 / 24)]
+    assert near(report.strength(paths), [expected])
+    # All atoms of the second layer look along the second axis, on which no token of these lies.
+    assert near(report.fired_places(["layers.second"]), [[0, 0, 0]])
+    assert near(report.fired_places(), [[50, 50, 50]])
+
+
+def test_an_adapter_without_places_of_a_kind_has_no_number_of_it():
+    model = lookup()
+    report = inspect_atoms(model, INPUTS, ["one", "two"], kinds=["token", "patch"])
+    assert near(report.fired_places()[:, [0, 2]], [[100, 100], [100, 100]])
+    assert report.fired_places()[:, 1].isnan().all() and report.strength()[:, 1].isnan().all()
 
 
 def test_numbers_over_all_adapters_are_the_mean_of_each():
@@ -256,13 +295,13 @@ def test_looking_uses_eval_mode_and_gives_every_module_its_mode_back():
 
 def test_a_run_that_does_not_ask_never_computes_mixture_weights(monkeypatch):
     calls = []
-    whole = moram.MoRAMLinear.mixture_weights
+    whole = moram.MoRAMLinear.fire
 
     def counted(layer, x):
         calls.append(layer)
         return whole(layer, x)
 
-    monkeypatch.setattr(moram.MoRAMLinear, "mixture_weights", counted)
+    monkeypatch.setattr(moram.MoRAMLinear, "fire", counted)
     model = trained_language_model()
     look_at_everything(model)
     asked = len(calls)
@@ -333,6 +372,14 @@ def test_adapters_are_laid_out_by_name_and_layer():
     assert names == ["q", "v", "head"] and layers == [2, 10, "-"]
     nan = math.nan
     expected = torch.tensor([[1, nan, nan], [2, 3, nan], [nan, nan, 4]])
+    torch.testing.assert_close(torch.tensor(rows), expected, equal_nan=True)
+
+
+def test_adapters_of_two_stacks_of_layers_are_told_apart():
+    values = {"image.blocks.0.q": 1.0, "text.blocks.0.q": 2.0, "text.blocks.1.q": 3.0}
+    names, layers, rows = layer_grid(values)
+    assert names == ["image.blocks q", "text.blocks q"] and layers == [0, 1]
+    expected = torch.tensor([[1, math.nan], [2, 3]])
     torch.testing.assert_close(torch.tensor(rows), expected, equal_nan=True)
 
 

@@ -225,6 +225,7 @@ def test_the_card_says_base_tasks_atoms_scores_and_the_import(base, taught, tmp_
         f"| base model | {base} |",
         "| tasks, in order | topic, feeling |",
         "| atoms | 8 in each of 4 layers, 4 a task |",
+        "| alignment (another addition) | off |",
         "| after | topic | feeling |",
         "| feeling | 88.2 | 70.0 |",
     ):

@@ -187,7 +187,7 @@ def test_a_bad_argument_is_one_clear_line(run, capsys, arguments, message):
 
 def test_a_folder_without_a_run_is_one_clear_line(tmp_path, capsys):
     assert main(["inspect", str(tmp_path)]) == 1
-    assert f"{tmp_path} is no run of moram trace: it holds no config.json" in (
+    assert f"{tmp_path} is no run of moram trace or moram xtail: it holds no config.json" in (
         capsys.readouterr().err
     )
 

@@ -10,10 +10,11 @@ from trace_support import TASKS, make_tokenizer, settings_for, write_data, write
 
 from moram.continual import Example, Task
 from moram.continual.scoring import beginning
+from moram.harness.inspection.run import Choice, inspect_run
 from moram.methods import make_method
 from moram.processes import Processes
 from moram.trace.encode import Encoder
-from moram.trace.inspection.run import inspect_run
+from moram.trace.inspection import LOOKER
 from moram.trace.predict import generate
 from moram.trace.run import run_trace
 from moram.trace.settings import make_settings
@@ -163,7 +164,9 @@ def test_a_run_reads_the_beginning_with_and_without_cached_states(inputs, tmp_pa
 
 def test_inspect_reads_the_beginning_of_a_text(inputs, tmp_path):
     run_trace(settings_for(*inputs, tmp_path / "run", tasks=TASKS[:2]))
-    found = inspect_run(tmp_path / "run", text="<bos>ab", limit=2, log=lambda line: None)
+    found = inspect_run(
+        tmp_path / "run", [LOOKER], Choice(text="<bos>ab", limit=2), log=lambda line: None
+    )
     assert [row["token"] for row in found["text"]] == ["<bos>", "a", "b"]
 
 

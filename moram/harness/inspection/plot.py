@@ -51,16 +51,21 @@ def layer_grid(
     """Numbers by path as a grid: what is left of the path without its layer, by layer.
 
     Args:
-        values: by path. The layer is the first number within the path.
+        values: by path. The layer is the first number within the path. Where layers of several
+            stacks have such a number, what lies before it is part of the name.
     Returns:
         (names, layers, rows): rows[name][layer], nan where the model has no such adapter.
     """
+    found = {path: re.search(r"(?:^|\.)(\d+)(?:\.|$)", path) for path in values}
+    stacks = {path[: layer.start()] for path, layer in found.items() if layer}
     cells: dict[tuple[str, int | str], float] = {}
     for path, value in values.items():
-        found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
-        layer = int(found.group(1)) if found else "-"
-        name = path[found.end() :] if found else path
-        cells[name, layer] = value
+        layer = found[path]
+        name = path
+        if layer:
+            stack = f"{path[: layer.start()]} " if len(stacks) > 1 else ""
+            name = stack + path[layer.end() :]
+        cells[name, int(layer.group(1)) if layer else "-"] = value
     names = list(dict.fromkeys(name for name, _ in cells))
     layers = list(dict.fromkeys(layer for _, layer in cells))
     return names, layers, [[cells.get((n, layer), math.nan) for layer in layers] for n in names]

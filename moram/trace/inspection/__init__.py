@@ -1,1 +1,0 @@
-"""Which atoms of a finished run fire for which task: the command's tables and picture."""
