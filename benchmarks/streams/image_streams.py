@@ -37,6 +37,8 @@ METHODS = {
     "moe-lora": ("moe-lora", {}),
     "moe-adapters": ("moe-adapters", {}),
     "codyra": ("codyra", {}),
+    "dac": ("dac", {}),
+    "lada": ("lada", {}),
     "rail-primal": ("rail-primal", {}),
     "rail-dual": ("rail-dual", {}),
 }
