@@ -64,7 +64,8 @@ class DAC(LoRAMethod[RankPoolLinear]):
         orthogonality: float = 0.1,
         **lora: Unpack[LoRAArguments],
     ) -> None:
-        super().__init__(**({"rank": RANK} | lora))
+        lora.setdefault("rank", RANK)
+        super().__init__(**lora)
         self.active = max(1, round(2 * self.rank / 3)) if active is None else active
         self.kept = max(1, round(self.rank / 3)) if kept is None else kept
         for name, value in (("active", self.active), ("kept", self.kept)):

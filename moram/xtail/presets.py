@@ -81,6 +81,7 @@ _SMALL = {
         "label_smoothing": 0.2,
         "method_args": {"width": 16},
     },
+    "dac": {"lr": 2e-3},
     "rail-primal": {"method_args": {"width": 2000}},
 }
 
