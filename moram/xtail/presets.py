@@ -82,6 +82,7 @@ _SMALL = {
         "method_args": {"width": 16},
     },
     "dac": {"lr": 2e-3},
+    "lada": {"lr": 2e-3},
     "rail-primal": {"method_args": {"width": 2000}},
 }
 
