@@ -47,6 +47,8 @@ METHODS = {
     "moe-given": ("moe-adapters", GIVEN),
     "moe-smoothed": ("moe-adapters", SMOOTHED),
     "codyra": ("codyra", {}),
+    "dac": ("dac", {}),
+    "lada": ("lada", {}),
     "rail-primal": ("rail-primal", {}),
     "rail-dual": ("rail-dual", {}),
 }

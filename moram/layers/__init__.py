@@ -5,6 +5,7 @@ from .codyra import CoDyRALinear
 from .lora import LoRALinear
 from .moe_lora import MoELoRALinear
 from .moram import MoRAMLinear
+from .rank_pool import RankPoolLinear
 from .stacked_lora import StackedLoRALinear
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "LoRALinear",
     "MoELoRALinear",
     "MoRAMLinear",
+    "RankPoolLinear",
     "StackedLoRALinear",
 ]

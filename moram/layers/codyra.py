@@ -7,15 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..draw import changes_parameters
-from .lora import LoRALinear
+from .merged_lora import MergedLoRALinear
 
 
-class CoDyRALinear(LoRALinear):
+class CoDyRALinear(MergedLoRALinear):
     """base(x) + (alpha / rank) B (g * A x) + the ranks of earlier tasks that were kept.
 
-    Current: `lora_A` [r, D], `lora_B` [O, r], `gate` [r], none of them once the task is merged;
-    kept: `frozen_A` [K, D], `frozen_B` [O, K] with gates and scale folded in. Kept as factors, they
-    work beside a quantised base, and the base stays as it is.
+    Beside what `MergedLoRALinear` has: `gate` [r], of no numbers once the task is merged. Gates are
+    folded into what is kept.
 
     Args:
         base_layer, rank, alpha, dropout, dtype, generator: see `LoRALinear`.
@@ -23,10 +22,7 @@ class CoDyRALinear(LoRALinear):
     Cost: 2 M (r + K) (D + O) FLOPs.
     """
 
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    frozen_A: Tensor
-    frozen_B: Tensor
+    gate: nn.Parameter
 
     def __init__(
         self,
@@ -38,9 +34,7 @@ class CoDyRALinear(LoRALinear):
         **more: Any,
     ) -> None:
         super().__init__(base_layer, rank, alpha, generator=generator, **more)
-        self.gate: nn.Parameter = nn.Parameter(self._new_gate(rank, generator))
-        self.register_buffer("frozen_A", self.lora_A.new_empty(0, self.in_features))
-        self.register_buffer("frozen_B", self.lora_B.new_empty(self.out_features, 0))
+        self.gate = nn.Parameter(self._new_gate(rank, generator))
 
     @torch.no_grad()
     def shrink(self, amount: float) -> None:
@@ -52,38 +46,26 @@ class CoDyRALinear(LoRALinear):
     @changes_parameters
     def merge(self) -> None:
         """Keep the current ranks whose gate is not zero, drop the others; outputs stay."""
-        kept = self.gate.detach() != 0
-        up = self.lora_B.detach() * (self.gate.detach() * self.scale)
-        self.frozen_A = torch.cat([self.frozen_A, self.lora_A.detach()[kept]])
-        self.frozen_B = torch.cat([self.frozen_B, up[:, kept]], 1)
-        self._set_current(self.lora_A.detach()[:0], up[:, :0], self.gate.detach()[:0])
+        kept = self.gate != 0
+        up = self.lora_B * (self.gate * self.scale)
+        self.keep(self.lora_A[kept], up[:, kept])
+        self._start(0)
 
     @changes_parameters
     def renew(self, rank: int, generator: torch.Generator | None = None) -> None:
         """Start a task with fresh ranks: A drawn anew, B zero, gates standard normal."""
-        down = self.new_down(rank, generator)
-        up = self.lora_B.new_zeros(self.out_features, rank)
-        self._set_current(down, up, self._new_gate(rank, generator))
+        self._start(rank, generator)
 
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls.seen = True
-        base = self.base_layer(x)
-        update = None
-        if len(self.gate):
-            down = F.linear(self.dropped(x), self.lora_A)
-            update = F.linear(down * self.gate, self.lora_B) * self.scale
-        if len(self.frozen_A):
-            # Merged ranks act like base weights: no dropout.
-            kept = F.linear(F.linear(x.to(self.frozen_A.dtype), self.frozen_A), self.frozen_B)
-            update = kept if update is None else update + kept
-        return base if update is None else base + update.to(base.dtype)
+    def current(self, x: Tensor) -> Tensor:
+        down = F.linear(self.dropped(x), self.lora_A)
+        return F.linear(down * self.gate, self.lora_B) * self.scale
+
+    def _start(self, rank: int, generator: torch.Generator | None = None) -> None:
+        self.set_current(rank, generator)
+        self.gate = nn.Parameter(self._new_gate(rank, generator))
 
     def _new_gate(self, rank: int, generator: torch.Generator | None) -> Tensor:
         like = self.lora_A
         device = like.device if generator is None else generator.device
         gate = torch.empty(rank, dtype=like.dtype, device=device)
         return gate.normal_(generator=generator).to(like.device)
-
-    def _set_current(self, down: Tensor, up: Tensor, gate: Tensor) -> None:
-        self.lora_A, self.lora_B = nn.Parameter(down.clone()), nn.Parameter(up.clone())
-        self.gate = nn.Parameter(gate.clone())

@@ -5,11 +5,10 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ..config import check_count
 from ..draw import changes_parameters, draw_rows
-from .base import Adapter
+from .beside_mlp import BesideMLP
 
 # The tensors of an expert, stacked over experts: [E, W, D], [E, W], [E, D, W] and [E, D].
 PARTS = ("down", "down_bias", "up", "up_bias")
@@ -17,7 +16,7 @@ PARTS = ("down", "down_bias", "up", "up_bias")
 MIN_NOISE = 0.01
 
 
-class MoEAdapterMLP(Adapter):
+class MoEAdapterMLP(BesideMLP):
     """MLP(x) + sum_e g_e(h) scale Up_e dropout(relu(Down_e h)),  x = norm(h).
 
     h [B, T, D] is the block's residual stream after its attention, which a hook on the norm notes
@@ -82,9 +81,7 @@ class MoEAdapterMLP(Adapter):
         self.scale: float = scale
         self.dropout: float = dropout
         self.task: int = -1
-        self._residual: Tensor | None = None
-        device = next((p.device for p in base_layer.parameters()), None)
-        like = torch.empty(0, dtype=dtype, device=device)
+        like = self.like(dtype)
         shapes = ((width, features), (width,), (features, width), (features,))
         for name, shape in zip(PARTS, shapes, strict=True):
             rows = like.new_zeros(experts, *shape)
@@ -103,18 +100,6 @@ class MoEAdapterMLP(Adapter):
     def num_routers(self) -> int:
         """Tasks that have a router, the current one included."""
         return len(self.routers) + len(self.router)
-
-    @property
-    def c_fc(self) -> nn.Module:
-        """The base's first Linear, which open_clip's block asks for its dtype."""
-        return self.base_layer.get_submodule("c_fc")
-
-    def listen(self, norm: nn.Module) -> RemovableHandle:
-        """Note what enters the norm before this MLP. Returns the hook's handle."""
-        return norm.register_forward_pre_hook(self._note_residual)
-
-    def _note_residual(self, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._residual = args[0]
 
     def use(self, task: int) -> None:
         """Put a task's router in use; -1 = none."""
@@ -178,15 +163,11 @@ class MoEAdapterMLP(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls.seen = True
-        residual, self._residual = self._residual, None
         base = self.base_layer(x)
         if self.task < 0:
+            self.drop_residual()
             return base
-        if residual is None:
-            raise RuntimeError(
-                "the experts need what enters the norm before the MLP; call listen(norm) once"
-            )
-        return base + self._update(residual.to(self.up.dtype)).to(base.dtype)
+        return base + self._update(self.take_residual().to(self.up.dtype)).to(base.dtype)
 
     def _update(self, h: Tensor) -> Tensor:
         gates, chosen = self.gate(h[:, 0])

@@ -7,11 +7,13 @@ from ..lazy import attach
 if TYPE_CHECKING:
     from .base import Method
     from .codyra import CoDyRA
+    from .dac import DAC
     from .ewc import EWC
     from .hide_lora import HiDeLoRA
     from .in_context import InContext
     from .inf_lora import InfLoRA
     from .joint import JointLoRA
+    from .lada import LADA
     from .lora import SequentialLoRA
     from .lora_stack import LoRAStack
     from .moe_adapters import MoEAdapters
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
     from .zero_shot import ZeroShot
 
 __all__ = [
+    "DAC",
     "EWC",
+    "LADA",
     "METHODS",
     "CoDyRA",
     "HiDeLoRA",
@@ -55,11 +59,13 @@ attach(
     {
         "base": ("Method",),
         "codyra": ("CoDyRA",),
+        "dac": ("DAC",),
         "ewc": ("EWC",),
         "hide_lora": ("HiDeLoRA",),
         "in_context": ("InContext",),
         "inf_lora": ("InfLoRA",),
         "joint": ("JointLoRA",),
+        "lada": ("LADA",),
         "lora": ("SequentialLoRA",),
         "lora_stack": ("LoRAStack",),
         "moe_adapters": ("MoEAdapters",),

@@ -16,6 +16,7 @@ from ..layers import Adapter
 if TYPE_CHECKING:
     from ..continual.data import Task
     from ..models.clip import Clip
+    from ..processes import Processes
     from .train import Stage
 
 # What `Method.needs` may be, and what messages call it.
@@ -53,6 +54,23 @@ class Images(Protocol):
 Classifier = Callable[[Images], Tensor]
 
 
+class EncodedBatch(NamedTuple):
+    """A training batch, encoded, as a method's own loss reads it.
+
+    images: unit features [B, E] of the whole batch; those of other processes have no graph. texts:
+    unit features [C, E] of the prompts of the task's classes. labels: [B], in 0..C-1. offset:
+    classes of earlier tasks. processes: among which the batch is shared; what all of them compute
+    alike goes through its `part` once.
+    """
+
+    clip: Clip
+    images: Tensor
+    texts: Tensor
+    labels: Tensor
+    offset: int
+    processes: Processes
+
+
 class ImageStage(Protocol):
     """What methods for CLIP read of a stage: `moram.xtail.objective.ImageStage`."""
 
@@ -63,6 +81,8 @@ class ImageStage(Protocol):
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]: ...
 
     def features(self, size: int) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+    def texts(self) -> Tensor: ...
 
 
 class Method:
@@ -130,6 +150,12 @@ class Method:
     def auxiliary(self, model: nn.Module) -> Tensor | None:
         """A loss from the last forward pass of a micro-batch (a scalar with graph), or None."""
 
+    def image_loss(self, batch: EncodedBatch) -> Tensor | None:
+        """A batch's loss in place of the benchmark's (a scalar with graph), or None.
+
+        For CLIP models alone. Every process computes it for the whole batch.
+        """
+
     def penalty(self, model: nn.Module, step: Step) -> Tensor | None:
         """A loss on the parameters (a scalar with graph), once per optimiser step, or None."""
 
@@ -190,6 +216,15 @@ class Method:
         held = [t for a in adapters(model, Adapter).values() for t in a.adapter_state().values()]
         held += _tensors({k: v for k, v in self.state_dict().items() if k != "generator"})
         return sum(t.numel() * t.element_size() for t in held)
+
+
+def check_order(stage: ImageStage, learned: int) -> None:
+    """Refuse a task whose classes do not follow those that are learned."""
+    if stage.offset != learned:
+        raise ValueError(
+            f"tasks must be learned in order: {learned} classes are learned, but this task's "
+            f"begin at {stage.offset}"
+        )
 
 
 def total(terms: Iterable[Tensor]) -> Tensor:

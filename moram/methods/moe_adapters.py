@@ -1,6 +1,6 @@
 """MoE-Adapters: shared experts, a router per task, and a selector that finds the task."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..config import check_count
 from ..inject import adapters
+from ..layers.beside_mlp import BesideMLP
 from ..layers.moe_adapters import MoEAdapterMLP
 from ..models.clip import Clip
 from .base import Classifier, Images, ImageStage, Method
@@ -229,14 +230,17 @@ class MoEAdapters(Method):
         self.selector.load_state_dict(state["selector"])
 
 
-def find_blocks(model: nn.Module) -> list[tuple[Any, nn.LayerNorm]]:
-    """The transformer blocks of a CLIP's two encoders, each with the norm before its MLP.
+def find_blocks(
+    model: nn.Module, encoders: Iterable[str] = tuple(ENCODERS)
+) -> list[tuple[Any, nn.LayerNorm]]:
+    """The transformer blocks of a CLIP's encoders, each with the norm before its MLP.
 
     Raises:
         ValueError: an encoder has no such blocks, or blocks of another form.
     """
     found = []
-    for encoder, prefixes in ENCODERS.items():
+    for encoder in encoders:
+        prefixes = ENCODERS[encoder]
         blocks = [
             (path, module, getattr(module, norm))
             for path, module in model.named_modules()
@@ -246,8 +250,9 @@ def find_blocks(model: nn.Module) -> list[tuple[Any, nn.LayerNorm]]:
         ]
         if not blocks:
             raise ValueError(
-                f"model must be a CLIP of open_clip or Hugging Face with transformer blocks in "
-                f"both encoders; {type(model).__name__} has none in its {encoder} encoder"
+                f"model must be a CLIP of open_clip or Hugging Face with transformer blocks in its "
+                f"{' and '.join(encoders)} encoder; {type(model).__name__} has none in its "
+                f"{encoder} encoder"
             )
         for path, block, norm in blocks:
             problem = _why_refused(block)
@@ -258,7 +263,7 @@ def find_blocks(model: nn.Module) -> list[tuple[Any, nn.LayerNorm]]:
 
 
 def _why_refused(block: Any) -> str | None:
-    if isinstance(block.mlp, MoEAdapterMLP):
+    if isinstance(block.mlp, BesideMLP):
         return "it has some already"
     if not isinstance(getattr(block, "ls_2", nn.Identity()), nn.Identity):
         return "it scales its MLP's output (ls_2), and would scale theirs"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import check_count
 from ..models.clip import Clip
-from .base import Classifier, Images, ImageStage, Method
+from .base import Classifier, Images, ImageStage, Method, check_order
 
 DTYPES = ("float64", "float32")
 # Images read at once by the dual form, which learns from all of them together.
@@ -69,11 +69,7 @@ class _RAIL(Method):
         self, stage: ImageStage, size: int, device: torch.device
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (features [B, E], labels [B] in the union of all classes) of a stage."""
-        if stage.offset != self.learned:
-            raise ValueError(
-                f"tasks must be learned in order: {self.learned} classes are learned, but this "
-                f"task's begin at {stage.offset}"
-            )
+        check_order(stage, self.learned)
         for features, labels in stage.features(size):
             if labels.lt(0).any() or labels.ge(stage.count).any():
                 raise ValueError(

@@ -36,6 +36,8 @@ ENTRIES = {
     "moe-lora": Entry("moe_lora", "MoELoRA"),
     "moe-adapters": Entry("moe_adapters", "MoEAdapters", needs="clip"),
     "codyra": Entry("codyra", "CoDyRA"),
+    "dac": Entry("dac", "DAC", needs="clip"),
+    "lada": Entry("lada", "LADA", needs="clip"),
     "rail-primal": Entry("rail", "RAILPrimal", needs="clip"),
     "rail-dual": Entry("rail", "RAILDual", needs="clip"),
     "task-lora": Entry("task_lora", "TaskLoRA", needs_task_id=True),

@@ -1,17 +1,20 @@
 """What X-TAIL trains on: the contrastive loss of a task's images and the prompts of its classes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..methods.base import EncodedBatch
 from ..methods.train import Stage, TrainSettings
 from ..models.clip import Clip
 from ..processes import Processes
 from .images import ImageRows
 
 ALONE = Processes(together=False)
+OwnLoss = Callable[[EncodedBatch], Tensor | None]
 
 
 def contrastive(
@@ -20,6 +23,7 @@ def contrastive(
     rows: Tensor,
     per_example: bool = False,
     processes: Processes = ALONE,
+    own_loss: OwnLoss = lambda batch: None,
 ) -> tuple[Tensor, int, int]:
     """The published loss of a batch, without the features of earlier tasks' prompts.
 
@@ -36,6 +40,7 @@ def contrastive(
         model: the model, whose parameters are trained. data: of the task. rows: of the batch.
         per_example: not used; the loss is one of the whole batch.
         processes: share the images out; losses and gradients of all add up to those of one.
+        own_loss: a method's `image_loss`, which takes the place of this loss where it gives one.
     Returns:
         (loss, 1, images of this process).
     Source: Lu et al., ICML 2026, arXiv 2506.21035 (the X-TAIL runs).
@@ -49,12 +54,14 @@ def contrastive(
     texts = processes.part(data.texts())
     images = processes.whole(texts[:0].detach() if images is None else images, len(rows))
     labels = data.labels[rows].to(images.device)
-    logits = clip.logits(images, texts)
-    loss = F.cross_entropy(logits, labels, label_smoothing=data.label_smoothing)
-    if data.text_loss:
-        over_batch = logits.T.log_softmax(1)
-        own = over_batch[labels, torch.arange(len(labels), device=labels.device)]
-        loss = loss - own.sum() / (data.offset + data.count)
+    loss = own_loss(EncodedBatch(clip, images, texts, labels, data.offset, processes))
+    if loss is None:
+        logits = clip.logits(images, texts)
+        loss = F.cross_entropy(logits, labels, label_smoothing=data.label_smoothing)
+        if data.text_loss:
+            over_batch = logits.T.log_softmax(1)
+            own = over_batch[labels, torch.arange(len(labels), device=labels.device)]
+            loss = loss - own.sum() / (data.offset + data.count)
     return loss - loss.detach() * (1 - 1 / processes.world), 1, count
 
 
@@ -65,6 +72,7 @@ class ImageStage(Stage):
 
     Args:
         model: the model. data, settings: of the task. seed: of the crops.
+        own_loss: see `contrastive`.
     """
 
     data: ImageRows
@@ -74,9 +82,14 @@ class ImageStage(Stage):
     seed: int
 
     def __init__(
-        self, model: nn.Module, data: ImageRows, settings: TrainSettings, seed: int
+        self,
+        model: nn.Module,
+        data: ImageRows,
+        settings: TrainSettings,
+        seed: int,
+        own_loss: OwnLoss = lambda batch: None,
     ) -> None:
-        super().__init__(model, data, settings, contrastive)
+        super().__init__(model, data, settings, partial(contrastive, own_loss=own_loss))
         self.clip, self.offset, self.count, self.seed = data.clip, data.offset, data.count, seed
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -98,6 +111,11 @@ class ImageStage(Stage):
         for pixels, labels in self.batches(size):
             yield self.clip.encode_image(pixels), labels
         self.model.train(was_training)
+
+    @torch.no_grad()
+    def texts(self) -> Tensor:
+        """Unit features [C, E] of the prompts of its classes, as the model is."""
+        return self.data.texts()
 
     def rows(self, count: int) -> Tensor:
         """So many images, evenly spaced: they are sorted by class."""

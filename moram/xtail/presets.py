@@ -43,6 +43,10 @@ _PAPER = {
         "text_loss": False,
         "label_smoothing": 0.2,
     },
+    # Rank, batch and rate of its own few-shot runs (500 steps, 5 shots).
+    "dac": {"rank": 12, "lr": 2e-3, "batch_size": 32, "betas": (0.9, 0.999)},
+    # The rate of its own runs, whose steps differ between datasets.
+    "lada": {"lr": 1e-3, "betas": (0.9, 0.999)},
 }
 
 # Rates: of four, the one with the highest Average on held-out training images, but for MoRAM.
@@ -73,6 +77,8 @@ _SMALL = {
     "moe-lora": {"lr": 5e-4},
     # The others' loss: with its own label smoothing the classes of other datasets win.
     "moe-adapters": {"lr": 1e-2, "method_args": {"width": 16}},
+    "dac": {"lr": 2e-3},
+    "lada": {"lr": 2e-3},
     "rail-primal": {"method_args": {"width": 2000}},
 }
 

@@ -132,7 +132,9 @@ class XtailRun(Run):
                 f"{self.settings.backbone} has batch normalisation in its image encoder, whose "
                 "statistics training would change; take a backbone with a transformer"
             )
-        if self.settings.targets == "auto" and not self.adapts_images:
+        if self.settings.targets == "auto" and not (
+            self.adapts_images or self.method.has_frozen_features
+        ):
             raise ValueError(
                 f"the image encoder of {self.settings.backbone} has nothing to adapt; name the "
                 "projections with targets, or take a backbone with a transformer"
@@ -199,7 +201,8 @@ class XtailRun(Run):
         )
         # Of the crops that hooks see, not of those that are trained on.
         seed = settings.seed * 1000 + members[0]
-        return ImageStage(self.model, data, self.plan.train_settings(members), seed)
+        train = self.plan.train_settings(members)
+        return ImageStage(self.model, data, train, seed, self.method.image_loss)
 
     @torch.no_grad()
     def score_task(self, number: int | str, i: int) -> dict[str, Any]:

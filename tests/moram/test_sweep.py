@@ -142,7 +142,7 @@ def test_states_are_removed_and_runs_json_says_no_path_of_this_machine(tmp_path)
 
 def test_all_are_the_methods_that_fit_a_benchmark():
     trace, xtail = (methods_of(kind.methods(), "all") for kind in (TraceSettings, XtailSettings))
-    for_clip = {"moe-adapters", "rail-primal", "rail-dual"}
+    for_clip = {"moe-adapters", "dac", "lada", "rail-primal", "rail-dual"}
     assert set(trace) == set(METHODS) - for_clip
     assert set(xtail) == set(METHODS) - {"in-context", "task-lora"}
     assert methods_of(TraceSettings.methods(), "ewc, lora") == ["ewc", "lora"]

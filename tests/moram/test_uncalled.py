@@ -20,7 +20,15 @@ from torch import nn
 import moram
 from moram import adapters
 from moram.inject import inject_with, uncalled
-from moram.layers import CoDyRALinear, LoRALinear, MoELoRALinear, StackedLoRALinear
+from moram.layers import (
+    CoDyRALinear,
+    LoRALinear,
+    MoELoRALinear,
+    RankPoolLinear,
+    StackedLoRALinear,
+)
+from moram.layers.adaptformer import AdaptFormerMLP
+from moram.layers.moe_adapters import MoEAdapterMLP
 from moram.models import pack_attention, split_attention
 
 LAYER_TEXT = (
@@ -252,6 +260,7 @@ KINDS = {
     StackedLoRALinear: lambda linear: StackedLoRALinear(linear, 2),
     CoDyRALinear: lambda linear: CoDyRALinear(linear, 2),
     MoELoRALinear: lambda linear: MoELoRALinear(linear, 2),
+    RankPoolLinear: lambda linear: RankPoolLinear(linear, 2, active=1),
 }
 
 
@@ -264,11 +273,10 @@ def test_every_kind_of_adapter_notes_its_calls(kind):
     assert uncalled(model) == ("read",)
 
 
-def test_an_expert_beside_an_mlp_notes_its_calls():
-    from moram.layers.moe_adapters import MoEAdapterMLP
-
+@pytest.mark.parametrize("kind", [MoEAdapterMLP, AdaptFormerMLP])
+def test_what_stands_beside_an_mlp_notes_its_calls(kind):
     model = nn.Sequential(Mlp(), Mlp())
-    model[0], model[1] = MoEAdapterMLP(model[0], 8), MoEAdapterMLP(model[1], 8)
+    model[0], model[1] = kind(model[0], 8), kind(model[1], 8)
     model[0](torch.randn(2, 3, 8))
     assert uncalled(model) == ("1",)
 

@@ -112,7 +112,8 @@ def refusal(whole, out, method, clip, **changes):
     return str(error.value)
 
 
-ADAPTED = [m for m in TAKEN if m not in ("zero-shot", "rail-primal", "rail-dual", "moe-adapters")]
+WITHOUT_TARGETS = ("zero-shot", "rail-primal", "rail-dual", "moe-adapters", "lada")
+ADAPTED = [m for m in TAKEN if m not in WITHOUT_TARGETS]
 
 
 @pytest.mark.parametrize("method", ADAPTED)
@@ -124,6 +125,11 @@ def test_an_image_encoder_without_transformer_is_refused(whole, tmp_path, untrai
 def test_moe_adapters_refuse_an_image_encoder_without_transformer(whole, tmp_path, untrained):
     line = refusal(whole, tmp_path / "out", "moe-adapters", resnet_clip())
     assert line.endswith("CLIP has none in its image encoder")
+
+
+def test_lada_refuses_an_image_encoder_that_training_would_change(whole, tmp_path, untrained):
+    line = refusal(whole, tmp_path / "out", "lada", resnet_clip())
+    assert "has batch normalisation in its image encoder" in line
 
 
 @pytest.mark.parametrize("method", ADAPTED)

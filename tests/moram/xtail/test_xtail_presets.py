@@ -34,7 +34,11 @@ PAPER = {
 }
 
 
-@pytest.mark.parametrize("method", [m for m in TAKEN if m != "moe-adapters"])
+# What has settings of its own paper.
+OWN = ("moe-adapters", "dac", "lada")
+
+
+@pytest.mark.parametrize("method", [m for m in TAKEN if m not in OWN])
 def test_the_paper_preset_is_the_published_protocol(method):
     settings = make_settings("paper", method)
     assert {name: getattr(settings, name) for name in PAPER} == PAPER
@@ -63,6 +67,19 @@ def test_moe_adapters_learn_by_the_loss_of_all_methods_in_the_small_preset():
     for name in PAPER:
         if name != "lr":
             assert getattr(moe, name) == getattr(lora, name)
+
+
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [
+        ("dac", {"rank": 12, "lr": 2e-3, "batch_size": 32, "betas": (0.9, 0.999)}),
+        ("lada", {"lr": 1e-3, "betas": (0.9, 0.999)}),
+    ],
+)
+def test_later_methods_have_their_own_papers_rates_in_the_paper_preset(method, own):
+    settings = make_settings("paper", method)
+    expected = PAPER | own
+    assert {name: getattr(settings, name) for name in expected} == expected
 
 
 def test_moram_in_the_paper_preset_has_sixteen_atoms_a_task():

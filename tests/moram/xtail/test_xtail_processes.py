@@ -23,7 +23,7 @@ def losses(out):
 
 
 # A method that draws noise in training, as MoE-Adapters does, draws another in each process.
-@pytest.mark.parametrize("method", ["moram", "ewc"])
+@pytest.mark.parametrize("method", ["moram", "ewc", "lada"])
 def test_two_processes_give_the_numbers_of_one(tmp_path, method):
     data = write_domains(tmp_path / "data")
     changes = CHANGES | ({"method_args": ARGS[method]} if method in ARGS else {})

@@ -26,7 +26,7 @@ from moram.harness import run as harness
 from moram.methods.train import TaskTrainer
 from moram.xtail.run import Stopped, XtailRun
 
-METHODS = ["moram", "lora", "codyra", "moe-adapters", "rail-primal"]
+METHODS = ["moram", "lora", "codyra", "moe-adapters", "dac", "lada", "rail-primal"]
 every_method = pytest.mark.parametrize("method", METHODS)
 PROTECTED = {"temperature": 0.3, "value_scale": 4.0, "protect": 0.9, "protect_size": 4}
 # Dropout shows whether a run that goes on draws what it would have drawn.

@@ -256,8 +256,8 @@ def test_prompts_are_encoded_once_a_stage(finished, method):
     # MoE-Adapters: once without experts, and once for each task so far.
     expected = 1 + 2 + 3 + 4 if method == "moe-adapters" else rows
     assert [count for count in clip.texts if count == 9] == [9] * expected
-    # InfLoRA passes over a task's images, with the prompts of its classes.
-    assert set(clip.texts) == ({9, 2, 3, 4} if method == "inf-lora" else {9})
+    # InfLoRA passes over a task's images, with the prompts of its classes; LADA keeps these.
+    assert set(clip.texts) == ({9, 2, 3, 4} if method in ("inf-lora", "lada") else {9})
 
 
 @pytest.mark.parametrize("method", [m for m in TAKEN if m != "moe-adapters"])
@@ -266,12 +266,14 @@ def test_test_images_are_encoded_once_a_stage_or_once_where_features_are_frozen(
     rows = len(results["matrix"]) + (results["untrained"] is not None)
     # In the run of RAIL, 3 training images of each of the 9 classes are encoded too, once.
     special = {"zero-shot": 36, "rail-primal": 36 + 27, "rail-dual": 36 + 27}
-    # InfLoRA passes over them before and after each task.
-    special["inf-lora"] = rows * 36 + 2 * 27
+    # InfLoRA and LADA pass over them before and after each task.
+    special |= {"inf-lora": rows * 36 + 2 * 27, "lada": 36 + 2 * 27}
     assert sum(clip.images) == special.get(method, rows * 36)
 
 
-@pytest.mark.parametrize("method", ["moram", "lora", "codyra", "moe-adapters", "rail-primal"])
+@pytest.mark.parametrize(
+    "method", ["moram", "lora", "codyra", "moe-adapters", "dac", "lada", "rail-primal"]
+)
 def test_equal_seeds_give_equal_runs_bit_for_bit(finished, data, tmp_path, method):
     out, results, _ = finished(method)
     again = run(data, tmp_path / "again", method)

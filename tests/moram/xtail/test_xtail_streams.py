@@ -149,7 +149,7 @@ def test_methods_that_do_not_fit_are_refused_by_name(data, tmp_path, method):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("method", ["rail-primal", "rail-dual", "moe-adapters"])
+@pytest.mark.parametrize("method", ["rail-primal", "rail-dual", "moe-adapters", "dac", "lada"])
 def test_methods_for_clip_alone_are_refused_by_trace(tmp_path, capsys, method):
     model, data = write_model(tmp_path / "model"), write_data(tmp_path / "data")
     command = ["trace", "--preset", "small", "--model", model, "--data", data, "--tasks", "letters"]
@@ -167,7 +167,9 @@ def test_images_of_any_size_come_to_the_models_size(tmp_path, side):
     assert run(folder, tmp_path / "out", "lora", datasets=("tools",))["complete"]
 
 
-@pytest.mark.parametrize("method", ["moram", "moe-adapters", "rail-primal", "zero-shot"])
+@pytest.mark.parametrize(
+    "method", ["moram", "moe-adapters", "dac", "lada", "rail-primal", "zero-shot"]
+)
 def test_a_hugging_face_clip_runs_too(data, tmp_path, method):
     def tokens(texts):
         # Its vocabulary has 64 words, the last of which ends a text.
