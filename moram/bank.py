@@ -81,7 +81,7 @@ class AtomBank(nn.Module):
     @property
     def num_frozen(self) -> int:
         """Live frozen atoms."""
-        # Not self.live: see `segments`.
+        # Not self.live: a module's attributes are slow to find, and every call asks.
         live = self._buffers["live"]
         assert live is not None
         if live.is_cpu:
@@ -146,10 +146,7 @@ class AtomBank(nn.Module):
         live = self.num_frozen
         if "_hf_hook" in self.__dict__:
             self.check_whole()
-        # Not self.frozen_keys: a module's attributes are slow to find, and every call asks.
-        keys, values = self._buffers["frozen_keys"], self._buffers["frozen_values"]
-        assert keys is not None and values is not None
-        keys, values = keys[:live], values[:live]
+        keys, values = self.frozen_keys[:live], self.frozen_values[:live]
         if keys.shape[0] != live:
             raise RuntimeError(
                 f"live must count the live rows of frozen_keys, 0 to {self.capacity}, got {live}: "
