@@ -93,6 +93,8 @@ class StreamPlan(ABC):
         method = make_method(settings.method, **(common | settings.method_args))
         # What a method always needs; an argument that asks for more says so in the results.
         refusal = settings.refusal(type(method))
+        if not refusal and method.needs not in (None, settings.model_kind):
+            refusal = settings.refusal(method)
         if refusal:
             as_given = "" if settings.refusal(type(method)) else " with these method_args"
             raise ValueError(f"{settings.method}{as_given} {refusal}")
