@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .inputs import Inputs
-from .sketch import InputSketch
+from .sketch import InputSketch, owners_of
 from .wrappers import listed
 
 # Above it, a layer's new inputs lie in the protected directions, and rounding would be amplified.
@@ -61,9 +61,10 @@ def guards(fresh: Mapping[str, Fresh], inputs: Inputs) -> dict[str, Guard]:
         inputs is strength times the mean of the frozen ones', but it is at most `MAX_GAIN`.
     """
     bases, owners, readers = {}, {}, {}
+    same = owners_of({path: new.sketch for path, new in fresh.items()})
     for path, new in fresh.items():
         # Layers that read one input share a sketch: they share its directions, too.
-        owner = owners.setdefault((id(new.sketch), new.energy), path)
+        owner = owners.setdefault((same[path], new.energy), path)
         if owner == path:
             bases[path] = new.sketch.basis(new.energy).to(new.rows.device)
         basis = bases[path] = bases[owner]

@@ -52,14 +52,39 @@ class InputSketch:
         return self.rows[:count] / values[:count, None].sqrt().clamp_min(1e-30)
 
 
+def owners_of(sketches: Mapping[str, InputSketch]) -> dict[str, str]:
+    """By path, the first path with the same sketch: of layers that read one input.
+
+    It is one object, or several of equal numbers, as files that hold one for each layer give.
+    """
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    owners = {}
+    for path, sketch in sketches.items():
+        if sketch.rows is None or sketch.total is None:
+            owners[path] = path
+            continue
+        known = alike.setdefault((sketch.size, sketch.rows.shape, float(sketch.total)), [])
+        found = (other for other in known if _same(sketches[other], sketch))
+        owners[path] = next(found, path)
+        if owners[path] == path:
+            known.append(path)
+    return owners
+
+
+def _same(one: InputSketch, other: InputSketch) -> bool:
+    if one is other:
+        return True
+    assert one.rows is not None and other.rows is not None
+    return torch.equal(one.rows, other.rows.to(one.rows))
+
+
 def pack_sketches(sketches: Mapping[str, InputSketch]) -> dict[str, dict[str, Any]]:
     """Sketches by path as plain data; layers that read one input share one, which is kept once.
 
     Returns:
         {"owners": the path that keeps a path's sketch, "sketches": its [rows, total] by that path}.
     """
-    first: dict[int, str] = {}
-    owners = {path: first.setdefault(id(sketch), path) for path, sketch in sketches.items()}
+    owners = owners_of(sketches)
     kept = {path: [sketches[path].rows, sketches[path].total] for path in set(owners.values())}
     return {"owners": owners, "sketches": kept}
 

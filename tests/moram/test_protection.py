@@ -12,7 +12,7 @@ import moram
 from moram import AtomBank, MoRAMConfig, MoRAMLinear, adapters
 from moram.methods import MoRAM, TrainSettings
 from moram.methods.train import Stage
-from moram.sketch import Inputs, InputSketch
+from moram.sketch import Inputs, InputSketch, owners_of, pack_sketches
 
 SETTINGS = TrainSettings(lr=0.02, epochs=4, batch_size=4)
 
@@ -238,3 +238,19 @@ def test_the_first_task_is_learned_as_without_protection():
         for method in (protected(), protected(protect=None))
     ]
     assert losses[0] == losses[1]
+
+
+def test_layers_share_a_sketch_that_is_one_object_or_has_the_same_numbers():
+    def sketch(size=3, scale=1.0, total=5.0):
+        return InputSketch(size, scale * torch.eye(2, 4), torch.tensor(total))
+
+    one = sketch()
+    found = {"q": one, "k": one, "v": sketch(), "wide": sketch(size=4)}
+    # Of one trace, and another trace: no more is alike.
+    found |= {"o": sketch(scale=2.0), "up": sketch(total=6.0), "gate": sketch(scale=2.0)}
+    expected = {"q": "q", "k": "q", "v": "q", "wide": "wide", "o": "o", "up": "up", "gate": "o"}
+    assert owners_of(found) == expected
+    empty = {"a": InputSketch(3), "b": InputSketch(3)}
+    assert owners_of(empty) == {"a": "a", "b": "b"}
+    packed = pack_sketches(found)
+    assert packed["owners"] == expected and set(packed["sketches"]) == set(expected.values())
