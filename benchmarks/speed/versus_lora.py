@@ -79,7 +79,8 @@ def with_atoms(model, atoms):
     for layer in moram.adapters(model).values():
         with torch.no_grad():
             if atoms > RANK:
-                layer.bank.append(atoms - 2 * RANK) if atoms > 2 * RANK else None
+                if atoms > 2 * RANK:
+                    layer.bank.append(atoms - 2 * RANK)
                 layer.bank.current_values.normal_(std=0.01)
                 layer.bank.grow(RANK)
             layer.bank.current_values.normal_(std=0.01)

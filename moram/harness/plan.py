@@ -91,12 +91,11 @@ class StreamPlan(ABC):
         accepted = accepted_arguments(settings.method)
         common = {k: value for k, value in cls.arguments(settings).items() if k in accepted}
         method = make_method(settings.method, **(common | settings.method_args))
-        # What a method always needs; an argument that asks for more says so in the results.
-        refusal = settings.refusal(type(method))
-        if not refusal and method.needs not in (None, settings.model_kind):
-            refusal = settings.refusal(method)
+        # That an argument asks to be told the task is said in the results.
+        refusal, as_given = settings.refusal(type(method)), ""
+        if not refusal:
+            refusal, as_given = settings.other_models(method), " with these method_args"
         if refusal:
-            as_given = "" if settings.refusal(type(method)) else " with these method_args"
             raise ValueError(f"{settings.method}{as_given} {refusal}")
         return method
 

@@ -153,11 +153,17 @@ class StreamSettings:
     @classmethod
     def refusal(cls, method: Entry | type[Method]) -> str:
         """Why a method does not fit, to be read behind its name; empty where it does."""
-        if method.needs not in (None, cls.model_kind):
-            return f"is for {MODELS[method.needs]}{cls.elsewhere}"
-        if method.needs_task_id and not cls.tells_task:
+        other = cls.other_models(method)
+        if not other and method.needs_task_id and not cls.tells_task:
             return "must be told the task, which this benchmark does not do"
-        return ""
+        return other
+
+    @classmethod
+    def other_models(cls, method: Entry | Method | type[Method]) -> str:
+        """That a method is for models of another kind, as for `refusal`; empty where it is not."""
+        if method.needs in (None, cls.model_kind):
+            return ""
+        return f"is for {MODELS[method.needs]}{cls.elsewhere}"
 
     @classmethod
     def methods(cls) -> list[str]:

@@ -171,20 +171,26 @@ class MoRAMLinear(AdapterLinear):
 
         For looking into a model; `forward` does not call it.
         """
-        return self.fire(x)[0]
+        return self._weigh(x)[0]
 
     @torch.no_grad()
     def fire(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`mixture_weights` [..., N], and the update that they write for inputs x: [..., O]."""
-        keys, values, current_keys, current_values = self.bank.segments()
+        weights, scores = self._weigh(x)
+        _, values, _, current_values = self.bank.segments()
+        values = torch.cat([values, current_values])
+        return weights, reference.aggregate_values(weights, scores, values)
+
+    def _weigh(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mixture weights, as in eval mode, and scores of all atoms, each [..., N]."""
+        keys, _, current_keys, _ = self.bank.segments()
         scores = reference.score_atoms(x, torch.cat([keys, current_keys]))
         norm_scores = reference.normalize_scores(scores, self.activation.eps)
         selected = reference.select_atoms(norm_scores, self.activation.top_k)
         weights = reference.mixture_weights(norm_scores, selected, self.activation)
         if self.config.alignment > 0:
             weights = weights * self._aligned(x, keys, current_keys)
-        values = torch.cat([values, current_values])
-        return weights, reference.aggregate_values(weights, scores, values)
+        return weights, scores
 
 
 def _is_plain(linear: nn.Module) -> bool:

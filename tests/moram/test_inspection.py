@@ -251,13 +251,13 @@ def test_looking_uses_eval_mode_and_gives_every_module_its_mode_back():
 
 def test_a_run_that_does_not_ask_never_computes_mixture_weights(monkeypatch):
     calls = []
-    whole = moram.MoRAMLinear.fire
+    whole = moram.MoRAMLinear._weigh
 
     def counted(layer, x):
         calls.append(layer)
         return whole(layer, x)
 
-    monkeypatch.setattr(moram.MoRAMLinear, "fire", counted)
+    monkeypatch.setattr(moram.MoRAMLinear, "_weigh", counted)
     model = trained_language_model()
     look_at_everything(model)
     asked = len(calls)
